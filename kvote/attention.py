@@ -1,0 +1,281 @@
+"""The seam to transformers. The only file that knows transformers' internals; tests/test_attention.py guards each.
+
+What it relies on (checked on 5.23):
+- ``AttentionInterface.register`` and ``AttentionMaskInterface.register``; ``model.set_attn_implementation(name)``.
+- A layer calls ``cache.update(k, v, layer_idx)`` and hands the returned key tensor to the attention function: an
+  attribute set on that tensor arrives there. Nothing global, no hooks, no patched classes.
+- The mask made by the registered mask function arrives unchanged, and so does an attribute set on it.
+- Attention layers pass ``position_ids`` on to the attention function.
+- A model file defines ``apply_rotary_pos_emb`` and ``eager_attention_forward``; the text model has ``rotary_emb``.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvote.errors import InactiveCacheError, UnsupportedModelError
+from kvote.kernels.reference import rotate
+from kvote.layer import Layer, Step
+from kvote.rope import Rope
+from kvote.store.segment import Logits
+
+_PREFIX = "kvote_over_"
+_PADDING = "_kvote_padding"
+_LAYER = "_kvote_layer"
+
+
+@dataclass
+class Turn:
+    """What the cache knows of the prompt in progress: the column where it ends, None when it was not announced."""
+
+    end: int | None = None
+
+
+class CacheLayer(CacheLayerMixin):
+    """A layer as ``generate()`` sees it. Lengths are in columns of the batch, padding included."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, layer: Layer, turn: Turn, previous: "CacheLayer | None") -> None:
+        super().__init__()
+        self.layer, self.turn, self.previous = layer, turn, previous
+        self.pending = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
+        for waiting in (self, self.previous):
+            if waiting is not None and waiting.pending:
+                waiting.pending = False
+                raise InactiveCacheError(
+                    "The model ran without kvote's attention, so this cache holds nothing; the attention "
+                    "implementation was changed after kvote.Cache(model, ...). Build a new cache."
+                )
+        self.pending = True
+        key = key_states.view_as(key_states)
+        setattr(key, _LAYER, self)
+        return key, value_states
+
+    def get_seq_length(self) -> int:
+        return self.layer.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.layer.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        return not self.layer.method.keep.drops or self.record_past
+
+    @property
+    def record_past(self) -> bool:
+        return self.layer.record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.layer.record_past = value
+
+    @property
+    def batch_size(self) -> int:
+        return self.layer.sequences or -1
+
+    def activate_past_recording(self) -> None:
+        self.layer.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` columns (negative, as transformers passes it)."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
+        self.layer.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self.layer.reset()
+        self.pending = self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.layer.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.layer.select([row for row in range(self.layer.sequences) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = torch.arange(self.layer.sequences)[torch.as_tensor(indices).cpu()]
+        self.layer.select(rows.tolist())
+
+    def offload(self) -> None:
+        raise NotImplementedError("kvote layers cannot be offloaded by transformers' Cache(offloading=True).")
+
+    prefetch = offload
+
+
+@dataclass
+class Padding:
+    """Rides on the mask: which new columns are tokens, and how to make the mask that other caches need."""
+
+    valid: Tensor | None
+    native: Callable[[], Tensor | None]
+    _made: list[Tensor | None] = field(default_factory=list)
+
+    def native_mask(self) -> Tensor | None:
+        if not self._made:
+            self._made.append(self.native())
+        return self._made[0]
+
+
+def _mask(native: str, **kwargs: Any) -> Tensor | None:
+    """The mask function: for full attention a token of size 0 with the 2-D padding attached, never an N x N mask."""
+    make = partial(ALL_MASK_ATTENTION_FUNCTIONS[native], **kwargs)
+    if kwargs["mask_function"] is not causal_mask_function:
+        return make()
+    mask, t = kwargs.get("attention_mask"), kwargs["q_length"]
+    valid = None
+    if mask is not None:
+        new = mask[:, kwargs["q_offset"] : kwargs["q_offset"] + t]
+        valid = None if bool(new.all()) else new
+    carrier = torch.empty(0, dtype=torch.bool)
+    setattr(carrier, _PADDING, Padding(valid, make))
+    return carrier
+
+
+def _attention(
+    native: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function. Layers of other caches (sliding ones of a hybrid model, say) go to ``native``."""
+    padding: Padding | None = getattr(attention_mask, _PADDING, None)
+    owner: CacheLayer | None = getattr(key, _LAYER, None)
+    if owner is None:
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, eager)
+        mask = attention_mask if padding is None else padding.native_mask()
+        return attend(module, query, key, value, mask, **kwargs)
+    refused = [name for name in ("position_bias", "sliding_window", "cache") if kwargs.get(name) is not None]
+    if kwargs.get("dropout"):
+        refused.append("dropout")
+    if attention_mask is not None and padding is None:
+        refused.append("a custom attention mask")
+    if refused:
+        raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(refused)}; kvote has none.")
+    owner.pending = False
+    t, seen = query.shape[2], owner.layer.seen
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(seen, seen + t, device=query.device)[None]
+    if positions.dim() != 2:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} uses {positions.dim()}-D positions; kvote needs one each."
+        )
+    scaling = kwargs.get("scaling")
+    step = Step(
+        query=query,
+        key=key,
+        value=value,
+        positions=positions.expand(query.shape[0], -1),
+        valid=None if padding is None or padding.valid is None else padding.valid.to(query.device),
+        solo=_solo(owner.layer, owner.turn, t),
+        logits=Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
+        sink_logits=kwargs.get("s_aux"),
+    )
+    return owner.layer.attend(step), None
+
+
+def _solo(layer: Layer, turn: Turn, t: int) -> int:
+    """How many of the next ``t`` columns belong to the tail of a prompt or turn."""
+    tail = getattr(layer.method.read, "tail", 0)
+    if t == 1:
+        return 1
+    behind = 0 if turn.end is None else max(0, turn.end - (layer.seen + t))
+    return max(0, min(t, tail - behind))
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Switches ``model`` to kvote's attention; with any other cache it behaves as before."""
+    native = model.config._attn_implementation or "eager"
+    if native.startswith(_PREFIX):
+        return
+    if native not in ALL_MASK_ATTENTION_FUNCTIONS:
+        native = "sdpa"
+    # "flash" in a name makes transformers look for a kernel of that name.
+    name = _PREFIX + native.replace("flash_attention_", "fa")
+    AttentionInterface.register(name, partial(_attention, native))
+    AttentionMaskInterface.register(name, partial(_mask, native))
+    model.set_attn_implementation(name)
+
+
+def native_layers(model: PreTrainedModel) -> list[Any]:
+    """The cache layers that transformers would use for this model. Raises UnsupportedModelError where none is ours."""
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; kvote manages decoder-only models.")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} does not route attention through transformers' AttentionInterface.")
+    layers = list(DynamicCache(config=config).layers)
+    if not any(is_full_attention(layer) for layer in layers):
+        raise UnsupportedModelError(f"{name} has no full-attention layer, so there is nothing for kvote to manage.")
+    return layers
+
+
+def is_full_attention(layer: Any) -> bool:
+    """Whether a native cache layer holds plain full attention (sliding, linear and shared ones stay native)."""
+    return type(layer) is DynamicLayer
+
+
+def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
+    """The rotary embedding of a layer, proven on random numbers to be undone. Raises UnsupportedModelError."""
+    name = type(model).__name__
+    rotary = next(
+        (m.rotary_emb for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), torch.nn.Module)), None
+    )
+    modeling = sys.modules[type(model).__module__]
+    apply = getattr(modeling, "apply_rotary_pos_emb", None)
+    if rotary is None or apply is None:
+        raise UnsupportedModelError(f"{name} has no rotary positions that kvote can undo; use method 'dense'.")
+    config = model.config.get_text_config(decoder=True)
+    module = _rotary_call(rotary, config, layer_index)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    positions = torch.tensor([[3, 5, 8, 1]], device=model.device)
+    x = torch.randn(1, 1, 4, head_dim, device=model.device, generator=torch.Generator(model.device).manual_seed(0))
+    cos, sin = module(positions, torch.float32)
+    if cos.dim() != 3 or 2 * cos.shape[-1] < 2:
+        raise UnsupportedModelError(f"{name} uses rotary positions of a form that kvote does not know; use 'dense'.")
+    expected = apply(x, x, cos, sin)[0]
+    for interleaved, repeated in ((False, True), (True, True), (False, False)):
+        rope = Rope(module, interleaved, repeated)
+        angles = rope.angles(positions, torch.float32)
+        if 2 * angles[0].shape[-1] <= head_dim:
+            mine = rotate(x, angles[0][:, None], angles[1][:, None], interleaved=interleaved)
+            if torch.allclose(mine, expected, atol=1e-5) and torch.allclose(rope.undo(mine, positions), x, atol=1e-4):
+                return rope
+    raise UnsupportedModelError(f"{name} rotates keys in a way that kvote cannot undo; use method 'dense'.")
+
+
+def _rotary_call(rotary: torch.nn.Module, config: Any, layer_index: int) -> Callable[[Tensor, torch.dtype], Any]:
+    typed = "layer_type" in inspect.signature(rotary.forward).parameters
+    kwargs = {"layer_type": config.layer_types[layer_index]} if typed else {}
+
+    def angles(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rotary(torch.empty(0, dtype=dtype, device=positions.device), positions, **kwargs)
+
+    return angles

@@ -1,0 +1,107 @@
+"""Cache: what ``generate()`` holds. One kvote layer per full-attention layer of the model, native layers elsewhere."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache as TransformersCache
+from transformers import PreTrainedModel
+
+from kvote import attention
+from kvote.errors import InactiveCacheError
+from kvote.layer import Layer
+from kvote.method import Method, parse
+from kvote.report import LayerReport, Report
+
+
+class Cache(TransformersCache):
+    """A drop-in for ``past_key_values``: ``model.generate(**inputs, past_key_values=kvote.Cache(model, method))``.
+
+    ``method`` is an object from ``kvote.methods`` or a spec such as ``"tokenselect(top_k=512)"``. Building the cache
+    switches the model to kvote's attention, which leaves runs with other caches as they were.
+
+    Raises MethodError for a method that does not make sense and UnsupportedModelError for a model that asks something
+    of attention that the method cannot honour.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:
+        self.method = parse(method) if isinstance(method, str) else method
+        self.turn = attention.Turn()
+        layers: list[Any] = []
+        previous = None
+        for index, native in enumerate(attention.native_layers(model)):
+            if attention.is_full_attention(native):
+                rope = attention.find_rope(model, index) if self.method.read.needs_raw_keys else None
+                native = previous = attention.CacheLayer(Layer(index, self.method, rope), self.turn, previous)
+            layers.append(native)
+        super().__init__(layers=layers)
+        attention.attach(model)
+
+    @property
+    def managed(self) -> list[Layer]:
+        """The layers that kvote manages (all but the sliding and linear ones of hybrid models)."""
+        return [layer.layer for layer in self.layers if isinstance(layer, attention.CacheLayer)]
+
+    def expect(self, tokens: int, *, question_follows: bool = False) -> None:
+        """Announces a prompt of ``tokens`` columns that will come in several passes (``prefill_chunk_size``).
+
+        Only its end then counts as the tail that selects token by token; with ``question_follows`` not even that.
+        Without this call, the end of every pass does. Memory for the tokens is set aside in one piece.
+        """
+        tail = getattr(self.method.read, "tail", 0) if question_follows else 0
+        self.turn.end = self.get_seq_length() + tokens + tail
+        for layer in self.managed:
+            layer.expected = tokens
+            layer.reserve()
+
+    def nbytes(self) -> int:
+        """Bytes held: keys, values, positions, tables and what readers remember, in every layer."""
+        self._check_active()
+        return sum(_layer_nbytes(layer) for layer in self.layers)
+
+    def positions(self, layer: int) -> list[list[Tensor]]:
+        """Original positions of the tokens that ``layer`` holds: int32 [tokens] for each sequence and key head.
+
+        Raises IndexError if kvote does not manage that layer.
+        """
+        for candidate in self.managed:
+            if candidate.index == layer:
+                segment = candidate.segment
+                return [] if segment is None else [segment.positions(row) for row in range(candidate.sequences)]
+        raise IndexError(f"Layer {layer} is not managed by kvote (it is native to the model, or does not exist).")
+
+    def report(self) -> Report:
+        """Per layer: tokens seen and held, read per query, selections made and reused, bytes.
+
+        Raises InactiveCacheError if kvote's attention never ran.
+        """
+        self._check_active()
+        if self.get_seq_length() == 0:
+            raise InactiveCacheError("Nothing to report: no token has gone through this cache yet.")
+        layers = [LayerReport.of(layer) for layer in self.managed]
+        return Report(self.method.spec, layers, self.nbytes())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
+        """An independent copy of everything held; the model it belongs to is shared."""
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        # Rope objects hold the model's rotary module, which must not be copied with every cache.
+        for layer in self.managed:
+            if layer.rope is not None:
+                memo[id(layer.rope)] = layer.rope
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def _check_active(self) -> None:
+        if any(isinstance(layer, attention.CacheLayer) and layer.pending for layer in self.layers):
+            raise InactiveCacheError(
+                "The model ran without kvote's attention, so this cache holds nothing. Build a new one."
+            )
+
+
+def _layer_nbytes(layer: Any) -> int:
+    if isinstance(layer, attention.CacheLayer):
+        return layer.layer.nbytes
+    held = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in held)

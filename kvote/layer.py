@@ -1,0 +1,220 @@
+"""One layer's life: append the new tokens, read, attend, keep. Knows no transformers and no paper."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.errors import CropError
+from kvote.method import Method
+from kvote.read.tokens import Activity, Memory, Queries, Reading
+from kvote.rope import Rope
+from kvote.store.raw import RawSegment
+from kvote.store.segment import Logits
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass asks of a layer: q [b, heads, t, d], k [b, h, t, d], v [b, h, t, dv] as the model made them.
+
+    ``positions`` [b, t] are those of the rotation; ``valid`` [b, t] is False where a token is padding (None: none
+    is). ``solo``: how many of the last tokens end a prompt or a turn. ``sink_logits`` [heads]: learned sinks.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    solo: int
+    logits: Logits
+    sink_logits: Tensor | None = None
+
+
+@dataclass
+class Layer:
+    """The tokens of one model layer under one method. Sequences are rows; padding never becomes a token."""
+
+    index: int
+    method: Method
+    rope: Rope | None
+    segment: RawSegment | None = None
+    columns: Tensor | None = None
+    seen: int = 0
+    memory: Memory | None = None
+    activity: Activity = field(default_factory=Activity)
+    # While a caller may still roll back (assisted decoding), nothing is dropped until it crops.
+    record_past: bool = False
+    # Tokens announced but not yet seen; memory for them is set aside in one piece.
+    expected: int = 0
+
+    @property
+    def sequences(self) -> int:
+        return 0 if self.segment is None else len(self.segment.pool.lanes) // self.segment.heads
+
+    @property
+    def nbytes(self) -> int:
+        parts = [self.segment, self.memory]
+        columns = 0 if self.columns is None else self.columns.untyped_storage().nbytes()
+        return columns + sum(part.nbytes for part in parts if part is not None)
+
+    def start(self, step: Step) -> RawSegment:
+        """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
+        if self.segment is None:
+            heads, dim, value_dim = step.key.shape[1], step.key.shape[3], step.value.shape[3]
+            rope = self.rope if self.method.read.needs_raw_keys else None
+            self.segment = RawSegment(heads, dim, value_dim, step.key, rope)
+            self.segment.add_sequences(step.key.shape[0])
+            self.memory = self.method.read.new_memory()
+            self.reserve()
+        return self.segment
+
+    def reserve(self) -> None:
+        """Sets memory aside for the tokens expected, unless the method will drop most of them."""
+        if self.segment is not None and self.expected and not self.method.keep.drops:
+            self.segment.reserve(self.expected)
+            self.expected = 0
+
+    def attend(self, step: Step) -> Tensor:
+        """The attention output [b, t, heads, dv] of new tokens that are kept, stored and read as the method says."""
+        segment = self.start(step)
+        self.activity.calls += 1
+        b, heads, t, _ = step.query.shape
+        self._remember_columns(step.valid, b, t)
+        raw_key, raw_query = step.key, None
+        if segment.rope is not None:
+            raw_key = segment.rope.undo(step.key, step.positions)
+            raw_query = segment.rope.undo(step.query, step.positions)
+        queries = Queries(step.query, raw_query)
+        out = step.value.new_zeros(b, heads, t, step.value.shape[3])
+        for rows, columns in self._groups(step.valid, b, t):
+            group = _Group(rows, columns, b)
+            first = segment.length(rows[0])
+            segment.append(rows, group.cut(raw_key), group.cut(step.value), group.cut(step.positions[:, None])[:, 0])
+            reading = Reading(
+                queries=Queries(group.cut(queries.rotated), None if raw_query is None else group.cut(raw_query)),
+                segment=segment,
+                rows=rows,
+                first=first,
+                solo=min(step.solo, segment.length(rows[0]) - first),
+                layer=self.index,
+                sequences=b,
+                rope=segment.rope,
+                activity=self.activity,
+                memory=self.memory,
+            )
+            group.put(out, self._answers(reading, step))
+        self.seen += t
+        if not self.record_past:
+            self.drop()
+        return out.transpose(1, 2)
+
+    def _answers(self, reading: Reading, step: Step) -> Tensor:
+        pieces = []
+        for span in self.method.read.read(reading):
+            queries = reading.queries.rows(span.start, span.stop)
+            answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
+            out, lse = kernels.merge(answers)
+            if step.sink_logits is not None:
+                out = kernels.with_sink_logits(out, lse, step.sink_logits)
+            pieces.append(out)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def _groups(self, valid: Tensor | None, b: int, t: int) -> list[tuple[list[int], Tensor | None]]:
+        """Rows that can be computed together: equally many tokens held and added. With padding, their columns too."""
+        assert self.segment is not None
+        new = [t] * b if valid is None else valid.sum(dim=1).tolist()
+        alike: dict[tuple[int, int], list[int]] = {}
+        for row in range(b):
+            alike.setdefault((self.segment.length(row), new[row]), []).append(row)
+        groups: list[tuple[list[int], Tensor | None]] = []
+        for (_, count), rows in alike.items():
+            if valid is None or count == t:
+                groups.append((rows, None))
+            elif count:
+                groups.append((rows, torch.stack([valid[row].nonzero()[:, 0] for row in rows])))
+        return groups
+
+    def _remember_columns(self, valid: Tensor | None, b: int, t: int) -> None:
+        """Which columns of the batch were tokens. Nothing is stored until a padded column appears."""
+        if valid is None and self.columns is None:
+            return
+        device = self.segment.pool.keys.device if self.segment else None
+        if self.columns is None:
+            self.columns = torch.ones(b, self.seen, dtype=torch.bool, device=device)
+        new = torch.ones(b, t, dtype=torch.bool, device=device) if valid is None else valid
+        self.columns = torch.cat([self.columns, new], dim=1)
+
+    def drop(self) -> None:
+        """Lets go of the tokens that the method does not keep."""
+        if self.segment is None:
+            return
+        for row in range(self.sequences):
+            length = self.segment.length(row)
+            slots = self.method.keep.survivors(length)
+            if slots is not None:
+                self.segment.keep(row, slots)
+                self.activity.dropped += length - len(slots)
+
+    def crop(self, columns: int) -> None:
+        """Forgets the last ``columns`` columns. Raises CropError if the method has dropped tokens that must return."""
+        if self.segment is None:
+            return
+        if columns and self.method.keep.drops and not self.record_past and self.activity.dropped:
+            raise CropError(
+                f"{self.method.spec} has dropped tokens that a rollback of {columns} would need; call "
+                "cache.activate_past_recording() before the tokens that may be rolled back, or use a method that "
+                "keeps everything."
+            )
+        columns = min(columns, self.seen)
+        for row in range(self.sequences):
+            gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
+            if gone:
+                self.segment.truncate(row, self.segment.length(row) - gone)
+        self.seen -= columns
+        if self.columns is not None:
+            self.columns = self.columns[:, : self.seen].clone()
+        if columns and self.memory is not None:
+            self.memory.forget()
+        self.segment.pool.trim()
+        self.drop()
+
+    def select(self, index: list[int]) -> None:
+        """Makes sequence i a copy of the former sequence ``index[i]`` (beams, several answers, a part of the batch)."""
+        if self.segment is None:
+            return
+        self.segment.select(index)
+        if self.columns is not None:
+            self.columns = self.columns[index]
+        if self.memory is not None:
+            self.memory.select(index)
+
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+        self.segment, self.columns, self.memory, self.seen = None, None, None, 0
+        self.activity = Activity()
+
+
+class _Group:
+    """Cuts the rows and columns of one group out of the batch, and puts its answers back."""
+
+    def __init__(self, rows: list[int], columns: Tensor | None, b: int) -> None:
+        self.rows = None if len(rows) == b and rows == list(range(b)) else rows
+        self.columns = columns
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[b, h, t, ...] to [rows of the group, h, tokens of the group, ...]."""
+        x = x if self.rows is None else x[self.rows]
+        if self.columns is None:
+            return x
+        return torch.stack([x[i, :, columns] for i, columns in enumerate(self.columns)])
+
+    def put(self, out: Tensor, answer: Tensor) -> None:
+        rows = range(out.shape[0]) if self.rows is None else self.rows
+        if self.rows is None and self.columns is None:
+            out.copy_(answer)
+            return
+        for i, row in enumerate(rows):
+            columns = slice(None) if self.columns is None else self.columns[i]
+            out[row, :, columns] = answer[i]

@@ -1,0 +1,24 @@
+"""StreamingLLM: Efficient Streaming Language Models with Attention Sinks (Xiao et al., ICLR 2024, arXiv 2309.17453)."""
+
+from kvote.errors import MethodError
+from kvote.keep.policies import KeepSinksAndRecent
+from kvote.method import Method, published, spec_of
+from kvote.read.recent import SinksAndRecent
+
+
+@published(rooms="keep, read", source="Xiao et al. 2023, arXiv 2309.17453", needs="rotary positions")
+def streamingllm(sinks: int = 4, window: int = 1020) -> Method:
+    """Keeps the first tokens and a sliding window, at positions within the cache.
+
+    ``sinks`` first tokens of the text and ``window`` last ones, the query's own token among them; together the
+    model's trained length in the paper (4 + 1020, 4 + 2044, 4 + 4092). What leaves the window is gone: a fact in the
+    middle of a long text cannot be answered. Every query reads its own window, also inside a long prompt, as if the
+    text had been fed one token at a time (the paper's evaluation).
+    """
+    if sinks < 0 or window < 1:
+        raise MethodError(f"streamingllm needs sinks >= 0 and window >= 1; got sinks={sinks}, window={window}.")
+    return Method(
+        spec_of("streamingllm", sinks=sinks, window=window),
+        keep=KeepSinksAndRecent(sinks, window),
+        read=SinksAndRecent(sinks, window),
+    )

@@ -1,0 +1,176 @@
+"""Per-query token selection by head votes: sinks, the tokens that win the vote, and the local context.
+
+The lists read by a block of queries that are slots a .. b-1 of their sequence:
+    sinks [0, sinks)  +  top_k winners of [sinks, edge)  +  local context [edge, b),   edge = a - window.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.errors import MethodError
+from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
+from kvote.read.tokens import Positions, Reading, Span, TokenSet
+from kvote.read.votes import vote_named
+
+# Float32 entries of scores held at a time when many single tokens select (64 MiB).
+_SCORES_HELD = 1 << 24
+
+
+@dataclass(frozen=True)
+class HeadVotes:
+    """Parameters as in ``methods/tokenselect.py``, which documents them."""
+
+    top_k: int
+    sinks: int
+    window: int
+    chunk: int
+    tail: int
+    theta: float
+    reuse_span: int
+    max_pool: int
+    head_map: str
+    selection: str
+    positions: Positions
+    tensor_parallel: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (("top_k", 1), ("sinks", 0), ("window", 0), ("chunk", 1), ("tail", 0), ("reuse_span", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if self.head_map not in ("gqa", "paper"):
+            raise MethodError(f"head_map must be 'gqa' or 'paper'; got {self.head_map!r}.")
+        if self.positions not in ("contiguous", "original"):
+            raise MethodError(f"positions must be 'contiguous' or 'original'; got {self.positions!r}.")
+        vote_named(self.selection)
+
+    @property
+    def needs_raw_keys(self) -> bool:
+        return True
+
+    @property
+    def reuses(self) -> bool:
+        """A cosine never exceeds 1, so a larger threshold turns the selection cache off."""
+        return self.theta <= 1
+
+    def new_memory(self) -> SelectionMemory | None:
+        return SelectionMemory() if self.reuses else None
+
+    def read(self, reading: Reading) -> Iterator[Span]:
+        solo_from = max(0, reading.count - reading.solo)
+        row = 0
+        while row < reading.count:
+            slot = reading.first + row
+            alone = row >= solo_from
+            # Chunks are cut at multiples of their size, so that feeding a prompt in pieces cuts it the same way.
+            stop = reading.count if alone else min(solo_from, row + self.chunk - slot % self.chunk)
+            if self._edge(reading, slot) - self.sinks <= self.top_k:
+                last = self.sinks + self.top_k + self.window - reading.first
+                stop = min(stop, max(row, last) + 1) if alone else stop
+                yield self._dense(reading, row, stop)
+            elif alone:
+                stop = min(stop, row + self._rows_at_once(reading, slot))
+                yield self._one_by_one(reading, row, stop)
+            else:
+                yield self._together(reading, row, stop)
+            row = stop
+
+    def _edge(self, reading: Reading, slot: int) -> int:
+        """First slot of the local context. Where a list may be reused it moves in steps, so that the tokens that
+        leave the window meanwhile are still read."""
+        edge = slot - self.window
+        return edge // self.reuse_span * self.reuse_span if self.reuses and reading.count == 1 and edge > 0 else edge
+
+    def _rows_at_once(self, reading: Reading, slot: int) -> int:
+        heads = reading.queries.rotated.shape[1] * len(reading.rows)
+        return max(1, _SCORES_HELD // (heads * slot))
+
+    def _dense(self, reading: Reading, row: int, stop: int) -> Span:
+        reading.activity.tokens_read = reading.first + stop
+        return Span(row, stop, [TokenSet(range(reading.first + stop), positions=self.positions)])
+
+    def _together(self, reading: Reading, row: int, stop: int) -> Span:
+        """A chunk of queries selects with its average and shares the tokens."""
+        slot = reading.first + row
+        query = self._scoring_queries(reading, row, stop).mean(dim=2, keepdim=True)
+        edge = self._edge(reading, slot)
+        return self._span(reading, row, stop, self._select(reading, query, [edge]), [edge])
+
+    def _one_by_one(self, reading: Reading, row: int, stop: int) -> Span:
+        """Each query selects for itself, or, in a decode step, may reuse what its sequence selected before."""
+        edges = [self._edge(reading, reading.first + i) for i in range(row, stop)]
+        query = self._scoring_queries(reading, row, stop)
+        memory = reading.memory
+        if reading.count == 1 and isinstance(memory, SelectionMemory):
+            index = self._select_or_reuse(reading, query, edges[0], memory)
+        else:
+            index = self._select(reading, query, edges)
+        return self._span(reading, row, stop, index, edges)
+
+    def _scoring_queries(self, reading: Reading, row: int, stop: int) -> Tensor:
+        """Queries [b, heads, rows, d] as if each chunk began right behind its window and all candidates were at 0."""
+        rope, raw = reading.rope, reading.queries.raw
+        assert rope is not None and raw is not None
+        rows = raw[:, :, row:stop].float()
+        cos, sin = rope.contiguous(self.window + self.chunk, raw.device)
+        alone = row >= reading.count - reading.solo
+        at = slice(self.window, self.window + 1 if alone else self.window + stop - row)
+        return rope.apply(rows, (cos[at], sin[at]))
+
+    def _select(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
+        """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j]."""
+        reading.activity.selections += query.shape[0] * query.shape[2]
+        votes = SumOverRanks(self.tensor_parallel)(self._votes(reading, query, edges))
+        late = self._late(edges, votes.device)
+        pooled = kernels.max_pool(votes.masked_fill(late, float("-inf")), self.max_pool)
+        return kernels.top_k(pooled.masked_fill(late, float("-inf")), self.top_k) + self.sinks
+
+    def _votes(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
+        """Votes [b, r, n] for the tokens from ``sinks`` up to the last edge."""
+        if self.head_map == "paper":
+            query = _paper_heads(query, reading.segment.heads)
+        logits = reading.segment.scores(query, reading.rows, self.sinks, edges[-1])
+        late = self._late(edges, logits.device)[:, None]
+        return vote_named(self.selection)(logits.masked_fill(late, torch.finfo(logits.dtype).min), self.top_k)
+
+    def _late(self, edges: list[int], device: torch.device) -> Tensor:
+        """Bool [r, n]: tokens that are no candidates of selecting query j, because its local context holds them."""
+        token = torch.arange(self.sinks, edges[-1], device=device)
+        return token >= torch.tensor(edges, device=device)[:, None]
+
+    def _select_or_reuse(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
+        flat = query.reshape(len(reading.rows), -1)
+        memory.prepare(reading.sequences, flat, self.top_k)
+        assert memory.query is not None and memory.index is not None and memory.edge is not None
+        rows = torch.tensor(reading.rows, device=flat.device)
+        same = resembles(flat, memory.query[rows], self.theta, SumOverRanks(self.tensor_parallel))
+        fresh = (~(same & (memory.edge[rows] == edge))).nonzero()[:, 0]
+        reading.activity.reused += len(reading.rows) - len(fresh)
+        if len(fresh):
+            chosen = [reading.rows[i] for i in fresh.tolist()]
+            memory.index[rows[fresh]] = self._select(reading.of(chosen), query[fresh], [edge])[:, 0]
+            memory.query[rows[fresh]] = flat[fresh]
+            memory.edge[rows[fresh]] = edge
+        return memory.index[rows][:, None]
+
+    def _span(self, reading: Reading, row: int, stop: int, winners: Tensor, edges: list[int]) -> Span:
+        """Sinks, winners and local context as one ascending list per block of queries."""
+        b, blocks, _ = winners.shape
+        device = winners.device
+        size = (stop - row) // blocks
+        length = reading.first + row + size - edges[0]
+        local = torch.tensor(edges, device=device)[:, None] + torch.arange(length, device=device)
+        parts = (torch.arange(self.sinks, device=device).expand(b, blocks, -1), winners, local.expand(b, -1, -1))
+        index = torch.cat(parts, dim=-1)
+        reading.activity.tokens_read = index.shape[-1]
+        return Span(row, stop, [TokenSet(index, positions=self.positions)])
+
+
+def _paper_heads(query: Tensor, kv_heads: int) -> Tensor:
+    """Orders query heads [b, heads, r, d] as the published kernel pairs them: head h with key head h mod kv_heads."""
+    b, heads, r, d = query.shape
+    return query.reshape(b, heads // kv_heads, kv_heads, r, d).transpose(1, 2).reshape(b, heads, r, d)

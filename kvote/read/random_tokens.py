@@ -1,0 +1,25 @@
+"""The baseline that every selection has to beat: as many tokens, drawn at random."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvote.read.head_votes import HeadVotes
+from kvote.read.tokens import Reading
+
+
+@dataclass(frozen=True)
+class RandomTokens(HeadVotes):
+    """Reads what HeadVotes reads, with the winners drawn by lot: one draw per layer and selecting position."""
+
+    seed: int = 0
+
+    def _votes(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
+        draws = []
+        for edge in edges:
+            generator = torch.Generator().manual_seed(hash((self.seed, reading.layer, edge)) & (2**63 - 1))
+            lots = torch.rand(edges[-1] - self.sinks, generator=generator)
+            lots[edge - self.sinks :] = -1.0
+            draws.append(lots)
+        return torch.stack(draws).to(query.device).expand(query.shape[0], -1, -1)

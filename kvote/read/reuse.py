@@ -1,0 +1,61 @@
+"""The selection cache (TokenSelect, algorithm 1): a decode step whose query resembles the last selecting one reuses
+its tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SelectionMemory:
+    """Per sequence: the query that last selected [b, heads * d], its tokens [b, k], and where the window then began.
+
+    The stored query is replaced only by a new selection, so that drift adds up against it (not against the previous
+    step). ``edge`` -1 marks a sequence without a selection.
+    """
+
+    query: Tensor | None = None
+    index: Tensor | None = None
+    edge: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in (self.query, self.index, self.edge) if t is not None)
+
+    def prepare(self, sequences: int, query: Tensor, top_k: int) -> None:
+        """Makes room for ``sequences``, of which any may be absent from this call's ``query`` [b, heads * d]."""
+        if self.edge is None or len(self.edge) != sequences:
+            self.query = query.new_zeros(sequences, query.shape[1])
+            self.index = torch.zeros(sequences, top_k, dtype=torch.int64, device=query.device)
+            self.edge = torch.full((sequences,), -1, dtype=torch.int64, device=query.device)
+
+    def select(self, index: list[int]) -> None:
+        if self.query is not None and self.index is not None and self.edge is not None:
+            self.query, self.index, self.edge = self.query[index], self.index[index], self.edge[index]
+
+    def forget(self) -> None:
+        self.query = self.index = self.edge = None
+
+
+def resembles(query: Tensor, past: Tensor, theta: float, sum_over_ranks: "SumOverRanks") -> Tensor:
+    """Whether cos(query, past) >= theta, per sequence; both [b, heads * d].
+
+    With heads split over ranks, the dot product and both norms are summed first, so that all ranks decide alike
+    (ranks that disagreed would wait for each other in the all-reduce of the votes).
+    """
+    parts = torch.stack([(query * past).sum(-1), query.square().sum(-1), past.square().sum(-1)])
+    dot, a, b = sum_over_ranks(parts)
+    return torch.ge(dot, theta * torch.sqrt(a * b))
+
+
+@dataclass(frozen=True)
+class SumOverRanks:
+    """Sums a tensor over the tensor-parallel ranks of torch.distributed, or leaves it alone."""
+
+    enabled: bool = False
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self.enabled:
+            torch.distributed.all_reduce(tensor)
+        return tensor

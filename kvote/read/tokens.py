@@ -1,0 +1,135 @@
+"""TokenSet: what a block of queries reads. The only thing that readers produce and segments consume."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvote.rope import Rope
+    from kvote.store.segment import Segment
+
+Positions = Literal["original", "contiguous"]
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Tokens, and where they stand for the queries that read them.
+
+    ``index``: slots within the lane, ascending; int64 [b, q, m] for q blocks of queries of equal size, or a range of
+    neighbours that all queries share. ``causal``: the last rows of the list are the queries themselves, row i of r
+    sees list entries up to m - r + i, and with ``window`` only the last ``window`` of those. ``positions``: the
+    tokens' own, or 0 .. m - 1 in list order with the queries at the end of the list, or all at ``query_at``.
+    """
+
+    index: Tensor | range
+    causal: bool = True
+    window: int | None = None
+    positions: Positions = "original"
+    query_at: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        return 1 if isinstance(self.index, range) else self.index.shape[1]
+
+    def __len__(self) -> int:
+        """Tokens that each query reads."""
+        return len(self.index) if isinstance(self.index, range) else self.index.shape[-1]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Query rows ``start`` to ``stop`` of a forward pass, and the disjoint token sets that they read."""
+
+    start: int
+    stop: int
+    reads: list[TokenSet]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Query rows [b, heads, t, d]: rotated by the model, and at position 0 where a reader or a store needs that."""
+
+    rotated: Tensor
+    raw: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> "Queries":
+        raw = None if self.raw is None else self.raw[:, :, start:stop]
+        return Queries(self.rotated[:, :, start:stop], raw)
+
+
+@dataclass
+class Activity:
+    """What a layer did, for ``cache.report()`` and for tests that ask whether a method really acted."""
+
+    calls: int = 0
+    selections: int = 0
+    reused: int = 0
+    tokens_read: int = 0
+    dropped: int = 0
+
+
+@dataclass
+class Reading:
+    """All that a reader may look at for one group of equally long sequences in one forward pass.
+
+    The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
+    a prompt or a turn (or are a decode step).
+    """
+
+    queries: Queries
+    segment: "Segment"
+    rows: list[int]
+    first: int
+    solo: int
+    layer: int
+    sequences: int
+    rope: "Rope | None"
+    activity: Activity
+    memory: "Memory | None" = None
+
+    def of(self, rows: list[int]) -> "Reading":
+        """The same for some of the sequences only."""
+        return replace(self, rows=rows)
+
+    @property
+    def count(self) -> int:
+        return self.queries.rotated.shape[2]
+
+
+class Memory(Protocol):
+    """What a reader remembers between decode steps, per sequence."""
+
+    def select(self, index: list[int]) -> None: ...
+    def forget(self) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Reader(Protocol):
+    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0."""
+
+    @property
+    def needs_raw_keys(self) -> bool: ...
+    def new_memory(self) -> Memory | None: ...
+    def read(self, reading: Reading) -> Iterator[Span]: ...
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Reads all tokens held, at their own positions: dense attention."""
+
+    needs_raw_keys: bool = field(default=False, init=False)
+
+    def new_memory(self) -> None:
+        return None
+
+    def read(self, reading: Reading) -> Iterator[Span]:
+        first, stop = reading.first, reading.first + reading.count
+        own = TokenSet(range(first, stop))
+        if reading.count == 1 or first == 0:
+            yield Span(0, reading.count, [TokenSet(range(stop), causal=reading.count > 1)])
+        else:
+            # Two answers merged by their log-sum-exp: neither part needs a mask of queries x tokens.
+            yield Span(0, reading.count, [TokenSet(range(first), causal=False), own])

@@ -1,0 +1,58 @@
+"""Rotary positions of any model: undo what the model rotated, redo it at another position.
+
+A rotation is undone exactly with its own cosines and sines, so keys can be stored at position 0 and placed anywhere
+when they are read. Half-precision models round cos and sin, which makes their rotation change lengths slightly;
+dividing by cos^2 + sin^2 undoes that too, and with it the attention scaling of YaRN and LongRoPE.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvote.kernels.reference import rotate
+
+# (positions int64 [rows, n], dtype) -> the (cos, sin) that the model itself would use, each [rows, n, channels]
+RotaryModule = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
+_TABLES_KEPT = 8
+
+
+@dataclass
+class Rope:
+    """One layer's rotary embedding. ``repeated``: the model's cos/sin hold every angle twice."""
+
+    module: RotaryModule
+    interleaved: bool = False
+    repeated: bool = True
+    _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [..., n, r], one per pair of channels, at ``positions`` int64 [..., n]."""
+        cos, sin = self.module(positions.reshape(-1, positions.shape[-1]), dtype)
+        if self.repeated:
+            cos, sin = (x[..., ::2] if self.interleaved else x[..., : x.shape[-1] // 2] for x in (cos, sin))
+        shape = (*positions.shape, cos.shape[-1])
+        return cos.float().reshape(shape), sin.float().reshape(shape)
+
+    def contiguous(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The angles [count, r] of positions 0 .. count - 1, in float32."""
+        # Keyed by count, not sliced from a longer table: some ropes depend on the largest position (LongRoPE, NTK).
+        table = self._tables.get((count, device))
+        if table is None:
+            table = self.angles(torch.arange(count, device=device), torch.float32)
+            if len(self._tables) >= _TABLES_KEPT:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[(count, device)] = table
+        return table
+
+    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Takes the model's rotation out of ``x`` [rows, heads, n, d] rotated at ``positions`` [rows, n]."""
+        cos, sin = (a[:, None] for a in self.angles(positions, x.dtype))
+        length = cos.square() + sin.square()
+        return rotate(x, cos / length, -sin / length, interleaved=self.interleaved)
+
+    def apply(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotates ``x`` [..., n, d] by ``angles``, each [..., n, r]."""
+        return rotate(x, *angles, interleaved=self.interleaved)

@@ -1,0 +1,193 @@
+"""Pages: where the tokens of one layer lie in memory.
+
+A lane (one key/value head of one sequence) owns pages of ``PAGE`` tokens out of a pool that all lanes of the layer
+share. Pages hold keys, values and original positions side by side, so a token that moves takes its position with it.
+Sequences that start alike (beams, several answers to one prompt) own the same pages until one of them writes.
+
+Each lane's pages are runs of neighbours in the pool. ``arrange`` lays every lane out in one run with room to grow,
+which is the usual state: a lane then is a plain strided tensor and reading it copies nothing.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE = 64
+# Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
+_ROOM = 8
+_NONE = np.empty(0, np.int64)
+
+
+@dataclass
+class Lane:
+    """Runs of pages ``(first page, pages)`` in token order, and the number of tokens in them."""
+
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    length: int = 0
+
+    @property
+    def pages(self) -> int:
+        return sum(count for _, count in self.runs)
+
+    def page_ids(self) -> np.ndarray:
+        """Pages in token order, int64 [pages]."""
+        return np.concatenate([np.arange(f, f + c) for f, c in self.runs]) if self.runs else _NONE
+
+    def extend(self, first: int, count: int) -> None:
+        if self.runs and sum(self.runs[-1]) == first:
+            self.runs[-1] = (self.runs[-1][0], self.runs[-1][1] + count)
+        else:
+            self.runs.append((first, count))
+
+
+class PagePool:
+    """Keys [pages, PAGE, d], values [pages, PAGE, dv], positions [pages, PAGE] int32, and how many lanes own a page."""
+
+    def __init__(self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.empty(0, PAGE, dim, dtype=dtype, device=device)
+        self.values = torch.empty(0, PAGE, value_dim, dtype=dtype, device=device)
+        self.positions = torch.empty(0, PAGE, dtype=torch.int32, device=device)
+        self.owners = np.zeros(0, np.int32)
+        self.lanes: list[Lane] = []
+
+    @property
+    def nbytes(self) -> int:
+        tables = self.owners.nbytes + 16 * sum(len(lane.runs) for lane in self.lanes)
+        return tables + sum(t.untyped_storage().nbytes() for t in (self.keys, self.values, self.positions))
+
+    def slots(self, lane: Lane, start: int, stop: int) -> Tensor:
+        """Pool slots (page * PAGE + offset) of the lane's tokens ``start`` to ``stop``, int64 [stop - start]."""
+        device = self.keys.device
+        if len(lane.runs) == 1:
+            base = lane.runs[0][0] * PAGE
+            return torch.arange(base + start, base + stop, device=device)
+        token = torch.arange(start, stop, device=device)
+        pages = torch.from_numpy(lane.page_ids()).to(device)
+        return pages[token // PAGE] * PAGE + token % PAGE
+
+    def grow(self, targets: list[int]) -> None:
+        """Gives every lane the pages for ``targets[lane]`` tokens, and sole ownership of the page it writes next."""
+        for lane, target in zip(self.lanes, targets, strict=True):
+            if target > lane.length and lane.length % PAGE and self.owners[self._last_page(lane)] > 1:
+                self._copy_last_page(lane, targets)
+        wanted = [max(0, -(-target // PAGE) - lane.pages) for lane, target in zip(self.lanes, targets, strict=True)]
+        if sum(wanted) == 0:
+            return
+        cramped = any(not self._room_behind(lane, w) for lane, w in zip(self.lanes, wanted, strict=True) if w)
+        shared = len(self.owners) > 0 and self.owners.max() > 1
+        # Lanes that share pages cannot all lie in one run, so laying them out anew would buy nothing.
+        if (cramped and not shared) or int((self.owners == 0).sum()) < sum(wanted):
+            self.arrange(wanted)
+        for lane, want in zip(self.lanes, wanted, strict=True):
+            self._take(lane, want)
+
+    def arrange(self, more: list[int], *, room: bool = True) -> None:
+        """Lays the pool out anew: each lane in one run, then ``more[lane]`` free pages and, if asked, room to grow.
+
+        Shared pages stay shared: they lie with the first lane that owns them.
+        """
+        moved = np.full(len(self.owners), -1, np.int64)
+        sources: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        cursor = 0
+        starts = []
+        for lane, extra in zip(self.lanes, more, strict=True):
+            ids = lane.page_ids()
+            fresh = ids[moved[ids] < 0]
+            moved[fresh] = np.arange(cursor, cursor + len(fresh))
+            sources.append(fresh)
+            targets.append(moved[fresh])
+            starts.append(cursor + len(fresh))
+            cursor += len(fresh) + extra + ((lane.pages + extra) // _ROOM if room and extra else 0)
+        old, new = np.concatenate([*sources, _NONE]), np.concatenate([*targets, _NONE])
+        for name in ("keys", "values", "positions"):
+            pool: Tensor = getattr(self, name)
+            fresh_pool = torch.empty(cursor, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
+            for source, target, count in _runs(old, new):
+                fresh_pool[target : target + count] = pool[source : source + count]
+            setattr(self, name, fresh_pool)
+        owners = np.zeros(cursor, np.int32)
+        owners[new] = self.owners[old]
+        self.owners = owners
+        for lane, start in zip(self.lanes, starts, strict=True):
+            ids = moved[lane.page_ids()]
+            # A lane without pages yet still has its place reserved: a run of no pages marks it.
+            lane.runs = [(int(t), c) for _, t, c in _runs(ids, ids)] or [(start, 0)]
+
+    def truncate(self, lane: Lane, length: int) -> None:
+        """Forgets the lane's tokens from ``length`` on and frees the pages that held only them."""
+        spare = lane.pages - -(-length // PAGE)
+        lane.length = length
+        while spare > 0:
+            first, count = lane.runs.pop()
+            cut = min(spare, count)
+            self.owners[first + count - cut : first + count] -= 1
+            spare -= cut
+            if count > cut or not lane.runs:
+                lane.runs.append((first, count - cut))
+
+    def trim(self) -> None:
+        """Gives unused pages back if they are more than the usual room."""
+        used = int((self.owners > 0).sum())
+        if len(self.owners) - used > used // _ROOM + 2 * len(self.lanes):
+            self.arrange([0] * len(self.lanes))
+
+    def select(self, index: list[int]) -> None:
+        """Makes ``lanes[i]`` a copy of the former ``lanes[index[i]]``; the pages are shared, not copied."""
+        chosen = [self.lanes[i] for i in index]
+        self.owners = np.zeros_like(self.owners)
+        self.lanes = [Lane(list(lane.runs), lane.length) for lane in chosen]
+        for lane in self.lanes:
+            for first, count in lane.runs:
+                self.owners[first : first + count] += 1
+
+    def _own(self, lane: Lane, first: int, count: int) -> None:
+        self.owners[first : first + count] += 1
+        lane.extend(first, count)
+
+    def _take(self, lane: Lane, count: int) -> None:
+        """Gives the lane ``count`` free pages: behind its last one, else in one run, else wherever they are."""
+        if self._room_behind(lane, count):
+            self._own(lane, sum(lane.runs[-1]) if lane.runs else self._first_free(count), count)
+            return
+        while count:
+            piece = count if self._first_free(count) >= 0 else 1
+            self._own(lane, self._first_free(piece), piece)
+            count -= piece
+
+    def _room_behind(self, lane: Lane, count: int) -> bool:
+        if not lane.runs:
+            return self._first_free(count) >= 0
+        end = sum(lane.runs[-1])
+        return end + count <= len(self.owners) and not self.owners[end : end + count].any()
+
+    def _first_free(self, count: int) -> int:
+        free = np.concatenate([[0], (self.owners == 0).astype(np.int8), [0]])
+        edges = np.flatnonzero(np.diff(free))
+        fitting = edges[0::2][edges[1::2] - edges[0::2] >= count]
+        return int(fitting[0]) if len(fitting) else -1
+
+    def _last_page(self, lane: Lane) -> int:
+        return sum(lane.runs[-1]) - 1
+
+    def _copy_last_page(self, lane: Lane, targets: list[int]) -> None:
+        if self._first_free(1) < 0:
+            self.arrange([1] * len(self.lanes))
+        first, old = self._first_free(1), self._last_page(lane)
+        for pool in (self.keys, self.values, self.positions):
+            pool[first] = pool[old]
+        length = lane.length
+        self.truncate(lane, length // PAGE * PAGE)
+        self._own(lane, first, 1)
+        lane.length = length
+
+
+def _runs(old: np.ndarray, new: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cuts two index lists where either stops being consecutive: [(old start, new start, count), ...]."""
+    if len(old) == 0:
+        return []
+    breaks = np.flatnonzero((np.diff(old) != 1) | (np.diff(new) != 1)) + 1
+    edges = np.concatenate([[0], breaks, [len(old)]])
+    return [(int(old[a]), int(new[a]), int(b - a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]

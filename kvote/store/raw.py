@@ -1,0 +1,173 @@
+"""Raw pages: keys and values as the model made them, in the model's dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.read.tokens import Queries, TokenSet
+from kvote.rope import Rope
+from kvote.store.pages import PAGE, Lane, PagePool
+from kvote.store.segment import Logits
+
+
+class RawSegment:
+    """All tokens of a layer, unencoded, one lane per sequence and key/value head.
+
+    With a ``rope``, keys arrive and stay at position 0 and are rotated when they are read; without, they are kept as
+    the model rotated them.
+    """
+
+    def __init__(self, heads: int, dim: int, value_dim: int, like: Tensor, rope: Rope | None) -> None:
+        self.heads, self.rope = heads, rope
+        self.pool = PagePool(dim, value_dim, like.dtype, like.device)
+
+    def length(self, row: int) -> int:
+        return self.pool.lanes[row * self.heads].length
+
+    @property
+    def nbytes(self) -> int:
+        return self.pool.nbytes
+
+    def _lanes(self, rows: Sequence[int]) -> list[int]:
+        return [row * self.heads + head for row in rows for head in range(self.heads)]
+
+    def add_sequences(self, count: int) -> None:
+        """Adds ``count`` sequences without tokens."""
+        self.pool.lanes += [Lane() for _ in range(count * self.heads)]
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more tokens in every lane, in one piece."""
+        self.pool.grow([lane.length + tokens for lane in self.pool.lanes])
+
+    def append(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Adds tokens: ``key`` [b, h, t, d], ``value`` [b, h, t, dv], original ``positions`` [b, t]."""
+        t = key.shape[2]
+        targets = [lane.length for lane in self.pool.lanes]
+        chosen = self._lanes(rows)
+        for i in chosen:
+            targets[i] += t
+        self.pool.grow(targets)
+        lanes = [self.pool.lanes[i] for i in chosen]
+        slots = torch.cat([self.pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
+        for pool, new in ((self.pool.keys, key), (self.pool.values, value)):
+            pool.view(-1, pool.shape[-1]).index_copy_(0, slots, new.reshape(-1, new.shape[-1]).to(pool.dtype))
+        per_lane = positions[:, None].expand(-1, self.heads, -1).reshape(-1).to(torch.int32)
+        self.pool.positions.view(-1).index_copy_(0, slots, per_lane)
+        for lane in lanes:
+            lane.length += t
+
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+        key, value, positions = self._read(rows, tokens)
+        b, heads, t, d = queries.rotated.shape
+        q = tokens.blocks
+        rotated = queries.rotated
+        if self.rope is not None and tokens.positions == "original":
+            key = self.rope.apply(key, self.rope.angles(positions, torch.float32))
+        elif self.rope is not None:
+            assert queries.raw is not None
+            m, r = len(tokens), t // q
+            length = max(m, (tokens.query_at or 0) + 1)
+            cos, sin = self.rope.contiguous(length, key.device)
+            key = self.rope.apply(key, (cos[:m], sin[:m]))
+            if tokens.query_at is None:
+                at = slice(m - r, m)
+            else:
+                at = slice(tokens.query_at, tokens.query_at + 1)
+            rotated = self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos[at], sin[at]))
+        blocks = rotated.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d)
+        out, lse = kernels.attend(
+            blocks,
+            key,
+            value,
+            scale=logits.scale,
+            softcap=logits.softcap,
+            causal=tokens.causal,
+            window=tokens.window,
+        )
+        out = out.reshape(b, q, heads, t // q, -1).transpose(1, 2).reshape(b, heads, t, -1)
+        return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
+
+    def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        return kernels.scores(query, self._view(self.pool.keys, rows, start, stop))
+
+    def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self._view(self.pool.keys, rows, start, stop), self._view(self.pool.values, rows, start, stop)
+
+    def positions(self, row: int) -> list[Tensor]:
+        """Original positions of the tokens held, one int32 tensor per key/value head."""
+        lanes = [self.pool.lanes[i] for i in self._lanes([row])]
+        return [self.pool.positions.view(-1)[self.pool.slots(lane, 0, lane.length)] for lane in lanes]
+
+    def keep(self, row: int, slots: Tensor) -> None:
+        """Drops every token of the sequence but those in ``slots`` (ascending), in all its lanes."""
+        for i in self._lanes([row]):
+            lane = self.pool.lanes[i]
+            old = self.pool.slots(lane, 0, lane.length)[slots.to(self.pool.keys.device)]
+            pools = [p.view(PAGE * p.shape[0], -1) for p in (self.pool.keys, self.pool.values, self.pool.positions)]
+            kept = [pool[old] for pool in pools]
+            # Up to the first token that moves, pages stay as they are and stay shared.
+            moved = int((slots != torch.arange(len(slots))).int().argmax()) if len(slots) else 0
+            self.pool.truncate(lane, moved)
+            self._rewrite(i, [k[moved:] for k in kept])
+        self.pool.trim()
+
+    def _rewrite(self, index: int, rows: list[Tensor]) -> None:
+        lane, t = self.pool.lanes[index], len(rows[0])
+        self.pool.grow([lane.length + t * (i == index) for i, lane in enumerate(self.pool.lanes)])
+        slots = self.pool.slots(lane, lane.length, lane.length + t)
+        for pool, new in zip((self.pool.keys, self.pool.values, self.pool.positions), rows, strict=True):
+            pool.view(PAGE * pool.shape[0], -1).index_copy_(0, slots, new)
+        lane.length += t
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets the last tokens of a sequence, down to ``length``."""
+        for i in self._lanes([row]):
+            self.pool.truncate(self.pool.lanes[i], length)
+
+    def select(self, index: list[int]) -> None:
+        """Makes sequence i a copy of the former sequence ``index[i]``; pages are shared until one of them writes."""
+        self.pool.select(self._lanes(index))
+
+    def _bases(self, rows: list[int]) -> list[int] | None:
+        """First slot of each lane, if each lies in one run."""
+        lanes = [self.pool.lanes[i] for i in self._lanes(rows)]
+        return [lane.runs[0][0] * PAGE for lane in lanes] if all(len(lane.runs) == 1 for lane in lanes) else None
+
+    def _pages(self, rows: list[int]) -> Tensor:
+        """Page table of equally long lanes, int64 [b * h, pages]."""
+        pages = -(-self.length(rows[0]) // PAGE)
+        tables = [torch.from_numpy(self.pool.lanes[i].page_ids()[:pages]) for i in self._lanes(rows)]
+        return torch.stack(tables).to(self.pool.keys.device)
+
+    def _view(self, pool: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        """Tokens ``start`` to ``stop`` as [b, h, n, c]: a view where lanes lie evenly spaced, a copy otherwise."""
+        b, h, n, c = len(rows), self.heads, stop - start, pool.shape[-1]
+        bases = self._bases(rows)
+        if bases is not None:
+            step = bases[1] - bases[0] if len(bases) > 1 else 0
+            if step >= 0 and all(base == bases[0] + i * step for i, base in enumerate(bases)):
+                return pool.as_strided((b, h, n, c), (h * step * c, step * c, c, 1), (bases[0] + start) * c)
+        pages = self._pages(rows)[:, start // PAGE : -(-stop // PAGE)]
+        tokens = pool[pages].reshape(b, h, -1, c)
+        return tokens[:, :, start % PAGE : start % PAGE + n]
+
+    def _read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [b * q, h, m, c] and positions [b * q, h, m] of a token set."""
+        pools = (self.pool.keys, self.pool.values, self.pool.positions[..., None])
+        if isinstance(tokens.index, range):
+            key, value, at = (self._view(p, rows, tokens.index.start, tokens.index.stop) for p in pools)
+            return key, value, at[..., 0]
+        b, q, m = tokens.index.shape
+        flat = tokens.index.reshape(b, 1, q * m)
+        bases = self._bases(rows)
+        if bases is not None:
+            slots = flat + torch.tensor(bases, device=flat.device).reshape(b, self.heads, 1)
+        else:
+            pages = self._pages(rows).reshape(b, self.heads, -1)
+            slots = pages.gather(2, (flat // PAGE).expand(-1, self.heads, -1)) * PAGE + flat % PAGE
+        slots = slots.reshape(b, self.heads, q, m).transpose(1, 2).reshape(-1)
+        key, value, at = (p.reshape(-1, p.shape[-1]).index_select(0, slots) for p in pools)
+        shape = (b * q, self.heads, m)
+        return key.reshape(*shape, -1), value.reshape(*shape, -1), at.reshape(shape)

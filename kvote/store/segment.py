@@ -1,0 +1,38 @@
+"""Segment: some tokens of one layer in one form. The one storage abstraction; readers and layers see only this."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kvote.read.tokens import Queries, TokenSet
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What the model does to q.k before the softmax: its scale, and a tanh soft cap if it has one."""
+
+    scale: float
+    softcap: float | None = None
+
+
+class Segment(Protocol):
+    """``rows`` are sequences of equal length in this segment; tokens are named by their slot within the sequence."""
+
+    heads: int
+
+    def length(self, row: int) -> int: ...
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Softmax attention over ``tokens``: out [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
+        ...
+
+    def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        """q.k of ``query`` [b, heads, r, d] with tokens ``start`` to ``stop`` at position 0: [b, r, heads, n]."""
+        ...
+
+    def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The tokens themselves as stored, keys [b, h, n, d] and values [b, h, n, dv]."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
