@@ -202,11 +202,10 @@ def _attention(
 
 def _solo(layer: Layer, turn: Turn, t: int) -> int:
     """How many of the next ``t`` columns belong to the tail of a prompt or turn."""
-    tail = getattr(layer.method.read, "tail", 0)
     if t == 1:
         return 1
     behind = 0 if turn.end is None else max(0, turn.end - (layer.seen + t))
-    return max(0, min(t, tail - behind))
+    return max(0, min(t, layer.method.read.tail - behind))
 
 
 def attach(model: PreTrainedModel) -> None:

@@ -49,7 +49,7 @@ class Cache(TransformersCache):
         Only its end then counts as the tail that selects token by token; with ``question_follows`` not even that.
         Without this call, the end of every pass does. Memory for the tokens is set aside in one piece.
         """
-        tail = getattr(self.method.read, "tail", 0) if question_follows else 0
+        tail = self.method.read.tail if question_follows else 0
         self.turn.end = self.get_seq_length() + tokens + tail
         for layer in self.managed:
             layer.expected = tokens

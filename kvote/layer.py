@@ -16,8 +16,9 @@ from kvote.store.segment import Logits
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass asks of a layer: q [b, heads, t, d], k [b, h, t, d], v [b, h, t, dv] as the model made them.
+    """What one forward pass asks of a layer.
 
+    ``query`` [b, heads, t, d], ``key`` [b, h, t, d] and ``value`` [b, h, t, dv] are as the model made them;
     ``positions`` [b, t] are those of the rotation; ``valid`` [b, t] is False where a token is padding (None: none
     is). ``solo``: how many of the last tokens end a prompt or a turn. ``sink_logits`` [heads]: learned sinks.
     """
@@ -62,9 +63,10 @@ class Layer:
     def start(self, step: Step) -> RawSegment:
         """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
         if self.segment is None:
-            heads, dim, value_dim = step.key.shape[1], step.key.shape[3], step.value.shape[3]
-            rope = self.rope if self.method.read.needs_raw_keys else None
-            self.segment = RawSegment(heads, dim, value_dim, step.key, rope)
+            reader = self.method.read
+            rope = self.rope if reader.needs_raw_keys else None
+            sketch = reader.wants_sketch
+            self.segment = RawSegment(step.key.shape[1], step.key, step.value.shape[3], rope, sketch=sketch)
             self.segment.add_sequences(step.key.shape[0])
             self.memory = self.method.read.new_memory()
             self.reserve()

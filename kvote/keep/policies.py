@@ -19,6 +19,8 @@ class Keeper(Protocol):
 
 @dataclass(frozen=True)
 class KeepAll:
+    """Every token stays."""
+
     drops: bool = False
 
     def survivors(self, length: int) -> None:

@@ -85,6 +85,15 @@ def soft_votes(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=-1).sum(dim=-2)
 
 
+def forbid(values: Tensor, start: int, limits: list[int]) -> Tensor:
+    """-inf where token ``start + i`` is at or beyond ``limits[j]``; ``values`` [b, r, n] or [b, r, heads, n]."""
+    if all(limit >= start + values.shape[-1] for limit in limits):
+        return values
+    token = torch.arange(start, start + values.shape[-1], device=values.device)
+    late = token >= torch.tensor(limits, device=values.device)[:, None]
+    return values.masked_fill(late if values.dim() == 3 else late[:, None], float("-inf"))
+
+
 def max_pool(votes: Tensor, size: int) -> Tensor:
     """Spreads each vote to its neighbours: a running maximum of ``size`` tokens, stride 1, over [..., n].
 

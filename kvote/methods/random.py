@@ -23,6 +23,7 @@ def random(
         max_pool=0,
         head_map="gqa",
         selection="soft_vote",
+        sketch="none",
         positions="contiguous",
         tensor_parallel=False,
         seed=seed,

@@ -17,6 +17,7 @@ def tokenselect(
     max_pool: int = 0,
     head_map: str = "gqa",
     selection: str = "soft_vote",
+    sketch: str = "none",
     positions: Positions = "contiguous",
     tensor_parallel: bool = False,
 ) -> Method:
@@ -33,8 +34,10 @@ def tokenselect(
     reuses its tokens, for up to ``reuse_span`` steps; more than 1 selects anew each step. ``max_pool``: spreads
     votes to neighbours. ``head_map``: 'gqa' scores each query head against its own key head; 'paper' pairs head h
     with key head h mod (number of key heads), as the published code does. ``selection``: 'soft_vote', or the
-    ablations 'head_vote' and 'logit_sum'. ``positions``: 'original' keeps the text's own positions.
-    ``tensor_parallel``: heads are split over the ranks of torch.distributed, and votes are summed across them.
+    ablations 'head_vote' and 'logit_sum'. ``sketch``: 'int8' scores with 8-bit copies of the keys (half the bytes of
+    bfloat16 keys, read without rearranging; CPU kernels only), 'none' with the keys themselves. ``positions``:
+    'original' keeps the text's own positions. ``tensor_parallel``: heads are split over the ranks of
+    torch.distributed, and votes are summed across them.
 
     Differs from the published code: the window reaches back from the start of a chunk, not from its end, so that the
     first tokens of a chunk see their neighbours too; and a reused list also reads what has left the window since.
@@ -50,6 +53,7 @@ def tokenselect(
         max_pool=max_pool,
         head_map=head_map,
         selection=selection,
+        sketch=sketch,
         positions=positions,
         tensor_parallel=tensor_parallel,
     )

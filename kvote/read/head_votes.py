@@ -34,6 +34,7 @@ class HeadVotes:
     max_pool: int
     head_map: str
     selection: str
+    sketch: str
     positions: Positions
     tensor_parallel: bool
 
@@ -46,7 +47,13 @@ class HeadVotes:
             raise MethodError(f"head_map must be 'gqa' or 'paper'; got {self.head_map!r}.")
         if self.positions not in ("contiguous", "original"):
             raise MethodError(f"positions must be 'contiguous' or 'original'; got {self.positions!r}.")
+        if self.sketch not in ("none", "int8"):
+            raise MethodError(f"sketch must be 'none' or 'int8'; got {self.sketch!r}.")
         vote_named(self.selection)
+
+    @property
+    def wants_sketch(self) -> bool:
+        return self.sketch == "int8"
 
     @property
     def needs_raw_keys(self) -> bool:
@@ -125,22 +132,19 @@ class HeadVotes:
         """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j]."""
         reading.activity.selections += query.shape[0] * query.shape[2]
         votes = SumOverRanks(self.tensor_parallel)(self._votes(reading, query, edges))
-        late = self._late(edges, votes.device)
-        pooled = kernels.max_pool(votes.masked_fill(late, float("-inf")), self.max_pool)
-        return kernels.top_k(pooled.masked_fill(late, float("-inf")), self.top_k) + self.sinks
+        if self.max_pool > 1 or len(edges) > 1:
+            pooled = kernels.max_pool(kernels.forbid(votes, self.sinks, edges), self.max_pool)
+            votes = kernels.forbid(pooled, self.sinks, edges)
+        return kernels.top_k(votes, self.top_k) + self.sinks
 
     def _votes(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
         """Votes [b, r, n] for the tokens from ``sinks`` up to the last edge."""
         if self.head_map == "paper":
             query = _paper_heads(query, reading.segment.heads)
+        if self.selection == "soft_vote":
+            return reading.segment.votes(query, reading.rows, self.sinks, edges)
         logits = reading.segment.scores(query, reading.rows, self.sinks, edges[-1])
-        late = self._late(edges, logits.device)[:, None]
-        return vote_named(self.selection)(logits.masked_fill(late, torch.finfo(logits.dtype).min), self.top_k)
-
-    def _late(self, edges: list[int], device: torch.device) -> Tensor:
-        """Bool [r, n]: tokens that are no candidates of selecting query j, because its local context holds them."""
-        token = torch.arange(self.sinks, edges[-1], device=device)
-        return token >= torch.tensor(edges, device=device)[:, None]
+        return vote_named(self.selection)(kernels.forbid(logits, self.sinks, edges), self.top_k)
 
     def _select_or_reuse(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
         flat = query.reshape(len(reading.rows), -1)

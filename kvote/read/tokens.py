@@ -108,10 +108,15 @@ class Memory(Protocol):
 
 
 class Reader(Protocol):
-    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0."""
+    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``wants_sketch``: a
+    coarse copy of the keys pays for itself. ``tail``: the last tokens of a prompt that it treats one by one."""
 
     @property
     def needs_raw_keys(self) -> bool: ...
+    @property
+    def wants_sketch(self) -> bool: ...
+    @property
+    def tail(self) -> int: ...
     def new_memory(self) -> Memory | None: ...
     def read(self, reading: Reading) -> Iterator[Span]: ...
 
@@ -121,6 +126,8 @@ class Everything:
     """Reads all tokens held, at their own positions: dense attention."""
 
     needs_raw_keys: bool = field(default=False, init=False)
+    wants_sketch: bool = field(default=False, init=False)
+    tail: int = field(default=0, init=False)
 
     def new_memory(self) -> None:
         return None

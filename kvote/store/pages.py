@@ -17,6 +17,7 @@ from torch import Tensor
 PAGE = 64
 # Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
 _ROOM = 8
+_PARTS = ("keys", "values", "positions", "sketch")
 _NONE = np.empty(0, np.int64)
 
 
@@ -43,19 +44,34 @@ class Lane:
 
 
 class PagePool:
-    """Keys [pages, PAGE, d], values [pages, PAGE, dv], positions [pages, PAGE] int32, and how many lanes own a page."""
+    """Keys [pages, PAGE, d], values [pages, PAGE, dv], positions [pages, PAGE] int32, and how many lanes own a page.
 
-    def __init__(self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    With ``sketch_bytes``, also a sketch of each page's keys, uint8 [pages, sketch_bytes].
+    """
+
+    def __init__(
+        self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, sketch_bytes: int = 0
+    ) -> None:
         self.keys = torch.empty(0, PAGE, dim, dtype=dtype, device=device)
         self.values = torch.empty(0, PAGE, value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(0, PAGE, dtype=torch.int32, device=device)
+        self.sketch = torch.empty(0, sketch_bytes, dtype=torch.uint8, device=device)
         self.owners = np.zeros(0, np.int32)
         self.lanes: list[Lane] = []
 
     @property
     def nbytes(self) -> int:
         tables = self.owners.nbytes + 16 * sum(len(lane.runs) for lane in self.lanes)
-        return tables + sum(t.untyped_storage().nbytes() for t in (self.keys, self.values, self.positions))
+        return tables + sum(getattr(self, name).untyped_storage().nbytes() for name in _PARTS)
+
+    def runs(self, lanes: list[int]) -> tuple[np.ndarray, list[int]]:
+        """Runs (first page, pages) of some lanes, int64 [runs, 2], and where each lane's begin in that list."""
+        begins = [0]
+        runs: list[tuple[int, int]] = []
+        for i in lanes:
+            runs += self.lanes[i].runs
+            begins.append(len(runs))
+        return np.array(runs, np.int64).reshape(-1, 2), begins
 
     def slots(self, lane: Lane, start: int, stop: int) -> Tensor:
         """Pool slots (page * PAGE + offset) of the lane's tokens ``start`` to ``stop``, int64 [stop - start]."""
@@ -102,7 +118,7 @@ class PagePool:
             starts.append(cursor + len(fresh))
             cursor += len(fresh) + extra + ((lane.pages + extra) // _ROOM if room and extra else 0)
         old, new = np.concatenate([*sources, _NONE]), np.concatenate([*targets, _NONE])
-        for name in ("keys", "values", "positions"):
+        for name in _PARTS:
             pool: Tensor = getattr(self, name)
             fresh_pool = torch.empty(cursor, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
             for source, target, count in _runs(old, new):
@@ -176,8 +192,8 @@ class PagePool:
         if self._first_free(1) < 0:
             self.arrange([1] * len(self.lanes))
         first, old = self._first_free(1), self._last_page(lane)
-        for pool in (self.keys, self.values, self.positions):
-            pool[first] = pool[old]
+        for name in _PARTS:
+            getattr(self, name)[first] = getattr(self, name)[old]
         length = lane.length
         self.truncate(lane, length // PAGE * PAGE)
         self._own(lane, first, 1)

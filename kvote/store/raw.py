@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.read.tokens import Queries, TokenSet
+from kvote.kernels import cpu
 from kvote.rope import Rope
 from kvote.store.pages import PAGE, Lane, PagePool
 from kvote.store.segment import Logits
@@ -16,12 +17,21 @@ class RawSegment:
     """All tokens of a layer, unencoded, one lane per sequence and key/value head.
 
     With a ``rope``, keys arrive and stay at position 0 and are rotated when they are read; without, they are kept as
-    the model rotated them.
+    the model rotated them. With ``sketch``, an 8-bit sketch of the keys is kept beside them for scoring, where the
+    compiled kernels can read it.
     """
 
-    def __init__(self, heads: int, dim: int, value_dim: int, like: Tensor, rope: Rope | None) -> None:
+    def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch: bool = False) -> None:
+        dim = like.shape[-1]
         self.heads, self.rope = heads, rope
-        self.pool = PagePool(dim, value_dim, like.dtype, like.device)
+        self.sketch = sketch and kernels.compiled(like)
+        self.pool = PagePool(
+            dim,
+            value_dim,
+            like.dtype,
+            like.device,
+            PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(dim) if self.sketch else 0,
+        )
 
     def length(self, row: int) -> int:
         return self.pool.lanes[row * self.heads].length
@@ -55,26 +65,22 @@ class RawSegment:
             pool.view(-1, pool.shape[-1]).index_copy_(0, slots, new.reshape(-1, new.shape[-1]).to(pool.dtype))
         per_lane = positions[:, None].expand(-1, self.heads, -1).reshape(-1).to(torch.int32)
         self.pool.positions.view(-1).index_copy_(0, slots, per_lane)
+        if self.sketch:
+            cpu.sketch(self.pool.keys, self.pool.sketch, slots)
         for lane in lanes:
             lane.length += t
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
-        key, value, positions = self._read(rows, tokens)
+        key, value = self._place(rows, tokens)
         b, heads, t, d = queries.rotated.shape
         q = tokens.blocks
         rotated = queries.rotated
-        if self.rope is not None and tokens.positions == "original":
-            key = self.rope.apply(key, self.rope.angles(positions, torch.float32))
-        elif self.rope is not None:
+        if self.rope is not None and tokens.positions == "contiguous":
             assert queries.raw is not None
-            m, r = len(tokens), t // q
-            length = max(m, (tokens.query_at or 0) + 1)
-            cos, sin = self.rope.contiguous(length, key.device)
-            key = self.rope.apply(key, (cos[:m], sin[:m]))
-            if tokens.query_at is None:
-                at = slice(m - r, m)
-            else:
-                at = slice(tokens.query_at, tokens.query_at + 1)
+            r = t // q
+            first = len(tokens) - r if tokens.query_at is None else tokens.query_at
+            cos, sin = self.rope.contiguous(max(len(tokens), first + 1), key.device)
+            at = slice(first, first + (r if tokens.query_at is None else 1))
             rotated = self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos[at], sin[at]))
         blocks = rotated.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d)
         out, lse = kernels.attend(
@@ -91,6 +97,16 @@ class RawSegment:
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         return kernels.scores(query, self._view(self.pool.keys, rows, start, stop))
+
+    def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
+        """Soft votes [b, r, n] on tokens ``start`` to ``limits[-1]``; query j votes on those before ``limits[j]``."""
+        if kernels.compiled(self.pool.keys):
+            sketch = self.pool.sketch if self.sketch else None
+            lanes = [self.pool.runs(self._lanes([row])) for row in rows]
+            each = [cpu.votes(q, self.pool.keys, *lane, sketch, start, limits) for q, lane in zip(query, lanes)]
+            return torch.stack(each)
+        logits = self.scores(query, rows, start, limits[-1])
+        return kernels.soft_votes(kernels.forbid(logits, start, limits))
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self._view(self.pool.keys, rows, start, stop), self._view(self.pool.values, rows, start, stop)
@@ -119,6 +135,8 @@ class RawSegment:
         slots = self.pool.slots(lane, lane.length, lane.length + t)
         for pool, new in zip((self.pool.keys, self.pool.values, self.pool.positions), rows, strict=True):
             pool.view(PAGE * pool.shape[0], -1).index_copy_(0, slots, new)
+        if self.sketch:
+            cpu.sketch(self.pool.keys, self.pool.sketch, slots)
         lane.length += t
 
     def truncate(self, row: int, length: int) -> None:
@@ -152,6 +170,37 @@ class RawSegment:
         pages = self._pages(rows)[:, start // PAGE : -(-stop // PAGE)]
         tokens = pool[pages].reshape(b, h, -1, c)
         return tokens[:, :, start % PAGE : start % PAGE + n]
+
+    def _place(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor]:
+        """Keys and values [b * q, h, m, c] of a token set, the keys where they stand for the queries."""
+        contiguous = tokens.positions == "contiguous"
+        rope = self.rope
+        if rope is None:
+            return self._read(rows, tokens)[:2]
+        if contiguous and isinstance(tokens.index, Tensor) and self._gathers():
+            return self._gather(rows, tokens.index, rope)
+        key, value, positions = self._read(rows, tokens)
+        if not contiguous:
+            return rope.apply(key, rope.angles(positions, torch.float32)), value
+        cos, sin = rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), key.device)
+        return rope.apply(key, (cos[: len(tokens)], sin[: len(tokens)])), value
+
+    def _gathers(self) -> bool:
+        keys, values = self.pool.keys, self.pool.values
+        return keys.shape == values.shape and kernels.compiled(keys)
+
+    def _gather(self, rows: list[int], index: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """The same for listed tokens at contiguous positions, fetched and rotated in one go."""
+        b, q, m = index.shape
+        key = self.pool.keys.new_empty(b, q, self.heads, m, self.pool.keys.shape[-1])
+        value = torch.empty_like(key)
+        angles = rope.contiguous(m, key.device)
+        for i, row in enumerate(rows):
+            lanes = self.pool.runs(self._lanes([row]))
+            for j in range(q):
+                out = (key[i, j], value[i, j])
+                cpu.gather(self.pool.keys, self.pool.values, *lanes, index[i, j], angles, rope.interleaved, out)
+        return key.flatten(0, 1), value.flatten(0, 1)
 
     def _read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [b * q, h, m, c] and positions [b * q, h, m] of a token set."""

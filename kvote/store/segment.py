@@ -30,6 +30,10 @@ class Segment(Protocol):
         """q.k of ``query`` [b, heads, r, d] with tokens ``start`` to ``stop`` at position 0: [b, r, heads, n]."""
         ...
 
+    def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
+        """Soft votes [b, r, n] of ``query`` [b, heads, r, d] on tokens ``start`` to ``limits[-1]``."""
+        ...
+
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The tokens themselves as stored, keys [b, h, n, d] and values [b, h, n, dv]."""
         ...

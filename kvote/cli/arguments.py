@@ -1,0 +1,121 @@
+"""What ``kvote`` accepts. Each command names the module that runs it."""
+
+import argparse
+from typing import NoReturn
+
+from kvote import __version__
+from kvote.errors import InputError
+
+TOKENS = 65_536
+COMPARED = ("dense", "streamingllm", "random")
+# Stands for a ``--compare`` without a value; no spec can be empty.
+ALL = ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and leaves the exit to ``main``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _Parser(prog="kvote", description="Ask long documents, with the KV cache under control.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"kvote {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
+    _ask(commands)
+    _methods(commands)
+    _env(commands)
+    _train(commands)
+    return top
+
+
+def _command(commands: "argparse._SubParsersAction[_Parser]", name: str, module: str, about: str) -> _Parser:
+    command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
+    command.set_defaults(module=f"kvote.cli.{module}")
+    return command
+
+
+def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    ask = _command(commands, "ask", "ask", "ask a question about a long document")
+    ask.add_argument("--model", metavar="M", help="hub name or local folder (default: the embedded model)")
+    ask.add_argument("--document", metavar="FILE", help="UTF-8 text, - for standard input (default: a built-in one)")
+    ask.add_argument("--question", metavar="Q", help="(default: one about the built-in document)")
+    ask.add_argument(
+        "--method",
+        metavar="SPEC",
+        default="tokenselect",
+        help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
+        "trained length, else the paper's defaults (default: %(default)s)",
+    )
+    ask.add_argument(
+        "--compare",
+        metavar="SPEC",
+        nargs="?",
+        action="append",
+        const=ALL,
+        default=[],
+        help=f"another method to run beside it, may be repeated; without SPEC: {', '.join(COMPARED)}",
+    )
+    ask.add_argument(
+        "--tokens", metavar="N", type=_positive, help=f"size of the built-in document (default: {TOKENS:,})"
+    )
+    ask.add_argument("--max-new-tokens", metavar="N", type=_positive, default=32, help="(default: %(default)s)")
+    _json(ask)
+
+
+def _methods(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    _json(_command(commands, "methods", "methods", "list the methods, their sources and what each needs"))
+
+
+def _env(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    _json(_command(commands, "env", "environment", "show versions, the machine and the kernels that run on it"))
+
+
+def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    train = _command(commands, "train-embedded", "train", "train the embedded model anew, or go on where it stopped")
+    train.add_argument("--out-dir", metavar="DIR", required=True, help="where the model and its log go")
+    # Only what is given is passed on; the defaults are those of kvote.models.train.train.
+    options = {"default": argparse.SUPPRESS, "metavar": "N"}
+    train.add_argument("--tokens", type=_positive, help="length of the whole run in tokens", **options)
+    train.add_argument("--seed", type=_natural, help="decides weights and batches", **options)
+    train.add_argument(
+        "--no-resume", dest="resume", action="store_false", default=argparse.SUPPRESS, help="ignore checkpoints"
+    )
+    train.add_argument(
+        "--checkpoints",
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="where the state for resuming goes (default: beside DIR)",
+    )
+    train.add_argument("--checkpoint-seconds", type=_positive, help="seconds between checkpoints", **options)
+    train.add_argument("--log-every", type=_positive, help="steps between lines of the log", **options)
+    train.add_argument("--check-every", type=_positive, help="steps between accuracy checks", **options)
+    train.add_argument("--check-samples", type=_natural, help="samples of a check, 0 for none", **options)
+    train.add_argument("--stop-after", type=_positive, help="end this run after so many steps of the whole", **options)
+    train.add_argument(
+        "--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="no progress bar"
+    )
+
+
+def _json(command: _Parser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    return number

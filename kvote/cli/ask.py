@@ -1,0 +1,109 @@
+"""``kvote ask``: read a document once per method, ask it, and put the answers beside each other."""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvote import Document
+from kvote.cli.arguments import ALL, COMPARED
+from kvote.cli.load import Loaded, check_memory, load
+from kvote.cli.outcome import Outcome, Run
+from kvote.cli.show import show
+from kvote.cli.subject import Subject, subject
+from kvote.errors import InputError
+from kvote.method import parse
+from kvote.models.presets import with_presets
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers with ``--method`` and then with every ``--compare``, and prints both."""
+    names = _names(args.method, args.compare)
+    for name in names:
+        parse(name)
+    asked = subject(args)
+    loaded = load(args.model)
+    specs = {name: with_presets(name) if loaded.is_embedded else name for name in names}
+    tokens = len(loaded.tokenizer(asked.text).input_ids)
+    for spec in specs.values():
+        check_memory(loaded, parse(spec), tokens)
+    if loaded.is_embedded:
+        _warn_of_foreign_words(loaded, asked)
+    with _progress() as bar:
+        runs = [_answer(loaded, asked, name, spec, tokens, args, bar) for name, spec in specs.items()]
+    outcome = Outcome(
+        model=loaded.name,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        trained_tokens=loaded.trained,
+        document=asked.name,
+        tokens=tokens,
+        question=asked.question,
+        expected=asked.expected,
+        answer=runs[0].answer,
+        right=runs[0].right,
+        runs=runs,
+    )
+    show(outcome, as_json=args.json)
+
+
+def _names(method: str, compare: list[str]) -> list[str]:
+    """Methods to run, each once, the answering one first."""
+    others = [name for given in compare for name in (COMPARED if given == ALL else (given,))]
+    return list(dict.fromkeys(name.strip() for name in (method, *others)))
+
+
+def _answer(
+    loaded: Loaded, asked: Subject, name: str, spec: str, tokens: int, args: argparse.Namespace, bar: Progress
+) -> Run:
+    task = bar.add_task(name, total=tokens)
+    try:
+        document = Document(
+            loaded.model, loaded.tokenizer, asked.text, spec, progress=lambda count: bar.advance(task, count)
+        )
+        answer = document.ask(asked.question, max_new_tokens=args.max_new_tokens)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise InputError(f"Memory ran out with {name}; give a shorter document.") from error
+        raise
+    report = document.cache.report()
+    return Run(
+        name=name,
+        method=spec,
+        answer=answer.text,
+        right=None if asked.expected is None else _is_right(answer.text, asked.expected, strict=loaded.is_embedded),
+        prefill_seconds=round(document.prefill_seconds, 4),
+        first_token_seconds=round(answer.first_token_seconds, 4),
+        ms_per_token=None if answer.ms_per_token is None else round(answer.ms_per_token, 3),
+        tokens_read=max(layer.tokens_read for layer in report.layers),
+        kv_bytes=report.nbytes,
+    )
+
+
+def _is_right(answer: str, expected: str, *, strict: bool) -> bool:
+    """The embedded model must say the answer and stop; others may go on behind it."""
+    return answer == expected if strict else answer.startswith(expected)
+
+
+def _warn_of_foreign_words(loaded: Loaded, asked: Subject) -> None:
+    text = f"{asked.text} {asked.question}"
+    ids = loaded.tokenizer(text).input_ids
+    foreign = ids.count(loaded.tokenizer.unk_token_id) / len(ids)
+    if foreign > 0:
+        print(
+            f"kvote: the embedded model does not know {foreign:.0%} of these words; it speaks only the small language "
+            f"of the built-in document, so name a --model that reads yours.",
+            file=sys.stderr,
+        )
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)

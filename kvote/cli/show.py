@@ -1,0 +1,76 @@
+"""Tables for people, one JSON object for programs."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kvote.cli.outcome import Outcome, Run
+
+_ANSWER_SHOWN = 28
+_PIPE_WIDTH = 120
+
+
+def plain_table(**kwargs: Any) -> Table:
+    """A table without a frame."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, **kwargs)
+
+
+def show(outcome: Outcome, *, as_json: bool) -> None:
+    """Prints the answer of the first method and a table of all."""
+    if as_json:
+        print(json.dumps(asdict(outcome), indent=1, ensure_ascii=False))
+        return
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    for name, value in _head(outcome):
+        console.print(f"{name:10}{value}", soft_wrap=True)
+    console.print(_runs(outcome))
+
+
+def _head(outcome: Outcome) -> list[tuple[str, str]]:
+    size = f"{outcome.tokens:,} tokens"
+    if outcome.trained_tokens and outcome.tokens > outcome.trained_tokens:
+        times = outcome.tokens / outcome.trained_tokens
+        size += f", {times:,.3g} times the {outcome.trained_tokens:,} that the model was made for"
+    verdict = "" if outcome.right is None else " (right)" if outcome.right else f" (wrong: it is {outcome.expected})"
+    return [
+        ("Model", outcome.model),
+        ("Document", f"{outcome.document}, {size}"),
+        ("Question", outcome.question),
+        ("Answer", outcome.answer + verdict),
+    ]
+
+
+def _runs(outcome: Outcome) -> Table:
+    table = plain_table()
+    judged = outcome.expected is not None
+    table.add_column("method", overflow="fold")
+    table.add_column("answer", max_width=_ANSWER_SHOWN)
+    if judged:
+        table.add_column("", no_wrap=True)
+    for name in ("prefill\ns", "first\ntoken s", "ms per\ntoken", "tokens\nread", "KV held\nMiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in outcome.runs:
+        verdict = [] if not judged else ["right" if run.right else "wrong"]
+        table.add_row(run.name, _short(run.answer), *verdict, *_figures(run))
+    return table
+
+
+def _figures(run: Run) -> list[str]:
+    return [
+        f"{run.prefill_seconds:.1f}",
+        f"{run.first_token_seconds:.2f}",
+        "-" if run.ms_per_token is None else f"{run.ms_per_token:.1f}",
+        f"{run.tokens_read:,}",
+        f"{run.kv_bytes / 2**20:,.1f}",
+    ]
+
+
+def _short(answer: str) -> str:
+    line = " ".join(answer.split())
+    return line if len(line) <= _ANSWER_SHOWN else line[: _ANSWER_SHOWN - 2].rstrip() + " …"

@@ -1,0 +1,296 @@
+"""What generate() and its users do to a cache, the same for every method."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvote import CropError
+
+_ALL = "top_k=500, sinks=2, window=6, chunk=4"
+_FEW = "top_k=5, sinks=2, window=6"
+# Lossy ones select token by token (chunk=1, or all in the tail), so that passes do not change what a query reads.
+METHODS = {
+    "dense": "dense",
+    "streamingllm-all": "streamingllm(sinks=2, window=500)",
+    "streamingllm": "streamingllm(sinks=2, window=9)",
+    "tokenselect-all": f"tokenselect({_ALL})",
+    "tokenselect-chunk1": f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "tokenselect-tail": f"tokenselect({_FEW}, chunk=16, tail=500, theta=2.0)",
+    "random-all": f"random({_ALL})",
+    "random-chunk1": f"random({_FEW}, chunk=1, tail=0)",
+    "random-tail": f"random({_FEW}, chunk=16, tail=500)",
+}
+COLUMNS = 70
+
+
+@pytest.fixture(params=METHODS.values(), ids=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[1, 4, 7], ids="gqa{}".format)
+def net(request: pytest.FixtureRequest) -> PreTrainedModel:
+    heads = 2 * request.param
+    return tiny.model(hidden_size=16 * heads, head_dim=16, num_attention_heads=heads, num_key_value_heads=2)
+
+
+@pytest.fixture(params=[[0, 0, 0], [11, 0, 66]], ids=["unpadded", "padded"])
+def batch(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor | None]:
+    tokens, mask = tiny.padded(3, COLUMNS, request.param)
+    return tokens, mask if any(request.param) else None
+
+
+def cut(mask: Tensor | None, columns: int) -> Tensor | None:
+    return None if mask is None else mask[:, :columns]
+
+
+def same(mine: Tensor, other: Tensor, mask: Tensor | None = None) -> None:
+    """Logits agree, wherever there is a token."""
+    if mask is not None:
+        at = mask[:, -mine.shape[1] :].bool()
+        mine, other = mine[at], other[at]
+    torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def more(rows: int, mask: Tensor | None, columns: int = 3, seed: int = 9) -> tuple[Tensor, Tensor | None]:
+    """Further tokens for every row, and the mask that covers them too."""
+    longer = None if mask is None else torch.cat([mask, torch.ones(rows, columns, dtype=torch.long)], dim=1)
+    return tiny.ids(rows, columns, seed), longer
+
+
+@pytest.mark.parametrize("passes", [1, 7, 64])
+def test_one_shot_equals_passes(net, method, batch, passes):
+    tokens, mask = batch
+    whole = tiny.feed(net, tiny.cache(net, method), tokens, mask)
+    same(tiny.feed(net, tiny.cache(net, method), tokens, mask, passes), whole, mask)
+
+
+def test_crop_then_continue_equals_never_had_them(net, method, batch):
+    tokens, mask = batch
+    cropped, fresh = tiny.cache(net, method), tiny.cache(net, method)
+    cropped.activate_past_recording()
+    tiny.feed(net, cropped, tokens, mask)
+    cropped.crop(-40)
+    kept = COLUMNS - 40
+    tiny.feed(net, fresh, tokens[:, :kept], cut(mask, kept))
+    assert cropped.get_seq_length() == kept
+    extra, longer = more(3, cut(mask, kept), 20)
+    same(tiny.feed(net, cropped, extra, longer), tiny.feed(net, fresh, extra, longer), longer)
+    for layer in range(2):
+        assert held(cropped, layer) == held(fresh, layer)
+
+
+def held(cache: Any, layer: int) -> list[list[int]]:
+    """Positions that stay once recording ends, per lane."""
+    cache.layers[layer].record_past = False
+    cache.layers[layer].layer.drop()
+    return [lane.tolist() for row in cache.positions(layer) for lane in row]
+
+
+def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask)
+    if cache.is_croppable:
+        cache.crop(-40)
+        assert cache.get_seq_length() == COLUMNS - 40
+        return
+    with pytest.raises(CropError, match=r"streamingllm.*has dropped tokens.*activate_past_recording"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == COLUMNS
+
+
+def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tokens[:, :60], cut(mask, 60))
+    cache.activate_past_recording()
+    tiny.feed(net, cache, tokens[:, 60:], mask)
+    try:
+        cache.crop(-30)
+    except CropError:
+        return
+    fresh = tiny.cache(net, method)
+    tiny.feed(net, fresh, tokens[:, :40], cut(mask, 40))
+    extra, longer = more(3, cut(mask, 40))
+    same(tiny.feed(net, cache, extra, longer), tiny.feed(net, fresh, extra, longer), longer)
+
+
+def test_cropping_nothing_changes_nothing(net, method, batch):
+    tokens, mask = batch
+    cache, other = tiny.cache(net, method), tiny.cache(net, method)
+    for each in (cache, other):
+        tiny.feed(net, each, tokens, mask)
+    cache.crop(0)
+    extra, longer = more(3, mask)
+    same(tiny.feed(net, cache, extra, longer), tiny.feed(net, other, extra, longer), longer)
+
+
+def test_cropping_everything_leaves_an_empty_cache(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    cache.activate_past_recording()
+    tiny.feed(net, cache, tokens, mask)
+    cache.crop(-COLUMNS)
+    assert cache.get_seq_length() == 0
+    again = tiny.feed(net, cache, tokens, mask)
+    same(again, tiny.feed(net, tiny.cache(net, method), tokens, mask), mask)
+
+
+@pytest.mark.parametrize("order", [[1, 2, 0], [2, 2, 0], [1, 1, 1]], ids=str)
+def test_reorder_gives_each_row_the_history_it_asked_for(net, method, batch, order):
+    tokens, mask = batch
+    cache, fresh = tiny.cache(net, method), tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask)
+    cache.reorder_cache(torch.tensor(order))
+    mask = None if mask is None else mask[order]
+    tiny.feed(net, fresh, tokens[order], mask)
+    extra, longer = more(3, mask, 5)
+    same(tiny.feed(net, cache, extra, longer, 1), tiny.feed(net, fresh, extra, longer, 1))
+
+
+def test_reordering_again_and_again_while_decoding_stays_right(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask)
+    history = tokens
+    for step, order in enumerate([[0, 0, 1], [2, 1, 0], [1, 1, 1], [0, 2, 2]]):
+        cache.reorder_cache(torch.tensor(order))
+        extra, longer = more(3, None if mask is None else mask[order], 1, seed=step)
+        last = tiny.feed(net, cache, extra, longer)
+        history, mask = torch.cat([history[order], extra], dim=1), longer
+    fresh = tiny.cache(net, method)
+    tiny.feed(net, fresh, history[:, :COLUMNS], cut(mask, COLUMNS))
+    same(last, tiny.feed(net, fresh, history[:, COLUMNS:], mask, 1)[:, -1:])
+
+
+def test_repeat_interleave_really_changes_the_batch(net, method, batch):
+    tokens, mask = batch
+    cache, fresh = tiny.cache(net, method), tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask)
+    before = cache.batch_size
+    cache.batch_repeat_interleave(2)
+    assert (before, cache.batch_size) == (3, 6)
+    mask = None if mask is None else mask.repeat_interleave(2, 0)
+    tiny.feed(net, fresh, tokens.repeat_interleave(2, 0), mask)
+    extra, longer = more(6, mask)
+    same(tiny.feed(net, cache, extra, longer), tiny.feed(net, fresh, extra, longer))
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([2, 0]), torch.tensor([False, True, True])], ids=["numbers", "mask"])
+def test_select_indices_keeps_those_rows(net, method, batch, rows):
+    tokens, mask = batch
+    cache, fresh = tiny.cache(net, method), tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask)
+    cache.batch_select_indices(rows)
+    assert cache.batch_size == 2
+    mask = None if mask is None else mask[rows]
+    tiny.feed(net, fresh, tokens[rows], mask)
+    extra, longer = more(2, mask)
+    same(tiny.feed(net, cache, extra, longer), tiny.feed(net, fresh, extra, longer))
+
+
+def test_reset_then_reuse_equals_a_new_cache(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    cache.expect(200)
+    tiny.feed(net, cache, tiny.ids(2, 33, seed=5))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    again = tiny.feed(net, cache, tokens, mask)
+    same(again, tiny.feed(net, tiny.cache(net, method), tokens, mask), mask)
+
+
+def test_a_deep_copy_diverges_without_touching_its_original(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask)
+    clone = copy.deepcopy(cache)
+    one, longer = more(3, mask, 4, seed=1)
+    two, _ = more(3, mask, 4, seed=2)
+    got = tiny.feed(net, clone, two, longer), tiny.feed(net, cache, one, longer)
+    for logits, extra in zip(got, (two, one), strict=True):
+        fresh = tiny.cache(net, method)
+        tiny.feed(net, fresh, tokens, mask)
+        same(logits, tiny.feed(net, fresh, extra, longer))
+
+
+def test_a_row_alone_equals_the_row_in_a_padded_batch(net, method):
+    pads = [11, 0, 66]
+    tokens, mask = tiny.padded(3, COLUMNS, pads)
+    cache = tiny.cache(net, method)
+    extra, longer = more(3, mask)
+    together = torch.cat([tiny.feed(net, cache, tokens, mask), tiny.feed(net, cache, extra, longer, 1)], dim=1)
+    for row, count in enumerate(pads):
+        alone = tiny.cache(net, method)
+        logits = tiny.feed(net, alone, tokens[row : row + 1, count:])
+        logits = torch.cat([logits, tiny.feed(net, alone, extra[row : row + 1], passes=1)], dim=1)
+        same(together[row : row + 1, count:], logits)
+        assert all(torch.equal(a, b) for a, b in zip(cache.positions(1)[row], alone.positions(1)[0], strict=True))
+
+
+def test_pads_never_enter_a_lane(net, method):
+    pads = [11, 0, 66]
+    tokens, mask = tiny.padded(3, COLUMNS, pads)
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask, 64)
+    for layer in range(2):
+        for count, lanes in zip(pads, cache.positions(layer), strict=True):
+            assert all(lane[0] == 0 and lane[-1] == COLUMNS - count - 1 for lane in lanes)
+            assert all(len(lane) <= COLUMNS - count and bool((lane.diff() > 0).all()) for lane in lanes)
+
+
+def test_lengths_are_those_of_the_columns_seen(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    assert cache.get_seq_length() == 0
+    for stop in (7, 8, COLUMNS):
+        seen = cache.get_seq_length()
+        tiny.feed(net, cache, tokens[:, seen:stop], cut(mask, stop))
+        for layer in range(2):
+            assert cache.get_seq_length(layer) == stop
+            assert cache.get_mask_sizes(4, layer) == (stop + 4, 0)
+    assert cache.get_max_length() == -1
+
+
+def test_nbytes_is_the_sum_of_the_buffers(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tokens, mask)
+    tiny.feed(net, cache, *more(3, mask))
+    runs = sum(len(lane.runs) for layer in cache.managed for lane in layer.segment.pool.lanes)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in buffers(cache)}
+    arrays = sum(layer.segment.pool.owners.nbytes for layer in cache.managed)
+    assert cache.nbytes() == sum(storages.values()) + arrays + 16 * runs > 0
+    assert cache.nbytes() == sum(layer.nbytes for layer in cache.report().layers)
+
+
+def buffers(held: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor that hangs on an object, but not on the model's own modules."""
+    seen = set() if seen is None else seen
+    if id(held) in seen or isinstance(held, torch.nn.Module | type | np.ndarray) or callable(held):
+        return
+    seen.add(id(held))
+    if isinstance(held, Tensor):
+        yield held
+        return
+    inside = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else ()
+    for value in (*inside, *getattr(held, "__dict__", {}).values()):
+        yield from buffers(value, seen)
+
+
+def test_nbytes_falls_when_the_batch_shrinks(net, method, batch):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tokens.repeat(4, 1), None if mask is None else mask.repeat(4, 1))
+    before = cache.nbytes()
+    cache.batch_select_indices(torch.tensor([1]))
+    tiny.feed(net, cache, *more(1, None if mask is None else mask[1:2]))
+    assert cache.nbytes() < before / 2
