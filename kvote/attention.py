@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvote.errors import InactiveCacheError, UnsupportedModelError
+from kvote.errors import InactiveCacheError, InputError, UnsupportedModelError
 from kvote.kernels.reference import rotate
 from kvote.layer import Layer, Step
 from kvote.rope import Rope
@@ -146,7 +146,13 @@ def _mask(native: str, **kwargs: Any) -> Tensor | None:
     mask, t = kwargs.get("attention_mask"), kwargs["q_length"]
     valid = None
     if mask is not None:
-        new = mask[:, kwargs["q_offset"] : kwargs["q_offset"] + t]
+        seen = kwargs["q_offset"]
+        if mask.shape[1] < seen + t:
+            raise InputError(
+                f"The attention mask covers {mask.shape[1]} tokens, but the cache holds {seen} and {t} are new; pass a "
+                "mask over all of them."
+            )
+        new = mask[:, seen : seen + t]
         valid = None if bool(new.all()) else new
     carrier = torch.empty(0, dtype=torch.bool)
     setattr(carrier, _PADDING, Padding(valid, make))
@@ -197,7 +203,9 @@ def _attention(
         logits=Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
         sink_logits=kwargs.get("s_aux"),
     )
-    return owner.layer.attend(step), None
+    # Inference only. Tensors made here outlive an inference_mode block, so they must not belong to it.
+    with torch.inference_mode(False), torch.no_grad():
+        return owner.layer.attend(step), None
 
 
 def _solo(layer: Layer, turn: Turn, t: int) -> int:
@@ -265,7 +273,7 @@ def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
         angles = rope.angles(positions, torch.float32)
         if 2 * angles[0].shape[-1] <= head_dim:
             mine = rotate(x, angles[0][:, None], angles[1][:, None], interleaved=interleaved)
-            if torch.allclose(mine, expected, atol=1e-5) and torch.allclose(rope.undo(mine, positions), x, atol=1e-4):
+            if torch.allclose(mine, expected, atol=1e-5) and torch.allclose(rope.undo(mine, angles), x, atol=1e-4):
                 return rope
     raise UnsupportedModelError(f"{name} rotates keys in a way that kvote cannot undo; use method 'dense'.")
 

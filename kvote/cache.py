@@ -55,6 +55,11 @@ class Cache(TransformersCache):
             layer.expected = tokens
             layer.reserve()
 
+    def reset(self) -> None:
+        """Back to the state before the first token; memory is given back."""
+        super().reset()
+        self.turn.end = None
+
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, tables and what readers remember, in every layer."""
         self._check_active()

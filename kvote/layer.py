@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.errors import CropError
+from kvote.errors import CropError, InputError
 from kvote.method import Method
 from kvote.read.tokens import Activity, Memory, Queries, Reading
 from kvote.rope import Rope
@@ -79,15 +79,20 @@ class Layer:
             self.expected = 0
 
     def attend(self, step: Step) -> Tensor:
-        """The attention output [b, t, heads, dv] of new tokens that are kept, stored and read as the method says."""
+        """The attention output [b, t, heads, dv] of new tokens that are kept, stored and read as the method says.
+
+        Raises InputError if the batch size changed.
+        """
         segment = self.start(step)
         self.activity.calls += 1
         b, heads, t, _ = step.query.shape
+        if b != self.sequences:
+            raise InputError(f"This cache holds {self.sequences} sequences, but the batch has {b}; reset the cache.")
         self._remember_columns(step.valid, b, t)
         raw_key, raw_query = step.key, None
         if segment.rope is not None:
-            raw_key = segment.rope.undo(step.key, step.positions)
-            raw_query = segment.rope.undo(step.query, step.positions)
+            angles = segment.rope.angles(step.positions, step.key.dtype)
+            raw_key, raw_query = segment.rope.undo(step.key, angles), segment.rope.undo(step.query, angles)
         queries = Queries(step.query, raw_query)
         out = step.value.new_zeros(b, heads, t, step.value.shape[3])
         for rows, columns in self._groups(step.valid, b, t):

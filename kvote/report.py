@@ -24,12 +24,11 @@ class LayerReport:
     def of(cls, layer: Layer) -> "LayerReport":
         held = 0 if layer.segment is None else sum(layer.segment.length(row) for row in range(layer.sequences))
         act = layer.activity
-        read = act.tokens_read or (held // max(1, layer.sequences))
         return cls(
             layer=layer.index,
             tokens_seen=layer.seen,
             tokens_held=held,
-            tokens_read=read,
+            tokens_read=act.tokens_read,
             selections=act.selections,
             reused=act.reused,
             dropped=act.dropped,

@@ -47,9 +47,9 @@ class Rope:
             self._tables[(count, device)] = table
         return table
 
-    def undo(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Takes the model's rotation out of ``x`` [rows, heads, n, d] rotated at ``positions`` [rows, n]."""
-        cos, sin = (a[:, None] for a in self.angles(positions, x.dtype))
+    def undo(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Takes the model's rotation by ``angles`` [rows, n, r] each out of ``x`` [rows, heads, n, d]."""
+        cos, sin = (a[:, None] for a in angles)
         length = cos.square() + sin.square()
         return rotate(x, cos / length, -sin / length, interleaved=self.interleaved)
 

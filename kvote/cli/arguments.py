@@ -1,6 +1,7 @@
 """What ``kvote`` accepts. Each command names the module that runs it."""
 
 import argparse
+from functools import partial
 from typing import NoReturn
 
 from kvote import __version__
@@ -77,9 +78,9 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train = _command(commands, "train-embedded", "train", "train the embedded model anew, or go on where it stopped")
     train.add_argument("--out-dir", metavar="DIR", required=True, help="where the model and its log go")
     # Only what is given is passed on; the defaults are those of kvote.models.train.train.
-    options = {"default": argparse.SUPPRESS, "metavar": "N"}
-    train.add_argument("--tokens", type=_positive, help="length of the whole run in tokens", **options)
-    train.add_argument("--seed", type=_natural, help="decides weights and batches", **options)
+    number = partial(train.add_argument, default=argparse.SUPPRESS, metavar="N")
+    number("--tokens", type=_positive, help="length of the whole run in tokens")
+    number("--seed", type=_natural, help="decides weights and batches")
     train.add_argument(
         "--no-resume", dest="resume", action="store_false", default=argparse.SUPPRESS, help="ignore checkpoints"
     )
@@ -89,11 +90,11 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         default=argparse.SUPPRESS,
         help="where the state for resuming goes (default: beside DIR)",
     )
-    train.add_argument("--checkpoint-seconds", type=_positive, help="seconds between checkpoints", **options)
-    train.add_argument("--log-every", type=_positive, help="steps between lines of the log", **options)
-    train.add_argument("--check-every", type=_positive, help="steps between accuracy checks", **options)
-    train.add_argument("--check-samples", type=_natural, help="samples of a check, 0 for none", **options)
-    train.add_argument("--stop-after", type=_positive, help="end this run after so many steps of the whole", **options)
+    number("--checkpoint-seconds", type=_positive, help="seconds between checkpoints")
+    number("--log-every", type=_positive, help="steps between lines of the log")
+    number("--check-every", type=_positive, help="steps between accuracy checks")
+    number("--check-samples", type=_natural, help="samples of a check, 0 for none")
+    number("--stop-after", type=_positive, help="end this run after so many steps of the whole")
     train.add_argument(
         "--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="no progress bar"
     )

@@ -121,7 +121,8 @@ class HeadVotes:
     def _scoring_queries(self, reading: Reading, row: int, stop: int) -> Tensor:
         """Queries [b, heads, rows, d] as if each chunk began right behind its window and all candidates were at 0."""
         rope, raw = reading.rope, reading.queries.raw
-        assert rope is not None and raw is not None
+        assert rope is not None
+        assert raw is not None
         rows = raw[:, :, row:stop].float()
         cos, sin = rope.contiguous(self.window + self.chunk, raw.device)
         alone = row >= reading.count - reading.solo
@@ -149,7 +150,9 @@ class HeadVotes:
     def _select_or_reuse(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
         flat = query.reshape(len(reading.rows), -1)
         memory.prepare(reading.sequences, flat, self.top_k)
-        assert memory.query is not None and memory.index is not None and memory.edge is not None
+        assert memory.query is not None
+        assert memory.index is not None
+        assert memory.edge is not None
         rows = torch.tensor(reading.rows, device=flat.device)
         same = resembles(flat, memory.query[rows], self.theta, SumOverRanks(self.tensor_parallel))
         fresh = (~(same & (memory.edge[rows] == edge))).nonzero()[:, 0]

@@ -27,6 +27,7 @@ class SinksAndRecent:
 
     def read(self, reading: Reading) -> Iterator[Span]:
         size = self.sinks + self.window
+        reading.activity.tokens_read = min(size, reading.first + reading.count)
         row = 0
         while row < reading.count:
             slot = reading.first + row

@@ -135,6 +135,7 @@ class Everything:
     def read(self, reading: Reading) -> Iterator[Span]:
         first, stop = reading.first, reading.first + reading.count
         own = TokenSet(range(first, stop))
+        reading.activity.tokens_read = stop
         if reading.count == 1 or first == 0:
             yield Span(0, reading.count, [TokenSet(range(stop), causal=reading.count > 1)])
         else:

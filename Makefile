@@ -1,0 +1,50 @@
+# Two commands do everything on a machine that has python3 (3.11 or newer, with venv) and a C++ compiler:
+#   make demo    ask a document 64 times longer than the model was trained on, with four methods
+#   make test    format check, lint, types, tests
+# The first run of either makes .venv; later runs start at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kvote/kernels/cpu/src/*)
+
+# Building kvote's own wheel is pinned as well.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.run
+	$(BIN)/kvote ask --compare
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make needs Python 3.11 or newer (set PYTHON=...): the pinned transformers does." >&2; exit 1; }
+	@echo "Setting up $(VENV); the first time, this takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch $(SOURCES)
+	$(PIP) --quiet -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(PIP) --quiet -e '.[bench,dev]'
+	@touch $@ $(VENV)/.run

@@ -1,0 +1,67 @@
+"""What every bench script shares: the embedded model, the machine's name, tables, results on disk."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvote
+from kvote.models import embedded
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The embedded model, silent and in evaluation mode, and its tokenizer."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(embedded(), dtype=dtype).eval()
+    return model, AutoTokenizer.from_pretrained(embedded())
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures were measured."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "backend": kvote.kernels.backend(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kvote": kvote.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def command() -> str:
+    """The command line that reproduces this run."""
+    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Writes ``results/name.json`` in one step, so that a stopped run leaves the last whole one."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"command": command(), "machine": machine(), **result}, indent=1) + "\n")
+    os.replace(draft, path)
+    return path
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
