@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kvote import __version__, kernels
+from kvote.kernels import cpu, fused
 
 _SIMD = frozenset(
     "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 "
@@ -23,6 +24,7 @@ class Backend:
     """One implementation of the kernels. ``missing`` is the reason why it cannot run here, None if it can."""
 
     name: str
+    computes: str
     in_use: bool
     missing: str | None
 
@@ -58,7 +60,7 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         memory_total=total,
         memory_available=available,
-        backends=[Backend(name, name == kernels.backend(), probe()) for name, probe in _PROBES.items()],
+        backends=_backends(),
     )
 
 
@@ -97,26 +99,34 @@ def _reference() -> str | None:
 def _fused() -> str | None:
     query, key = torch.zeros(1, 2, 3, 32), torch.zeros(1, 1, 5, 32)
     try:
-        from kvote.kernels import fused
-
         fused.attend(query, key, key, scale=1.0, causal=True, window=None)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         return f"this torch has no fused CPU attention that kvote can call ({str(error).splitlines()[0]})"
     return None
 
 
-def _package(name: str, what: str) -> str | None:
-    return None if find_spec(f"kvote.kernels.{name}") else f"this release of kvote has no {what} kernels"
-
-
 def _triton() -> str | None:
-    missing = _package("triton", "GPU")
-    return missing or (None if torch.cuda.is_available() else "torch sees no GPU")
+    if find_spec("kvote.kernels.triton") is None:
+        return "this release of kvote has no GPU kernels"
+    return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
-_PROBES: dict[str, Callable[[], str | None]] = {
-    "reference": _reference,
-    "fused": _fused,
-    "cpu": lambda: _package("cpu", "compiled CPU"),
-    "triton": _triton,
+# What each implementation computes, and a probe that gives the reason why it cannot run here.
+_BACKENDS: dict[str, tuple[str, Callable[[], str | None]]] = {
+    "reference": ("everything, in plain torch", _reference),
+    "fused": ("attention, torch's fused CPU kernel", _fused),
+    "cpu": ("votes, top-k, gathering and sketches, C++", cpu.why_not),
+    "triton": ("everything, on a GPU", _triton),
 }
+
+
+def _backends() -> list[Backend]:
+    found = []
+    for name, (computes, probe) in _BACKENDS.items():
+        missing = probe()
+        if name == "cpu" and missing is None:
+            computes = f"{computes} with {cpu.instruction_set()}"
+        # The reference does whatever the others cannot.
+        in_use = name == "reference" or (missing is None and kernels.backend() != "reference")
+        found.append(Backend(name, computes, in_use, missing))
+    return found

@@ -21,11 +21,9 @@ METHODS = {
     "streamingllm-all": "streamingllm(sinks=2, window=500)",
     "streamingllm": "streamingllm(sinks=2, window=9)",
     "tokenselect-all": f"tokenselect({_ALL})",
-    "tokenselect-chunk1": f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "tokenselect": f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "tokenselect-tail": f"tokenselect({_FEW}, chunk=16, tail=500, theta=2.0)",
-    "random-all": f"random({_ALL})",
-    "random-chunk1": f"random({_FEW}, chunk=1, tail=0)",
-    "random-tail": f"random({_FEW}, chunk=16, tail=500)",
+    "random": f"random({_FEW}, chunk=16, tail=500)",
 }
 COLUMNS = 70
 

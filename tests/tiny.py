@@ -50,15 +50,22 @@ def _weights(family: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> Pr
             "bos_token_id": 1,
             "eos_token_id": None,
             **own,
-            **dict(changes),
+            **{name: _thawed(value) if name == "rope_parameters" else value for name, value in changes},
         },
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def _thawed(rope: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in rope}
+
+
 def model(family: str = "llama", *, native: str | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model with transformers' own attention (``native``); weights are made once per test process."""
+    rope = changes.get("rope_parameters")
+    if rope is not None:
+        changes["rope_parameters"] = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in rope.items())
     made = _weights(family, seed, tuple(sorted(changes.items())))
     made.set_attn_implementation(native or ("eager" if family == "gpt-oss" else "sdpa"))
     return made

@@ -4,9 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from rich.console import Console
-
-from kvote.cli.show import plain_table
+from kvote.cli.show import plain_console, plain_table
 from kvote.env import Environment, environment
 
 
@@ -16,17 +14,17 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return
-    console = Console()
+    console = plain_console()
     table = plain_table(show_header=False)
     for name, value in _facts(found):
         table.add_row(name, value)
     console.print(table)
     table = plain_table()
-    for column in ("backend", "state"):
-        table.add_column(column)
+    for column in ("kernels", "what they compute", "state"):
+        table.add_column(column, overflow="fold")
     for backend in found.backends:
-        state = f"no: {backend.missing}" if backend.missing else "in use" if backend.in_use else "available"
-        table.add_row(backend.name, state)
+        state = f"missing: {backend.missing}" if backend.missing else "in use" if backend.in_use else "switched off"
+        table.add_row(backend.name, backend.computes, state)
     console.print(table)
 
 

@@ -3,11 +3,8 @@
 import argparse
 import json
 
-from rich.console import Console
-from rich.table import Table
-
 import kvote.methods  # noqa: F401  (fills the registry)
-from kvote.cli.show import plain_table
+from kvote.cli.show import plain_console, plain_table
 from kvote.method import METHODS
 
 _FIELDS = ("name", "rooms", "summary", "source", "needs")
@@ -19,9 +16,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"methods": rows}, indent=1))
         return
-    table: Table = plain_table()
-    for field in _FIELDS:
-        table.add_column(field, no_wrap=field in ("name", "rooms"), overflow="fold")
+    table = plain_table()
+    for column in ("method", "decides", "what it does, where it comes from, what it needs"):
+        table.add_column(column, no_wrap=column == "method", overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
-    Console().print(table)
+        table.add_row(row["name"], row["rooms"], f"{row['summary']}\n{row['source']}; needs {row['needs']}")
+    plain_console().print(table)

@@ -19,14 +19,20 @@ def plain_table(**kwargs: Any) -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, **kwargs)
 
 
+def plain_console() -> Console:
+    """Standard output without colours of its own; wide enough for every table where no terminal sets the width."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
+
+
 def show(outcome: Outcome, *, as_json: bool) -> None:
     """Prints the answer of the first method and a table of all."""
     if as_json:
         print(json.dumps(asdict(outcome), indent=1, ensure_ascii=False))
         return
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = plain_console()
     for name, value in _head(outcome):
         console.print(f"{name:10}{value}", soft_wrap=True)
     console.print(_runs(outcome))

@@ -71,20 +71,14 @@ class RawSegment:
             lane.length += t
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
-        key, value = self._place(rows, tokens)
         b, heads, t, d = queries.rotated.shape
         q = tokens.blocks
-        rotated = queries.rotated
-        if self.rope is not None and tokens.positions == "contiguous":
-            assert queries.raw is not None
-            r = t // q
-            first = len(tokens) - r if tokens.query_at is None else tokens.query_at
-            cos, sin = self.rope.contiguous(max(len(tokens), first + 1), key.device)
-            at = slice(first, first + (r if tokens.query_at is None else 1))
-            rotated = self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos[at], sin[at]))
-        blocks = rotated.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d)
+        query = self._place_queries(queries, tokens).reshape(b, heads, q, t // q, d)
+        if t == q and self._streams(tokens):
+            return self._decode_step(query[:, :, :, 0], rows, tokens, logits)
+        key, value = self._place(rows, tokens)
         out, lse = kernels.attend(
-            blocks,
+            query.transpose(1, 2).reshape(b * q, heads, t // q, d),
             key,
             value,
             scale=logits.scale,
@@ -94,6 +88,51 @@ class RawSegment:
         )
         out = out.reshape(b, q, heads, t // q, -1).transpose(1, 2).reshape(b, heads, t, -1)
         return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
+
+    def _place_queries(self, queries: Queries, tokens: TokenSet) -> Tensor:
+        """Queries [b, heads, t, d] where they stand for the tokens they read."""
+        if self.rope is None or tokens.positions == "original":
+            return queries.rotated
+        assert queries.raw is not None
+        b, heads, t, d = queries.raw.shape
+        q, r = tokens.blocks, t // tokens.blocks
+        first = len(tokens) - r if tokens.query_at is None else tokens.query_at
+        cos, sin = self.rope.contiguous(max(len(tokens), first + 1), queries.raw.device)
+        at = slice(first, first + (r if tokens.query_at is None else 1))
+        return self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos[at], sin[at])).reshape(b, heads, t, d)
+
+    def _streams(self, tokens: TokenSet) -> bool:
+        """Whether the C++ kernel can read ``tokens`` for single queries straight from the pages."""
+        placed = self.rope is None or tokens.positions == "contiguous"
+        window = tokens.window is None or tokens.window >= len(tokens)
+        return placed and window and len(tokens) > 0 and self._same_shape() and kernels.compiled(self.pool.keys)
+
+    def _decode_step(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Attention of ``query`` [b, heads, q, d], each reading its own list or all reading the same range."""
+        b, heads, q, d = query.shape
+        angles = None
+        if self.rope is not None:
+            cos, sin = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), query.device)
+            angles = cos[: len(tokens)], sin[: len(tokens)]
+        out, lse = query.new_empty(b, heads, q, d), query.new_empty(b, heads, q, dtype=torch.float32)
+        for j in range(q):
+            # Sequences that read the same range go in one call; lists differ from sequence to sequence.
+            groups = [list(range(b))] if isinstance(tokens.index, range) else [[i] for i in range(b)]
+            for group in groups:
+                part, part_lse = cpu.decode(
+                    query[group, :, j].reshape(-1, d),
+                    self.pool.keys,
+                    self.pool.values,
+                    *self.pool.runs(self._lanes([rows[i] for i in group])),
+                    tokens.index if isinstance(tokens.index, range) else tokens.index[group[0], j],
+                    angles=angles,
+                    interleaved=self.rope is not None and self.rope.interleaved,
+                    scale=logits.scale,
+                    softcap=logits.softcap,
+                )
+                out[group, :, j] = part.reshape(len(group), heads, d).to(out.dtype)
+                lse[group, :, j] = part_lse.reshape(len(group), heads)
+        return out, lse
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         return kernels.scores(query, self._view(self.pool.keys, rows, start, stop))
@@ -177,7 +216,7 @@ class RawSegment:
         rope = self.rope
         if rope is None:
             return self._read(rows, tokens)[:2]
-        if contiguous and isinstance(tokens.index, Tensor) and self._gathers():
+        if contiguous and isinstance(tokens.index, Tensor) and self._same_shape() and kernels.compiled(self.pool.keys):
             return self._gather(rows, tokens.index, rope)
         key, value, positions = self._read(rows, tokens)
         if not contiguous:
@@ -185,9 +224,8 @@ class RawSegment:
         cos, sin = rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), key.device)
         return rope.apply(key, (cos[: len(tokens)], sin[: len(tokens)])), value
 
-    def _gathers(self) -> bool:
-        keys, values = self.pool.keys, self.pool.values
-        return keys.shape == values.shape and kernels.compiled(keys)
+    def _same_shape(self) -> bool:
+        return self.pool.keys.shape == self.pool.values.shape
 
     def _gather(self, rows: list[int], index: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """The same for listed tokens at contiguous positions, fetched and rotated in one go."""

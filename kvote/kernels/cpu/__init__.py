@@ -129,6 +129,58 @@ def gather(
     )
 
 
+def decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    runs: np.ndarray,
+    begins: list[int],
+    tokens: Tensor | range,
+    *,
+    angles: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position over ``tokens`` of equally long lanes: out [heads, d] and lse [heads], float32.
+
+    ``query`` [heads, d] with head = lane * groups + i, lane l in ``runs[begins[l]:begins[l + 1]]``. ``tokens`` is a
+    range, or int64 [m] ascending; with ``angles`` [m, r] keys are rotated as they are read. As ``reference.attend``.
+    """
+    heads, dim = query.shape
+    lanes = len(begins) - 1
+    query = query.float().contiguous()
+    threads = torch.get_num_threads()
+    # Enough parts that threads finish together, each long enough to be worth merging.
+    parts = max(1, min(-(-4 * threads // lanes), len(tokens) // 256))
+    out, lse = torch.empty(heads, dim), torch.empty(heads)
+    cos, sin = (a.contiguous() for a in angles) if angles else (query, query)
+    _cpu.decode(
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        _TYPES[keys.dtype],
+        runs.ctypes.data,
+        begins,
+        heads // lanes,
+        dim,
+        tokens.data_ptr() if isinstance(tokens, Tensor) else 0,
+        0 if isinstance(tokens, Tensor) else tokens.start,
+        len(tokens),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[-1] if angles else 0,
+        interleaved,
+        scale,
+        softcap or 0.0,
+        parts,
+        out.data_ptr(),
+        lse.data_ptr(),
+        threads,
+    )
+    return out, lse
+
+
 def sketch(keys: Tensor, sketch: Tensor, slots: Tensor) -> None:
     """Encodes the tokens at pool ``slots`` of ``keys`` [pages, PAGE, d] into ``sketch`` [pages, PAGE // 16, bytes]."""
     threads = torch.get_num_threads()

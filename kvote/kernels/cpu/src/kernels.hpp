@@ -41,6 +41,23 @@ struct GatherArgs {
     int threads;
 };
 
+struct DecodeArgs {
+    const float* query;  // [lanes, groups, dim]
+    const void *keys, *values;  // pools
+    Type type;
+    const Lane* lanes;
+    std::int64_t lanes_count, groups, dim;
+    const std::int64_t* index;  // [count] tokens, ascending, or null for start .. start + count - 1
+    std::int64_t start, count;
+    const float *cos, *sin;  // [count, pairs]; pairs 0: keys are read as they are
+    std::int64_t pairs;
+    bool interleaved;
+    float scale, softcap;  // softcap 0: none
+    std::int64_t parts;    // into which each lane is split
+    float *out, *lse;      // [lanes, groups, dim], [lanes, groups]
+    int threads;
+};
+
 struct SketchArgs {
     const void* keys;  // pool
     Type type;
@@ -57,12 +74,14 @@ struct Kernels {
     void (*top_k)(const TopKArgs&);
     void (*gather)(const GatherArgs&);
     void (*sketch)(const SketchArgs&);
+    void (*decode)(const DecodeArgs&);
 };
 
 extern const Kernels scalar_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 }  // namespace kvote

@@ -16,6 +16,7 @@ using namespace kvote;
 #include "votes.inl"
 #include "top_k.inl"
 #include "gather.inl"
+#include "decode.inl"
 
 #define KVOTE_BY_TYPE(kernel, args)                        \
     switch (args.type) {                                   \
@@ -26,6 +27,7 @@ using namespace kvote;
 
 inline void run_votes(const VotesArgs& a) { KVOTE_BY_TYPE(votes, a) }
 inline void run_gather(const GatherArgs& a) { KVOTE_BY_TYPE(gather, a) }
+inline void run_decode(const DecodeArgs& a) { KVOTE_BY_TYPE(decode, a) }
 inline void run_sketch(const SketchArgs& a) { KVOTE_BY_TYPE(sketch_slots, a) }
 
 }  // namespace KVOTE_ISA

@@ -14,19 +14,23 @@ using Address = std::uintptr_t;
 
 namespace {
 
-const Kernels* best() {
+// Kernels that this machine can run, fastest last.
+std::vector<const Kernels*> runnable() {
+    std::vector<const Kernels*> sets{&scalar_kernels};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-        return &avx512_kernels;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return &avx2_kernels;
+        sets.push_back(&avx2_kernels);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+        sets.push_back(&avx512_kernels);
+        if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16_kernels);
+    }
 #endif
-    return &scalar_kernels;
+    return sets;
 }
 
-const Kernels* active = best();
+const Kernels* active = runnable().back();
 
 template <class T>
 T* at(Address address) {
@@ -46,12 +50,7 @@ std::vector<Lane> lanes_of(Address runs, const std::vector<std::int64_t>& begins
 NB_MODULE(_cpu, m) {
     m.def("instruction_set", [] { return std::string(active->name); });
     m.def("use", [](const std::string& name) {
-        std::vector<const Kernels*> built{&scalar_kernels};
-#if defined(__x86_64__)
-        if (best() != &scalar_kernels) built.push_back(&avx2_kernels);
-        if (best() == &avx512_kernels) built.push_back(&avx512_kernels);
-#endif
-        for (const Kernels* kernels : built)
+        for (const Kernels* kernels : runnable())
             if (name == kernels->name) {
                 active = kernels;
                 return true;
@@ -79,6 +78,18 @@ NB_MODULE(_cpu, m) {
         active->gather({at<const void>(keys), at<const void>(values), Type(type), lanes.data(),
                         std::int64_t(lanes.size()), dim, count, at<const std::int64_t>(index), at<const float>(cos),
                         at<const float>(sin), pairs, interleaved, at<void>(out_keys), at<void>(out_values), threads});
+    });
+    m.def("decode", [](Address query, Address keys, Address values, int type, Address runs,
+                       std::vector<std::int64_t> begins, std::int64_t groups, std::int64_t dim, Address index,
+                       std::int64_t start, std::int64_t count, Address cos, Address sin, std::int64_t pairs,
+                       bool interleaved, float scale, float softcap, std::int64_t parts, Address out, Address lse,
+                       int threads) {
+        nb::gil_scoped_release release;
+        auto lanes = lanes_of(runs, begins);
+        active->decode({at<const float>(query), at<const void>(keys), at<const void>(values), Type(type), lanes.data(),
+                        std::int64_t(lanes.size()), groups, dim, at<const std::int64_t>(index), start, count,
+                        at<const float>(cos), at<const float>(sin), pairs, interleaved, scale, softcap, parts,
+                        at<float>(out), at<float>(lse), threads});
     });
     m.def("sketch", [](Address keys, int type, Address sketch, std::int64_t dim, Address slots, std::int64_t count,
                        int threads) {

@@ -1,0 +1,100 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import kvote
+from kvote.cli import main
+from kvote.method import METHODS, parse
+from kvote.models.presets import PRESETS, preset, with_presets
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["ask", "--help"], ["train-embedded", "--help"], ["--no"]])
+def test_help_does_not_wait_for_torch(argv):
+    code = (
+        "import sys\nfrom kvote.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code, *argv], check=True, capture_output=True, timeout=60)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"kvote {kvote.__version__}\n"
+
+
+def test_methods_lists_all_with_source_and_needs(capsys):
+    assert main(["methods", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["methods"]
+    assert [row["name"] for row in rows] == sorted(METHODS)
+    assert all(row.keys() == {"name", "rooms", "summary", "source", "needs"} for row in rows)
+    assert all(all(row.values()) for row in rows)
+    assert main(["methods"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(name in out for name in METHODS)
+    assert "arXiv 2411.02886" in out
+
+
+def test_env_names_versions_and_says_why_a_backend_is_missing(capsys, monkeypatch):
+    monkeypatch.setenv("KVOTE_BACKEND", "reference")
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"].keys() == {"kvote", "python", "torch", "transformers"}
+    assert found["threads"] >= 1
+    backends = {backend["name"]: backend for backend in found["backends"]}
+    assert backends.keys() == {"reference", "fused", "cpu", "triton"}
+    assert [name for name, backend in backends.items() if backend["in_use"]] == ["reference"]
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert all(backend["missing"] in " ".join(out.split()) for backend in backends.values() if backend["missing"])
+
+
+def test_env_without_what_linux_tells(monkeypatch):
+    from kvote import env
+
+    monkeypatch.setattr(env, "_fields", lambda path: {})
+    assert env.environment().simd == []
+    assert env.memory()[1] == 0
+
+
+def test_train_embedded_trains_and_resumes(capsys, tmp_path):
+    argv = ["train-embedded", "--out-dir", str(tmp_path / "m"), "--tokens", "12288", "--no-progress"]
+    argv += ["--check-samples", "0", "--log-every", "1"]
+    assert main([*argv, "--stop-after", "1"]) == 0
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'm'}\n" * 2
+    log = (tmp_path / "m" / "training.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in log] == [1, 2]
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m kvote.cli methods --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_methods_that_fit_the_trained_length(name):
+    assert parse(preset(name)).spec.startswith(name)
+    read = PRESETS[name]
+    assert sum(read.get(part, 0) for part in ("top_k", "sinks", "window", "chunk")) <= 1024
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("tokenselect", preset("tokenselect")),
+        ("tokenselect()", "tokenselect()"),
+        ("tokenselect(top_k=8)", "tokenselect(top_k=8)"),
+        ("dense | streamingllm", "dense|streamingllm(sinks=16, window=1008)"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_only_bare_names_mean_presets(spec, meant):
+    assert with_presets(spec) == meant

@@ -1,0 +1,500 @@
+"""TokenSelect: the five proofs of its card (arXiv 2411.02886), and everything it adds."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.attention import find_rope
+from kvote.layer import Layer, Step
+from kvote.method import parse
+from kvote.read.head_votes import HeadVotes
+from kvote.read.votes import head_vote, logit_sum, soft_vote
+from kvote.rope import Rope
+from kvote.store.raw import RawSegment
+from kvote.store.segment import Logits
+
+SMALL = {"top_k": 6, "sinks": 2, "window": 4, "chunk": 8, "tail": 0, "theta": 2.0}
+DIM = 16
+
+
+def spec(**changes: Any) -> str:
+    return f"tokenselect({', '.join(f'{k}={v!r}' for k, v in {**SMALL, **changes}.items())})"
+
+
+@dataclass
+class Trace:
+    """What one layer read and how its heads voted, in order."""
+
+    lists: list[Any] = field(default_factory=list)
+    votes: list[Tensor] = field(default_factory=list)
+    tables: list[int] = field(default_factory=list)
+
+    def clear(self) -> None:
+        for each in (self.lists, self.votes, self.tables):
+            each.clear()
+
+    @property
+    def selected(self) -> list[Tensor]:
+        return [index for index in self.lists if isinstance(index, Tensor)]
+
+
+@pytest.fixture
+def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
+    seen, attend, top_k, contiguous = Trace(), RawSegment.attend, kernels.top_k, Rope.contiguous
+
+    def spy_attend(self: Any, queries: Any, rows: Any, tokens: Any, logits: Any) -> Any:
+        seen.lists.append(tokens.index)
+        return attend(self, queries, rows, tokens, logits)
+
+    monkeypatch.setattr(RawSegment, "attend", spy_attend)
+    monkeypatch.setattr(kernels, "top_k", lambda votes, k: (seen.votes.append(votes.clone()), top_k(votes, k))[1])
+    monkeypatch.setattr(Rope, "contiguous", lambda s, n, device: (seen.tables.append(n), contiguous(s, n, device))[1])
+    return seen
+
+
+class Fed:
+    """A layer fed with keys and queries whose un-rotated form the test knows."""
+
+    def __init__(self, method: str, heads: int = 4, kv_heads: int = 2, rows: int = 1, n: int = 64) -> None:
+        self.rope = find_rope(tiny.model(), 0)
+        self.layer = Layer(0, parse(method), self.rope)
+        self.query, self.key = torch.randn(rows, heads, n, DIM), torch.randn(rows, kv_heads, n, DIM)
+        self.value, self.at = torch.randn(rows, kv_heads, n, DIM), 0
+        self.places = torch.arange(n)
+
+    def turned(self, x: Tensor, start: int, stop: int) -> Tensor:
+        cos, sin = self.rope.angles(self.places[None, start:stop], torch.float32)
+        return self.rope.apply(x[:, :, start:stop], (cos[:, None], sin[:, None]))
+
+    def feed(self, count: int, solo: int = 0) -> Tensor:
+        a, b = self.at, self.at + count
+        self.at = b
+        places = self.places[None, a:b].expand(len(self.query), -1)
+        parts = (self.turned(self.query, a, b), self.turned(self.key, a, b), self.value[:, :, a:b], places)
+        solo = 1 if count == 1 else solo
+        return self.layer.attend(Step(*parts, valid=None, solo=solo, logits=Logits(DIM**-0.5)))
+
+    def dense(self, count: int) -> Tensor:
+        """The last ``count`` rows of dense attention over all that was fed."""
+        groups = self.query.shape[1] // self.key.shape[1]
+        query, key = self.turned(self.query, 0, self.at), self.turned(self.key, 0, self.at)
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, self.value[:, :, : self.at]))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return out.transpose(1, 2)[:, -count:]
+
+    def votes(self, a: int, b: int, edge: int, head_map: str = "gqa", row: int = 0) -> Tensor:
+        """The card's formula, head by head, for queries a .. b - 1 that share a selection (or the one that is alone)."""
+        method = self.layer.method.read
+        heads, kv_heads = self.query.shape[1], self.key.shape[1]
+        cos, sin = self.rope.angles(torch.arange(method.window, method.window + b - a)[None], torch.float32)
+        total = torch.zeros(edge - method.sinks)
+        for head in range(heads):
+            mean = self.rope.apply(self.query[row, head, a:b], (cos[0], sin[0])).mean(0)
+            pair = head // (heads // kv_heads) if head_map == "gqa" else head % kv_heads
+            total += torch.softmax(self.key[row, pair, method.sinks : edge] @ mean, dim=0)
+        return total
+
+
+def winners(votes: Tensor, k: int = 6, sinks: int = 2) -> list[int]:
+    return sorted((votes.topk(k).indices + sinks).tolist())
+
+
+# The five proofs.
+
+
+def test_proof_1_a_text_that_fits_is_read_whole():
+    tokens = tiny.ids(2, 60)
+    net = tiny.model()
+    expected = tiny.feed(net, None, tokens)
+    for positions in ("contiguous", "original"):
+        method = spec(top_k=54, positions=positions, theta=0.9)
+        got = tiny.feed(net, tiny.cache(net, method), tokens, passes=20)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_proof_1_selecting_every_candidate_equals_dense_without_the_fallback(monkeypatch, trace):
+    fed = Fed(spec(top_k=44))
+    fed.feed(50)
+    monkeypatch.setattr(HeadVotes, "_dense", lambda self, reading, row, stop: self._one_by_one(reading, row, stop))
+    out = fed.feed(1)
+    assert trace.selected[-1].flatten().tolist() == list(range(51))
+    torch.testing.assert_close(out, fed.dense(1), atol=1e-5, rtol=1e-5)
+
+
+def test_proof_2_scores_depend_on_raw_keys_only(trace):
+    one, two = Fed(spec()), Fed(spec())
+    two.query, two.key, two.value = one.query, one.key, one.value
+    two.places = torch.cat([torch.randperm(40) * 7, torch.arange(1000, 1024)])
+    for fed in (one, two):
+        fed.feed(40)
+        fed.feed(8)
+    half = len(trace.votes) // 2
+    for a, b in zip(trace.votes[:half], trace.votes[half:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(trace.selected[:half], trace.selected[half:], strict=True))
+
+
+@pytest.mark.parametrize("n", [64, 200, 700])
+def test_proof_2_no_position_exceeds_the_list(trace, n):
+    fed = Fed(spec(tail=5), n=n)
+    fed.feed(n - 10, solo=5)
+    for _ in range(10):
+        fed.feed(1)
+    longest = 2 + 6 + 4 + 8
+    assert max(trace.tables) == longest
+    assert max(index.shape[-1] for index in trace.selected) == longest
+
+
+def test_proof_3_a_loud_head_outshouts_a_sum_of_logits_but_not_the_votes(trace):
+    for selection, finds in (("soft_vote", True), ("head_vote", True), ("logit_sum", False)):
+        fed = Fed(spec(selection=selection, top_k=6, chunk=1), heads=4, kv_heads=4)
+        needle, distractors = 20, [10, 12, 14, 16, 18, 22, 24, 26]
+        fed.query, fed.key = torch.zeros_like(fed.query), 0.01 * torch.randn_like(fed.key)
+        fed.query[..., 0] = 1.0
+        # Turned back by the window, so that the scoring query is (1, 0, 0, ...).
+        cos, sin = fed.rope.angles(torch.tensor([[4]]), torch.float32)
+        fed.query = fed.rope.apply(fed.query, (cos, -sin))
+        for head in range(3):
+            fed.key[0, head, needle, 0] = 30.0
+        fed.key[0, 3, distractors, 0] = 1000.0 + torch.arange(8.0)
+        fed.feed(60)
+        trace.clear()
+        fed.feed(1)
+        assert (needle in trace.selected[0].flatten().tolist()) is finds, selection
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (14, 2), (8, 8)])
+def test_proof_4_votes_sum_to_the_number_of_heads(trace, heads, kv_heads):
+    fed = Fed(spec(), heads, kv_heads)
+    fed.feed(56)
+    fed.feed(1)
+    assert len(trace.votes) == 6
+    for votes in trace.votes:
+        torch.testing.assert_close(votes.sum(-1), torch.full(votes.shape[:-1], float(heads)), atol=1e-3, rtol=1e-3)
+
+
+def test_proof_5_the_same_query_never_reselects_and_reads_what_it_should(trace):
+    fed = Fed(spec(theta=0.999, reuse_span=16))
+    fed.feed(52)
+    fed.query[:, :, 52:] = fed.query[:, :, 52:53]
+    trace.clear()
+    for _ in range(12):
+        fed.feed(1)
+    # The window moves on once, at 64 - 4 = 60 no longer within these steps: one selection serves all.
+    assert fed.layer.activity.reused == 11
+    first = trace.selected[0].flatten().tolist()
+    for step, index in enumerate(trace.selected):
+        assert index.flatten().tolist() == [*first, *range(53, 53 + step)]
+
+
+# What a selection is made of.
+
+
+@pytest.mark.parametrize("head_map", ["gqa", "paper"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (8, 2), (14, 2), (3, 3), (8, 1)])
+def test_votes_equal_the_formula(trace, head_map, heads, kv_heads):
+    fed = Fed(spec(head_map=head_map), heads, kv_heads)
+    fed.feed(56)
+    fed.feed(1)
+    cuts = [(16 + 8 * i, 24 + 8 * i) for i in range(5)] + [(56, 57)]
+    for (a, b), votes, index in zip(cuts, trace.votes, trace.selected, strict=True):
+        expected = fed.votes(a, b, a - 4, head_map)
+        torch.testing.assert_close(votes.flatten(), expected, atol=1e-4, rtol=1e-3)
+        assert index.flatten().tolist() == [0, 1, *winners(expected), *range(a - 4, b)]
+
+
+def test_swapping_two_heads_breaks_the_pairing(trace):
+    swapped = [0, 2, 1, 3]
+    votes = []
+    for order in (range(4), swapped):
+        fed = Fed(spec())
+        torch.manual_seed(5)
+        fed.query, fed.key = torch.randn(1, 4, 64, DIM)[:, list(order)], torch.randn(1, 2, 64, DIM)
+        trace.clear()
+        fed.feed(56)
+        votes.append(trace.votes[-1])
+    assert not torch.allclose(*votes, atol=0.1)
+    within = Fed(spec())
+    torch.manual_seed(5)
+    within.query, within.key = torch.randn(1, 4, 64, DIM)[:, [1, 0, 3, 2]], torch.randn(1, 2, 64, DIM)
+    within.feed(56)
+    torch.testing.assert_close(trace.votes[-1], votes[0], atol=1e-4, rtol=1e-3)
+
+
+def test_the_paper_pairing_is_the_right_one_only_without_groups(trace):
+    for kv_heads, alike in ((4, True), (2, False), (1, True)):
+        votes = []
+        for head_map in ("gqa", "paper"):
+            torch.manual_seed(1)
+            fed = Fed(spec(head_map=head_map), 4, kv_heads)
+            trace.clear()
+            fed.feed(56)
+            votes.append(trace.votes[-1])
+        assert torch.allclose(*votes, atol=1e-4) is alike
+
+
+def test_the_window_reaches_back_from_the_start_of_a_chunk(trace):
+    fed = Fed(spec())
+    fed.feed(64)
+    assert len(trace.selected) == 6
+    for i, index in enumerate(trace.selected):
+        start = 16 + 8 * i
+        assert index[0, 0, 8:].tolist() == list(range(start - 4, start + 8))
+        assert max(index[0, 0, :8].tolist()) < start - 4
+
+
+def test_the_tail_selects_token_by_token(trace):
+    fed = Fed(spec(tail=5))
+    fed.feed(60, solo=5)
+    own = trace.selected[-1]
+    assert own.shape[:2] == (1, 5)
+    for i in range(5):
+        slot = 55 + i
+        expected = fed.votes(slot, slot + 1, slot - 4)
+        assert own[0, i].tolist() == [0, 1, *winners(expected), *range(slot - 4, slot + 1)]
+    assert len({tuple(row[:8].tolist()) for row in own[0]}) > 1
+    assert trace.selected[-2][0, 0, -1] == 54
+
+
+def test_the_tail_of_every_turn_counts_but_not_that_of_a_pass():
+    net = tiny.model()
+    cache = tiny.cache(net, spec(tail=5))
+    selections = lambda: cache.report().layers[0].selections  # noqa: E731
+    cache.expect(64)
+    tiny.feed(net, cache, tiny.ids(1, 64), passes=32)
+    # Chunks at 16, 24 .. 48, 56 .. 58 and five tokens.
+    assert selections() == 6 + 5
+    tiny.feed(net, cache, tiny.ids(1, 16))
+    assert selections() == 11 + 2 + 5
+
+
+def test_chunks_fall_alike_however_a_prompt_is_passed():
+    tokens = tiny.ids(1, 64)
+    net = tiny.model()
+    whole = tiny.feed(net, tiny.cache(net, spec()), tokens)
+    for passes in (8, 16, 24):
+        got = tiny.feed(net, tiny.cache(net, spec()), tokens, passes=passes)
+        torch.testing.assert_close(got, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_over_a_list_equals_dense_attention_over_those_tokens_at_new_positions(trace):
+    fed = Fed(spec())
+    fed.feed(56)
+    out = fed.feed(1)
+    index = trace.selected[-1].flatten()
+    m = len(index)
+    key = fed.rope.apply(fed.key[:, :, index], fed.rope.contiguous(m, index.device)).repeat_interleave(2, 1)
+    at = [table[m - 1 : m] for table in fed.rope.contiguous(m, index.device)]
+    query = fed.rope.apply(fed.query[:, :, 56:57], tuple(at))
+    value = fed.value[:, :, index].repeat_interleave(2, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_original_positions_keep_those_of_the_text(trace):
+    fed = Fed(spec(positions="original"))
+    fed.feed(56)
+    out = fed.feed(1)
+    index = trace.selected[-1].flatten()
+    key = fed.turned(fed.key, 0, 57)[:, :, index].repeat_interleave(2, 1)
+    value = fed.value[:, :, index].repeat_interleave(2, 1)
+    query = fed.turned(fed.query, 56, 57)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_max_pool_spreads_votes_to_neighbours(trace, size):
+    fed = Fed(spec(max_pool=size))
+    fed.feed(56)
+    votes = fed.votes(48, 56, 44)
+    pooled = kernels.max_pool(votes, size)
+    torch.testing.assert_close(trace.votes[-1].flatten(), pooled, atol=1e-4, rtol=1e-3)
+    chosen = trace.selected[-1][0, 0, 2:8] - 2
+    assert pooled[chosen].min() >= pooled.topk(6).values.min() - 1e-4
+    assert int(votes.argmax()) in chosen.tolist()
+
+
+@pytest.mark.parametrize("max_pool", [0, 5])
+@pytest.mark.parametrize("selection", ["soft_vote", "head_vote", "logit_sum"])
+def test_a_token_of_the_window_never_wins(trace, max_pool, selection):
+    fed = Fed(spec(tail=9, max_pool=max_pool, selection=selection))
+    fed.key[:, :, 40:] *= 10
+    fed.feed(60, solo=9)
+    for i, tokens in enumerate(trace.selected[-1][0].tolist()):
+        assert tokens == sorted(set(tokens))
+        assert max(tokens[2:8]) < 51 + i - 4
+
+
+def test_the_ablation_votes_equal_their_formulas(trace):
+    logits = torch.randn(2, 3, 4, 30)
+    assert torch.equal(logit_sum(logits, 5), logits.sum(2))
+    torch.testing.assert_close(soft_vote(logits, 5), logits.softmax(-1).sum(2))
+    votes = head_vote(logits, 5)
+    for b, r in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+        counted = torch.zeros(30)
+        for head in range(4):
+            counted[logits[b, r, head].topk(5).indices] += 1
+        assert torch.equal(votes[b, r], counted)
+
+
+@pytest.mark.parametrize("selection", ["head_vote", "logit_sum"])
+def test_the_ablations_really_select_with_their_votes(trace, selection):
+    fed = Fed(spec(selection=selection))
+    fed.feed(56)
+    total = trace.votes[-1].sum().item()
+    assert (total == pytest.approx(4 * 6)) is (selection == "head_vote")
+
+
+# The selection cache.
+
+
+def drifting(fed: Fed, start: int, step: float) -> None:
+    """Queries that leave their first one a little further each step, in raw form."""
+    for slot in range(start + 1, fed.query.shape[2]):
+        fed.query[:, :, slot] = fed.query[:, :, slot - 1] + step * torch.randn_like(fed.query[:, :, 0])
+
+
+def test_a_threshold_above_one_always_selects(trace):
+    fed = Fed(spec(theta=1.5))
+    fed.query[:] = fed.query[:, :, :1]
+    fed.feed(52)
+    before = fed.layer.activity.selections
+    for _ in range(10):
+        fed.feed(1)
+    assert fed.layer.activity.selections - before == 10
+    assert fed.layer.activity.reused == 0
+    assert fed.layer.memory is None
+
+
+def test_drift_adds_up_against_the_query_that_selected():
+    fed = Fed(spec(theta=0.9, reuse_span=1000))
+    fed.feed(30)
+    drifting(fed, 30, 0.15)
+    chosen = fed.query[0, :, 30].flatten()
+    reselected = []
+    for slot in range(30, 64):
+        query = fed.query[0, :, slot].flatten()
+        before = fed.layer.activity.reused
+        fed.feed(1)
+        fresh = slot == 30 or torch.cosine_similarity(query, chosen, dim=0) < 0.9
+        assert fed.layer.activity.reused - before == (0 if fresh else 1)
+        chosen = query if fresh else chosen
+        reselected += [slot] * bool(fresh)
+    assert 2 < len(reselected) < 30
+
+
+def test_a_list_is_selected_anew_when_the_window_has_moved_by_the_span():
+    fed = Fed(spec(theta=0.0, reuse_span=8), n=80)
+    fed.query[:] = fed.query[:, :, :1]
+    fed.feed(36)
+    before = fed.layer.activity.selections
+    for _ in range(32):
+        fed.feed(1)
+    assert fed.layer.activity.selections - before == 4
+    assert fed.layer.activity.reused == 28
+
+
+def test_sequences_of_a_batch_decide_for_themselves(trace):
+    fed = Fed(spec(theta=0.9, reuse_span=1000), rows=2)
+    fed.feed(50)
+    fed.query[0, :, 50:] = fed.query[0, :, 50:51]
+    for _ in range(6):
+        fed.feed(1)
+    # The first sequence asks the same each step, the second something new.
+    assert fed.layer.activity.reused == 5
+    steps = trace.selected[-6:]
+    assert all(torch.equal(index[0, 0, :8], steps[0][0, 0, :8]) for index in steps)
+    assert len({tuple(index[1, 0, :8].tolist()) for index in steps}) == 6
+    assert len(trace.votes[-1]) == 1
+
+
+def test_reordering_carries_the_selection_along(trace):
+    fed = Fed(spec(theta=0.9, reuse_span=1000), rows=2)
+    fed.feed(50)
+    fed.query[:, :, 50:] = fed.query[:, :, 50:51]
+    fed.feed(1)
+    before = trace.selected[-1][:, 0, 2:8].tolist()
+    assert before[0] != before[1]
+    fed.layer.select([1, 0])
+    fed.query, fed.key, fed.value = fed.query.flip(0), fed.key.flip(0), fed.value.flip(0)
+    fed.feed(1)
+    assert trace.selected[-1][:, 0, 2:8].tolist() == before[::-1]
+    assert fed.layer.activity.reused == 2
+
+
+def test_cropping_forgets_the_selection():
+    fed = Fed(spec(theta=0.0, reuse_span=1000))
+    fed.feed(50)
+    fed.feed(1)
+    fed.layer.crop(1)
+    fed.at -= 1
+    before = fed.layer.activity.selections
+    fed.feed(1)
+    assert fed.layer.activity.selections == before + 1
+
+
+def test_a_prompt_neither_uses_nor_fills_the_selection_cache():
+    fed = Fed(spec(theta=-1.0, tail=5))
+    fed.feed(60, solo=5)
+    assert fed.layer.activity.reused == 0
+    assert fed.layer.memory.nbytes == 0
+
+
+def test_generation_reuses_selections_and_says_so():
+    net = tiny.model()
+    cache = tiny.cache(net, spec(theta=0.0, tail=3))
+    tiny.generate(net, tiny.ids(2, 40), cache, max_new_tokens=12)
+    for layer in cache.report().layers:
+        assert layer.reused > 0
+        assert layer.selections > 0
+        assert 2 + 6 + 4 < layer.tokens_read <= 2 + 6 + 4 + 32
+
+
+def test_every_row_of_a_ragged_batch_selects_as_it_would_alone(trace):
+    tokens, mask = tiny.padded(3, 60, [0, 9, 20])
+    net = tiny.model(num_hidden_layers=1)
+    tiny.feed(net, tiny.cache(net, spec(chunk=1)), tokens, mask)
+    together = sorted(str(index[i].tolist()) for index in trace.selected for i in range(len(index)))
+    trace.clear()
+    for row, pads in enumerate([0, 9, 20]):
+        tiny.feed(net, tiny.cache(net, spec(chunk=1)), tokens[row : row + 1, pads:])
+    assert together == sorted(str(index[0].tolist()) for index in trace.selected)
+
+
+@pytest.mark.skipif(kernels.backend() != "cpu", reason="sketches need the compiled kernels")
+def test_an_8_bit_sketch_selects_nearly_the_same(trace):
+    shared = []
+    for sketch in ("none", "int8"):
+        torch.manual_seed(3)
+        fed = Fed(spec(sketch=sketch), n=400)
+        trace.clear()
+        fed.feed(400)
+        shared.append([set(index[0, 0, 2:8].tolist()) for index in trace.selected])
+    same = [len(a & b) for a, b in zip(*shared, strict=True)]
+    assert sum(same) > 0.9 * 6 * len(same)
+
+
+def test_compiled_and_reference_kernels_select_alike(trace, monkeypatch):
+    lists = []
+    for backend in (kernels.backend(), "reference"):
+        monkeypatch.setenv("KVOTE_BACKEND", backend)
+        torch.manual_seed(3)
+        fed = Fed(spec(tail=5), n=200)
+        trace.clear()
+        fed.feed(199, solo=5)
+        out = fed.feed(1)
+        lists.append(([index.tolist() for index in trace.selected], out))
+    assert lists[0][0] == lists[1][0]
+    torch.testing.assert_close(lists[0][1], lists[1][1], atol=1e-5, rtol=1e-5)
+
+
+def test_parameters_are_values_of_the_reader():
+    read = parse(spec()).read
+    assert isinstance(read, HeadVotes)
+    assert replace(read, top_k=9).top_k == 9
