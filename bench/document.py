@@ -90,11 +90,17 @@ def main() -> None:
         prefill, ms = (median(run[key] for run in group) for key in ("prefill", "ms"))
         base_prefill, base_ms = (median(run[key] for run in base) for key in ("prefill", "ms"))
         text = tokenizer.decode(group[0]["tokens"]).split("<eot>")[0].strip()
-        right = text == asked.answer
-        results.append({"name": name, "prefill_s": prefill, "ms_per_token": ms, "prefill_ratio": base_prefill / prefill,
-                        "decode_ratio": base_ms / ms, "kv_bytes": group[0]["bytes"], "right": right, "runs": group})  # fmt: skip
-        rows.append([name, f"{prefill:.1f}", f"{base_prefill / prefill:.2f}x", f"{ms:.1f}", f"{base_ms / ms:.2f}x",
-                     f"{group[0]['bytes'] / 2**20:.0f}", "right" if right else "wrong"])  # fmt: skip
+        result = {
+            "name": name,
+            "prefill_s": prefill,
+            "prefill_ratio": base_prefill / prefill,
+            "ms_per_token": ms,
+            "decode_ratio": base_ms / ms,
+            "kv_mib": group[0]["bytes"] / 2**20,
+            "answer": "right" if text == asked.answer else "wrong",
+        }
+        results.append({**result, "runs": group})
+        rows.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in result.values()])
     print(table(["cache", "prefill s", "ratio", "ms/token", "ratio", "KV MiB", "answer"], rows))
     save(f"document-{options.tokens}", {"tokens": options.tokens, "rounds": options.rounds, "results": results})
 

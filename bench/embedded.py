@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,7 +41,7 @@ def _words(text: str) -> list[str]:
 
 
 @torch.no_grad()
-def right(model, tokenizer, samples: list[world.Sample]) -> list[bool]:
+def right(model: Any, tokenizer: Any, samples: list[world.Sample]) -> list[bool]:
     """Whether each sample's questions, asked one after another in one context, are all answered exactly."""
     contexts = [tokenizer(s.document).input_ids for s in samples]
     good = [True] * len(samples)
@@ -59,7 +60,7 @@ def right(model, tokenizer, samples: list[world.Sample]) -> list[bool]:
     return good
 
 
-def measure(model, tokenizer, task: str, length: int, samples: int, batch_tokens: int) -> dict:
+def measure(model: Any, tokenizer: Any, task: str, length: int, samples: int, batch_tokens: int) -> dict[str, Any]:
     """One row of the table."""
     started, rows, scores = time.perf_counter(), max(batch_tokens // length, 1), []
     for first in range(0, samples, rows):
@@ -69,7 +70,7 @@ def measure(model, tokenizer, task: str, length: int, samples: int, batch_tokens
     return {"task": task, "length": length, "samples": samples, "exact": sum(scores) / samples, "seconds": seconds}
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Tasks down, lengths across, exact match in percent; a length's samples stand in its heading."""
     heads = {r["length"]: r["samples"] for r in rows}
     lines = ["| task | " + " | ".join(f"{n:,} tokens ({k})" for n, k in heads.items()) + " |"]

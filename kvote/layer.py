@@ -47,6 +47,8 @@ class Layer:
     activity: Activity = field(default_factory=Activity)
     # While a caller may still roll back (assisted decoding), nothing is dropped until it crops.
     record_past: bool = False
+    # Columns seen when tokens were last dropped; no rollback reaches behind that.
+    settled: int = 0
     # Tokens announced but not yet seen; memory for them is set aside in one piece.
     expected: int = 0
 
@@ -56,7 +58,7 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        parts = [self.segment, self.memory]
+        parts = [self.segment, self.memory, self.rope]
         columns = 0 if self.columns is None else self.columns.untyped_storage().nbytes()
         return columns + sum(part.nbytes for part in parts if part is not None)
 
@@ -163,12 +165,13 @@ class Layer:
             if slots is not None:
                 self.segment.keep(row, slots)
                 self.activity.dropped += length - len(slots)
+                self.settled = self.seen
 
     def crop(self, columns: int) -> None:
         """Forgets the last ``columns`` columns. Raises CropError if the method has dropped tokens that must return."""
         if self.segment is None:
             return
-        if columns and self.method.keep.drops and not self.record_past and self.activity.dropped:
+        if columns and self.seen - columns < self.settled:
             raise CropError(
                 f"{self.method.spec} has dropped tokens that a rollback of {columns} would need; call "
                 "cache.activate_past_recording() before the tokens that may be rolled back, or use a method that "
@@ -196,10 +199,11 @@ class Layer:
             self.columns = self.columns[index]
         if self.memory is not None:
             self.memory.select(index)
+        self.segment.pool.trim()
 
     def reset(self) -> None:
         """Back to the state before the first token."""
-        self.segment, self.columns, self.memory, self.seen = None, None, None, 0
+        self.segment, self.columns, self.memory, self.seen, self.settled = None, None, None, 0, 0
         self.activity = Activity()
 
 

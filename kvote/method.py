@@ -80,10 +80,11 @@ def parse(spec: str) -> Method:
     MethodError for anything else.
     """
     try:
-        tree = ast.parse(spec.strip(), mode="eval")
-    except (SyntaxError, ValueError):
+        return _build(ast.parse(spec.strip(), mode="eval").body, spec)
+    except MethodError:
+        raise
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise MethodError(f"{spec!r} is not a method; write for example tokenselect(top_k=512).") from None
-    return _build(tree.body, spec)
 
 
 def _build(node: ast.expr, spec: str) -> Method:
@@ -94,9 +95,12 @@ def _build(node: ast.expr, spec: str) -> Method:
             return _call(name, {})
         case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords) if all(k.arg for k in keywords):
             try:
-                return _call(name, {str(k.arg): ast.literal_eval(k.value) for k in keywords})
-            except ValueError:
+                parameters = {str(k.arg): ast.literal_eval(k.value) for k in keywords}
+            except (ValueError, TypeError):
                 raise MethodError(f"Parameters of {name} must be plain numbers or strings, in {spec!r}.") from None
+            if len(parameters) < len(keywords):
+                raise MethodError(f"{name} is given a parameter twice, in {spec!r}.")
+            return _call(name, parameters)
     raise MethodError(f"{spec!r} is not a method; write for example tokenselect(top_k=512), with named parameters.")
 
 

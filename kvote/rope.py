@@ -28,6 +28,11 @@ class Rope:
     repeated: bool = True
     _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables kept between calls."""
+        return sum(a.untyped_storage().nbytes() for table in self._tables.values() for a in table)
+
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., n, r], one per pair of channels, at ``positions`` int64 [..., n]."""
         cos, sin = self.module(positions.reshape(-1, positions.shape[-1]), dtype)

@@ -2,13 +2,16 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+# The models here are tiny: a second thread would only wait for the first, and for every other process.
+torch.set_num_threads(1)
 
 
 def _poison_of(dtype: torch.dtype) -> float:
@@ -35,8 +38,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeds() -> Iterator[None]:
+def seeds() -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    yield

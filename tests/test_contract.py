@@ -96,7 +96,7 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
     tokens, mask = batch
     cache = tiny.cache(net, method)
     tiny.feed(net, cache, tokens, mask)
-    if cache.is_croppable:
+    if cache.is_croppable or sum(layer.dropped for layer in cache.report().layers) == 0:
         cache.crop(-40)
         assert cache.get_seq_length() == COLUMNS - 40
         return

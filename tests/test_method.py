@@ -1,5 +1,6 @@
 """Methods: what a spec may say, and how methods join."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -51,12 +52,12 @@ def test_the_spec_of_a_method_tells_every_parameter_that_differs_from_its_defaul
         ("dense\ndense", "is not a method"),
         ("dense | " * 5000 + "dense", "is not a method"),
         ("(" * 500 + "dense" + ")" * 500, "is not a method"),
-        ("tokenselect(top_k=1, top_k=2)", "top_k"),
+        ("tokenselect(top_k=1, top_k=2)", "tokenselect is given a parameter twice"),
     ],
     ids=lambda value: value[:24],
 )
 def test_a_spec_that_makes_no_sense_is_refused(spec, message):
-    with pytest.raises(MethodError, match=message.replace("(", r"\(")):
+    with pytest.raises(MethodError, match=re.escape(message)):
         parse(spec)
 
 
@@ -98,11 +99,10 @@ def test_nothing_in_a_spec_is_evaluated(spec):
         ("tokenselect(head_map='mod')", "head_map must be 'gqa' or 'paper'"),
         ("tokenselect(selection='best')", "selection must be one of soft_vote, head_vote, logit_sum"),
         ("tokenselect(positions='none')", "positions must be"),
-        ("tokenselect(tensor_parallel='yes')", "tensor_parallel"),
         ("random(seed='x')", "seed"),
-        ("streamingllm(sinks=-1)", "streamingllm needs sinks >= 0"),
+        ("streamingllm(sinks=-1)", "streamingllm needs whole numbers sinks >= 0"),
         ("streamingllm(window=0)", "window >= 1"),
-        ("streamingllm(window='x')", "wrong type"),
+        ("streamingllm(window='x')", "streamingllm needs whole numbers"),
         ("streamingllm(window=2.5)", "window"),
     ],
 )

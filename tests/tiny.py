@@ -1,6 +1,6 @@
 """Tiny random models of every family, and the few ways in which tests feed them."""
 
-from functools import lru_cache
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import kvote
 
-VOCABULARY = 64
+VOCABULARY = 256
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 
@@ -31,9 +31,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@lru_cache(maxsize=None)
-def _weights(family: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+@functools.cache
+def _weights(family: str, seed: int, changes: Any) -> PreTrainedModel:
     model_type, own = FAMILIES[family]
+    changes = {**own, **_thawed(changes)}
     config = AutoConfig.for_model(
         model_type,
         **{
@@ -44,36 +45,47 @@ def _weights(family: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> Pr
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 8192,
-            # Large enough for attention to be peaked: a wrong token or position shows.
-            "initializer_range": 0.2,
+            # Large enough for attention to be peaked, so that a wrong token or position shows.
+            "initializer_range": 1.6 / changes.get("hidden_size", 64) ** 0.5,
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": None,
-            **own,
-            **{name: _thawed(value) if name == "rope_parameters" else value for name, value in changes},
+            **changes,
         },
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def _thawed(rope: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in rope}
+def _frozen(value: Any) -> Any:
+    """Lists and dicts as something that can be a cache key."""
+    if isinstance(value, dict):
+        return "dict", tuple((name, _frozen(inner)) for name, inner in sorted(value.items()))
+    return ("list", tuple(value)) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+    match value:
+        case ("dict", inner):
+            return {name: _thawed(each) for name, each in inner}
+        case ("list", inner):
+            return list(inner)
+    return value
 
 
 def model(family: str = "llama", *, native: str | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model with transformers' own attention (``native``); weights are made once per test process."""
-    rope = changes.get("rope_parameters")
-    if rope is not None:
-        changes["rope_parameters"] = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in rope.items())
-    made = _weights(family, seed, tuple(sorted(changes.items())))
+    made = _weights(family, seed, _frozen(changes))
     made.set_attn_implementation(native or ("eager" if family == "gpt-oss" else "sdpa"))
     return made
 
 
 def ids(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Random tokens without specials."""
-    return torch.randint(3, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    """Random tokens without specials; none comes twice in a row if there are enough (equal keys tie in a vote)."""
+    generator = torch.Generator().manual_seed(seed)
+    if columns > VOCABULARY - 3:
+        return torch.randint(3, VOCABULARY, (rows, columns), generator=generator)
+    return torch.stack([3 + torch.randperm(VOCABULARY - 3, generator=generator)[:columns] for _ in range(rows)])
 
 
 def padded(rows: int, columns: int, pads: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -90,7 +102,7 @@ def feed(net: PreTrainedModel, cache: Any, tokens: Tensor, mask: Tensor | None =
     ``mask`` covers what the cache has seen too.
     """
     size = passes or tokens.shape[1]
-    seen = 0 if cache is None else cache.get_seq_length()
+    seen = 0 if cache is None else int(cache.get_seq_length())
     out = []
     with torch.no_grad():
         for start in range(0, tokens.shape[1], size):

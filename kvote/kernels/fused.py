@@ -28,6 +28,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """As ``kernels.attend``. Query heads of one key head are packed as rows, so keys are never repeated."""
     b, heads, t, d = query.shape
+    if causal and window is not None:
+        # Before the first row's window, no row sees anything.
+        key, value = key[:, :, 1 - t - window :], value[:, :, 1 - t - window :]
     h, m = key.shape[1], key.shape[2]
     groups = heads // h
     if causal and t == m and window is None and t > 1:

@@ -15,8 +15,8 @@ def streamingllm(sinks: int = 4, window: int = 1020) -> Method:
     middle of a long text cannot be answered. Every query reads its own window, also inside a long prompt, as if the
     text had been fed one token at a time (the paper's evaluation).
     """
-    if sinks < 0 or window < 1:
-        raise MethodError(f"streamingllm needs sinks >= 0 and window >= 1; got sinks={sinks}, window={window}.")
+    if not isinstance(sinks, int) or not isinstance(window, int) or sinks < 0 or window < 1:
+        raise MethodError(f"streamingllm needs whole numbers sinks >= 0 and window >= 1; got sinks={sinks}, window={window}.")
     return Method(
         spec_of("streamingllm", sinks=sinks, window=window),
         keep=KeepSinksAndRecent(sinks, window),

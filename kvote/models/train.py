@@ -283,7 +283,7 @@ def train(
                 group["lr"] = recipe.rate(step)
             with torch.autocast("cpu", torch.bfloat16):
                 loss, right = loss_of(model, ids, weights)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -39,10 +39,13 @@ class HeadVotes:
     tensor_parallel: bool
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("sinks", 0), ("window", 0), ("chunk", 1), ("tail", 0), ("reuse_span", 1)):
+        whole = {"top_k": 1, "sinks": 0, "window": 0, "chunk": 1, "tail": 0, "reuse_span": 1, "max_pool": 0}
+        for name, least in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if not isinstance(self.theta, int | float):
+            raise MethodError(f"theta must be a number; got {self.theta!r}.")
         if self.head_map not in ("gqa", "paper"):
             raise MethodError(f"head_map must be 'gqa' or 'paper'; got {self.head_map!r}.")
         if self.positions not in ("contiguous", "original"):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvote.errors import MethodError
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Reading
 
@@ -14,6 +15,11 @@ class RandomTokens(HeadVotes):
     """Reads what HeadVotes reads, with the winners drawn by lot: one draw per layer and selecting position."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.seed, int):
+            raise MethodError(f"seed must be a whole number; got {self.seed!r}.")
 
     def _votes(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
         draws = []

@@ -152,6 +152,9 @@ class PagePool:
 
     def select(self, index: list[int]) -> None:
         """Makes ``lanes[i]`` a copy of the former ``lanes[index[i]]``; the pages are shared, not copied."""
+        for lane in self.lanes:
+            # Pages set aside but not yet written are not shared: two lanes would write into them.
+            self.truncate(lane, lane.length)
         chosen = [self.lanes[i] for i in index]
         self.owners = np.zeros_like(self.owners)
         self.lanes = [Lane(list(lane.runs), lane.length) for lane in chosen]

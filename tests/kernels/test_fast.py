@@ -114,7 +114,7 @@ def test_compiled_top_k_equals_the_reference_by_value(n, rows, levels, seed, dat
     assert bool((index.diff(dim=-1) > 0).all())
     assert torch.equal(votes.gather(-1, index).sort(-1).values, votes.topk(k).values.sort(-1).values)
     # Ties go to the lower index.
-    assert torch.equal(index, votes.sort(-1, descending=True, stable=True).indices[:, :k].sort(-1).values)
+    assert torch.equal(index, votes.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values)
 
 
 @compiled

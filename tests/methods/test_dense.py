@@ -14,7 +14,7 @@ def test_dense_equals_the_native_attention(family, pads):
     net = tiny.model(family)
     for passes in (0, 1, 7):
         got = tiny.feed(net, tiny.cache(net), tokens, mask, passes)
-        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
 def test_dense_keeps_and_reads_everything():

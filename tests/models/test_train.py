@@ -36,7 +36,8 @@ def test_a_resumed_log_forgets_steps_taken_again(tmp_path):
     log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 0.0}) + "\n")
     run(tmp_path / "out", stop_after=4)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] > 0
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[3]["loss"] > 0
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
@@ -53,10 +54,12 @@ def test_batches_depend_on_seed_and_step_alone(share):
     ids, weights = train.batch(recipe, step)
     length = recipe.length(step)
     assert ids.shape == weights.shape == (6144 // length, length)
-    assert (ids[:, 0] == world.BOS).all() and ids.max() < world.VOCABULARY_SIZE
+    assert (ids[:, 0] == world.BOS).all()
+    assert ids.max() < world.VOCABULARY_SIZE
     again, _ = train.batch(recipe, step)
     other, _ = train.batch(train.Recipe(seed=1), step)
-    assert np.array_equal(ids, again) and not np.array_equal(ids, other)
+    assert np.array_equal(ids, again)
+    assert not np.array_equal(ids, other)
 
 
 @pytest.mark.parametrize("task", world.TASKS)
@@ -66,7 +69,8 @@ def test_answers_weigh_one_and_filler_nothing(task):
         ids, weights = train.question_row(task, 1024, *train._amounts(task, 1024, False, rng), rng)
         assert len(ids) == len(weights) == 1024
         ends = ids == world.EOT
-        assert ends.any() and (weights[ends] == train.ANSWER).all()
+        assert ends.any()
+        assert (weights[ends] == train.ANSWER).all()
         assert set(np.unique(weights).astype(float).round(4).tolist()) <= {0.0, 0.01, 0.5, 1.0}
         assert weights[0] == 0
 
@@ -80,4 +84,6 @@ def test_weights_of_a_prompt():
 def test_the_rate_warms_up_and_ends_near_zero():
     recipe = train.Recipe()
     rates = [recipe.rate(step) for step in range(recipe.steps)]
-    assert rates[0] < 2e-5 and max(rates) == recipe.learning_rate and rates[-1] < 1e-8
+    assert rates[0] < 2e-5
+    assert max(rates) == recipe.learning_rate
+    assert rates[-1] < 1e-8

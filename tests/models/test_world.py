@@ -19,7 +19,8 @@ def test_documents_have_the_length_asked_for_and_survive_the_tokenizer(task, tok
         made = world.sample(task, tokens, seed)
         ids = ids_of(made.document, special=True)
         assert len(ids) == tokens
-        assert ids[0] == world.BOS and ids[-1] == world.ID["."]
+        assert ids[0] == world.BOS
+        assert ids[-1] == world.ID["."]
         assert not set(ids[1:]) & {world.PAD, world.BOS, world.EOT, world.UNK}
         assert TOKENIZER.decode(ids[1:]) == made.document
         for question in made.questions:
@@ -68,7 +69,8 @@ def test_a_question_is_never_ambiguous():
 def test_seeds_decide_the_sample_and_length_does_not_change_what_is_asked():
     one, same, other = (world.sample("needle", 400, seed) for seed in (3, 3, 4))
     assert one == same
-    assert one.document != other.document and one.questions != other.questions
+    assert one.document != other.document
+    assert one.questions != other.questions
     longer = world.sample("needle", 4000, 3)
     assert [(q.prompt, q.answer) for q in longer.questions] == [(q.prompt, q.answer) for q in one.questions]
 

@@ -94,6 +94,7 @@ class Pages(RuleBasedStateMachine):
         self.held.truncate(row, length)
         self.model[row] = self.model[row][:length]
 
+    @precondition(lambda self: any(self.model))
     @rule(data=st.data())
     def keep(self, data: Any) -> None:
         row = self.row(data)
@@ -140,7 +141,7 @@ class Pages(RuleBasedStateMachine):
 
 
 Pages.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestPages = Pages.TestCase
 

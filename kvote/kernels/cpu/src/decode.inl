@@ -20,9 +20,10 @@ inline vf sums_of(vf (&m)[W]) {
     return m[0];
 }
 
-// Dot products of four keys with four queries, sum [key * 4 + query].
+// Dot products of four keys with the queries `first` to `first` + 3 of `rows`, sum [key * 4 + query].
 template <class T>
-inline vf dots(const T* const (&key)[4], const float* query, int64_t dim) {
+inline vf dots(const T* const (&key)[4], const float* rows, int64_t first, int64_t dim) {
+    const float* query = rows + first * MAX_DIM;
     vf m[W] = {};
     for (int64_t c = 0; c < dim; c += W) {
         vf q0 = load<vf>(query + c), q1 = load<vf>(query + MAX_DIM + c);
@@ -41,17 +42,17 @@ inline vf dots(const T* const (&key)[4], const float* query, int64_t dim) {
 #if defined(__AVX512BF16__)
 // bfloat16 keys meet bfloat16 queries (packed behind the floats of each query row) two channels at a time.
 template <>
-inline vf dots<bf16>(const bf16* const (&key)[4], const float* query, int64_t dim) {
+inline vf dots<bf16>(const bf16* const (&key)[4], const float* rows, int64_t first, int64_t dim) {
     if (dim % 32) {
         float wide[4][MAX_DIM];
-        const f32* rows[4];
+        const f32* four[4];
         for (int k = 0; k < 4; ++k) {
             for (int64_t c = 0; c < dim; c += W) store(wide[k] + c, get(key[k] + c));
-            rows[k] = reinterpret_cast<const f32*>(wide[k]);
+            four[k] = reinterpret_cast<const f32*>(wide[k]);
         }
-        return dots<f32>(rows, query, dim);
+        return dots<f32>(four, rows, first, dim);
     }
-    const char* packed = reinterpret_cast<const char*>(query + MAX_GROUPS * MAX_DIM);
+    const char* packed = reinterpret_cast<const char*>(rows + MAX_GROUPS * MAX_DIM) + 2 * first * MAX_DIM;
     __m512 m[W];
     for (auto& x : m) x = _mm512_setzero_ps();
     for (int64_t c = 0; c < dim; c += 32) {
@@ -116,7 +117,7 @@ void attend_block(const K* const* key, const V* const* value, int64_t live, cons
         const K* four[4];
         for (int64_t k = 0; k < 4; ++k) four[k] = key[t + k < live ? t + k : live - 1];
         for (int64_t g = 0; g < groups; g += 4) {
-            vf s = dots<K>(four, query + g * MAX_DIM, a.dim) * a.scale;
+            vf s = dots<K>(four, query, g, a.dim) * a.scale;
             for (int k = 0; k < 4; ++k)
                 for (int i = 0; i < 4; ++i) scores[(g + i) * BLOCK + t + k] = s[4 * k + i];
         }

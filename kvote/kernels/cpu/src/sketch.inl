@@ -71,36 +71,29 @@ inline vi dot4(vi sums, const uint8_t* codes, const int8_t* query) {
 #endif
 }
 
-// Scores of 16 tokens for `rows` coded queries, to out[row * stride].
+// Scores of 16 tokens for R coded queries, to out[row * stride]. Codes are loaded once for all of them, and the chains
+// of multiply-adds are independent, which hides their latency.
+template <int R>
+inline void score_rows_of(const uint8_t* block, int64_t dim, const CodedQuery* query, float* out, int64_t stride) {
+    vi high[R] = {}, low[R] = {};
+    for (int64_t c = 0; c < dim; c += 4) {
+        const uint8_t* codes = block + 16 * c;
+        for (int r = 0; r < R; ++r) {
+            high[r] = dot4(high[r], codes, query[r].high + c);
+            low[r] = dot4(low[r], codes, query[r].low + c);
+        }
+    }
+    vf scales = get(reinterpret_cast<const f16*>(block + 16 * dim));
+    for (int r = 0; r < R; ++r) {
+        vf coarse = __builtin_convertvector(high[r] - 128 * query[r].high_sum, vf);
+        vf fine = __builtin_convertvector(low[r] - 128 * query[r].low_sum, vf);
+        store(out + r * stride, (coarse + fine * 0.0078125f) * scales * query[r].scale);
+    }
+}
+
 inline void score_block(const uint8_t* block, int64_t dim, const CodedQuery* query, int64_t rows, float* out,
                         int64_t stride) {
-    vf scales = get(reinterpret_cast<const f16*>(block + 16 * dim));
     int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) {
-        const CodedQuery &p = query[row], &q = query[row + 1];
-        vi ph{}, pl{}, qh{}, ql{};
-        for (int64_t c = 0; c < dim; c += 4) {
-            ph = dot4(ph, block + 16 * c, p.high + c);
-            pl = dot4(pl, block + 16 * c, p.low + c);
-            qh = dot4(qh, block + 16 * c, q.high + c);
-            ql = dot4(ql, block + 16 * c, q.low + c);
-        }
-        vf first = __builtin_convertvector(ph - 128 * p.high_sum, vf);
-        vf second = __builtin_convertvector(qh - 128 * q.high_sum, vf);
-        first += __builtin_convertvector(pl - 128 * p.low_sum, vf) * 0.0078125f;
-        second += __builtin_convertvector(ql - 128 * q.low_sum, vf) * 0.0078125f;
-        store(out + row * stride, first * scales * p.scale);
-        store(out + (row + 1) * stride, second * scales * q.scale);
-    }
-    for (; row < rows; ++row) {
-        const CodedQuery& p = query[row];
-        vi ph{}, pl{};
-        for (int64_t c = 0; c < dim; c += 4) {
-            ph = dot4(ph, block + 16 * c, p.high + c);
-            pl = dot4(pl, block + 16 * c, p.low + c);
-        }
-        vf first = __builtin_convertvector(ph - 128 * p.high_sum, vf);
-        first += __builtin_convertvector(pl - 128 * p.low_sum, vf) * 0.0078125f;
-        store(out + row * stride, first * scales * p.scale);
-    }
+    for (; row + 4 <= rows; row += 4) score_rows_of<4>(block, dim, query + row, out + row * stride, stride);
+    for (; row < rows; ++row) score_rows_of<1>(block, dim, query + row, out + row * stride, stride);
 }
