@@ -140,6 +140,9 @@ class Padding:
 
 def _mask(native: str, **kwargs: Any) -> Tensor | None:
     """The mask function: for full attention a token of size 0 with the 2-D padding attached, never an N x N mask."""
+    if isinstance(kwargs["q_offset"], Tensor):
+        # A static cache counts in place, and the native mask is made after it has counted this pass.
+        kwargs["q_offset"] = kwargs["q_offset"].clone()
     make = partial(ALL_MASK_ATTENTION_FUNCTIONS[native], **kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
         return make()
@@ -154,7 +157,8 @@ def _mask(native: str, **kwargs: Any) -> Tensor | None:
             )
         new = mask[:, seen : seen + t]
         valid = None if bool(new.all()) else new
-    carrier = torch.empty(0, dtype=torch.bool)
+    # Four axes, so that masks which generate() makes ahead pass through the model unchanged.
+    carrier = torch.empty(0, 0, 0, 0, dtype=torch.bool)
     setattr(carrier, _PADDING, Padding(valid, make))
     return carrier
 
@@ -249,6 +253,14 @@ def is_full_attention(layer: Any) -> bool:
     return type(layer) is DynamicLayer
 
 
+def find_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
+    """The rotary embedding of each of ``layers``; those of one type share it. Raises UnsupportedModelError."""
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    shared = {types[index]: find_rope(model, index) for index in layers}
+    return {index: shared[types[index]] for index in layers}
+
+
 def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
     """The rotary embedding of a layer, proven on random numbers to be undone. Raises UnsupportedModelError."""
     name = type(model).__name__
@@ -264,12 +276,13 @@ def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     positions = torch.tensor([[3, 5, 8, 1]], device=model.device)
     x = torch.randn(1, 1, 4, head_dim, device=model.device, generator=torch.Generator(model.device).manual_seed(0))
+    fixed = not any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic"))
     cos, sin = module(positions, torch.float32)
     if cos.dim() != 3 or 2 * cos.shape[-1] < 2:
         raise UnsupportedModelError(f"{name} uses rotary positions of a form that kvote does not know; use 'dense'.")
     expected = apply(x, x, cos, sin)[0]
     for interleaved, repeated in ((False, True), (True, True), (False, False)):
-        rope = Rope(module, interleaved, repeated)
+        rope = Rope(module, interleaved, repeated, fixed)
         angles = rope.angles(positions, torch.float32)
         if 2 * angles[0].shape[-1] <= head_dim:
             mine = rotate(x, angles[0][:, None], angles[1][:, None], interleaved=interleaved)

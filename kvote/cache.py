@@ -30,10 +30,13 @@ class Cache(TransformersCache):
         self.turn = attention.Turn()
         layers: list[Any] = []
         previous = None
-        for index, native in enumerate(attention.native_layers(model)):
-            if attention.is_full_attention(native):
-                rope = attention.find_rope(model, index) if self.method.read.needs_raw_keys else None
-                native = previous = attention.CacheLayer(Layer(index, self.method, rope), self.turn, previous)
+        native_layers = attention.native_layers(model)
+        ours = [index for index, native in enumerate(native_layers) if attention.is_full_attention(native)]
+        ropes = attention.find_ropes(model, ours) if self.method.read.needs_raw_keys else {}
+        for index, native in enumerate(native_layers):
+            if index in ours:
+                layer = Layer(index, self.method, ropes.get(index))
+                native = previous = attention.CacheLayer(layer, self.turn, previous)
             layers.append(native)
         super().__init__(layers=layers)
         attention.attach(model)
@@ -61,9 +64,10 @@ class Cache(TransformersCache):
         self.turn.end = None
 
     def nbytes(self) -> int:
-        """Bytes held: keys, values, positions, tables and what readers remember, in every layer."""
+        """Bytes held: keys, values, positions, sketches, tables and what readers remember, in every layer."""
         self._check_active()
-        return sum(_layer_nbytes(layer) for layer in self.layers)
+        ropes = {id(layer.rope): layer.rope.nbytes for layer in self.managed if layer.rope is not None}
+        return sum(_layer_nbytes(layer) for layer in self.layers) + sum(ropes.values())
 
     def positions(self, layer: int) -> list[list[Tensor]]:
         """Original positions of the tokens that ``layer`` holds: int32 [tokens] for each sequence and key head.

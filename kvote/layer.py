@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        parts = [self.segment, self.memory, self.rope]
+        parts = [self.segment, self.memory]
         columns = 0 if self.columns is None else self.columns.untyped_storage().nbytes()
         return columns + sum(part.nbytes for part in parts if part is not None)
 

@@ -8,7 +8,7 @@ from kvote.layer import Layer
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. ``tokens_held`` is the sum over sequences of the longest lane; ``tokens_read`` is per query, latest."""
+    """One layer. ``tokens_held`` is the sum over sequences, ``tokens_read`` what the latest query read."""
 
     layer: int
     tokens_seen: int

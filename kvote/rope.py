@@ -21,11 +21,16 @@ _TABLES_KEPT = 8
 
 @dataclass
 class Rope:
-    """One layer's rotary embedding. ``repeated``: the model's cos/sin hold every angle twice."""
+    """The rotary embedding of a layer, or of all layers that share it.
+
+    ``repeated``: the model's cos/sin hold every angle twice. ``fixed``: angles depend on nothing but the position
+    (LongRoPE and dynamic NTK look at the largest position too).
+    """
 
     module: RotaryModule
     interleaved: bool = False
     repeated: bool = True
+    fixed: bool = True
     _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -43,14 +48,15 @@ class Rope:
 
     def contiguous(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The angles [count, r] of positions 0 .. count - 1, in float32."""
-        # Keyed by count, not sliced from a longer table: some ropes depend on the largest position (LongRoPE, NTK).
-        table = self._tables.get((count, device))
-        if table is None:
-            table = self.angles(torch.arange(count, device=device), torch.float32)
-            if len(self._tables) >= _TABLES_KEPT:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[(count, device)] = table
-        return table
+        # One table that grows serves every count, unless angles depend on the largest position.
+        size = max([1 << max(9, (count - 1).bit_length()), *(n for n, _ in self._tables)]) if self.fixed else count
+        if (size, device) not in self._tables:
+            if self.fixed or len(self._tables) >= _TABLES_KEPT:
+                self._tables.clear()
+            cos, sin = self.angles(torch.arange(size, device=device), torch.float32)
+            self._tables[(size, device)] = cos.clone(), sin.clone()
+        cos, sin = self._tables[(size, device)]
+        return cos[:count], sin[:count]
 
     def undo(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Takes the model's rotation by ``angles`` [rows, n, r] each out of ``x`` [rows, heads, n, d]."""

@@ -135,24 +135,39 @@ OTHER_CACHES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize(("family", "native"), [(f, n) for f in tiny.FAMILIES for n in ("sdpa", "eager")])
 @pytest.mark.parametrize("other", OTHER_CACHES)
-@pytest.mark.parametrize("pads", [0, 5])
+@pytest.mark.parametrize("pads", [None, 0, 5])
 def test_a_switched_model_behaves_as_before_with_any_other_cache(family, native, other, pads):
     if (family, native) == ("gpt-oss", "sdpa"):
         pytest.skip("transformers has no sdpa for GPT-OSS")
-    tokens, mask = tiny.padded(2, 17, [pads, 0])
+    tokens, whole = tiny.padded(2, 17, [pads or 0, 0])
+    whole = torch.cat([whole, torch.ones(2, 2, dtype=torch.long)], dim=1)
+    mask = None if pads is None else whole
 
     def run(net: Any) -> torch.Tensor:
         cache = OTHER_CACHES[other](net)
-        first = tiny.feed(net, cache, tokens, mask)
-        more = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], dim=1)
-        return first if cache is None else torch.cat([first, tiny.feed(net, cache, tiny.ids(2, 2), more, 1)], dim=1)
+        logits = tiny.feed(net, cache, tokens, None if mask is None else mask[:, :17])
+        more = [] if cache is None else [tiny.feed(net, cache, tiny.ids(2, 2), mask, 1)]
+        return torch.cat([logits, *more], dim=1)
 
     before = run(tiny.model(family, native=native))
     net = tiny.model(family, native=native)
     kvote.Cache(net)
     assert net.config._attn_implementation.startswith("kvote")
-    at = torch.cat([mask, torch.ones(2, before.shape[1] - 17, dtype=torch.long)], dim=1).bool()
+    at = whole[:, : before.shape[1]].bool()
     torch.testing.assert_close(run(net)[at], before[at], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("settings", [{"cache_implementation": "static"}, {}, {"use_cache": False}, {"num_beams": 2}])
+@pytest.mark.parametrize("pads", [0, 5])
+def test_a_switched_model_generates_as_before_without_a_kvote_cache(family, settings, pads):
+    tokens, mask = tiny.padded(2, 17, [pads, 0])
+    before = tiny.generate(tiny.model(family), tokens, mask=mask, **settings)
+    net = tiny.model(family)
+    kvote.Cache(net)
+    after = tiny.generate(net, tokens, mask=mask, **settings)
+    assert torch.equal(after.sequences, before.sequences)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(after.logits, before.logits, strict=True))
 
 
 def test_weights_still_train_after_the_switch():
@@ -191,16 +206,20 @@ def test_a_cache_that_nothing_went_through_has_nothing_to_report():
 
 
 def tiny_t5() -> Any:
-    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config = transformers.T5Config(vocab_size=tiny.VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return transformers.T5ForConditionalGeneration(config)
 
 
 def tiny_bloom() -> Any:
-    return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, n_layer=1, n_head=2)
+    )
 
 
 def tiny_gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=16, n_layer=1, n_head=2)
+    )
 
 
 def all_sliding() -> Any:

@@ -220,6 +220,18 @@ def test_a_deep_copy_diverges_without_touching_its_original(net, method, batch):
         same(logits, tiny.feed(net, fresh, extra, longer))
 
 
+def test_a_cache_filled_in_inference_mode_goes_on_outside_it(net, method, batch):
+    tokens, mask = batch
+    cache, fresh = tiny.cache(net, method), tiny.cache(net, method)
+    with torch.inference_mode():
+        tiny.feed(net, cache, tokens, mask, 60)
+    tiny.feed(net, fresh, tokens, mask, 60)
+    extra, longer = more(3, mask)
+    same(tiny.feed(net, cache, extra, longer), tiny.feed(net, fresh, extra, longer))
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    tiny.feed(net, cache, *more(3, None if longer is None else longer[[1, 1, 0]]))
+
+
 def test_a_row_alone_equals_the_row_in_a_padded_batch(net, method):
     pads = [11, 0, 66]
     tokens, mask = tiny.padded(3, COLUMNS, pads)

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-import kvote.methods  # noqa: F401  (fills the registry)
+import kvote.methods  # noqa: F401  (each method registers itself)
 from kvote.cli.show import plain_console, plain_table
 from kvote.method import METHODS
 

@@ -14,6 +14,12 @@ _ANSWER_SHOWN = 28
 _PIPE_WIDTH = 120
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves it to ``main``, where rich would end the program."""
+        raise BrokenPipeError
+
+
 def plain_table(**kwargs: Any) -> Table:
     """A table without a frame."""
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, **kwargs)
@@ -21,7 +27,7 @@ def plain_table(**kwargs: Any) -> Table:
 
 def plain_console() -> Console:
     """Standard output without colours of its own; wide enough for every table where no terminal sets the width."""
-    console = Console(markup=False, highlight=False)
+    console = _Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console

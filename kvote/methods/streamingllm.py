@@ -16,7 +16,9 @@ def streamingllm(sinks: int = 4, window: int = 1020) -> Method:
     text had been fed one token at a time (the paper's evaluation).
     """
     if not isinstance(sinks, int) or not isinstance(window, int) or sinks < 0 or window < 1:
-        raise MethodError(f"streamingllm needs whole numbers sinks >= 0 and window >= 1; got sinks={sinks}, window={window}.")
+        raise MethodError(
+            f"streamingllm needs whole numbers sinks >= 0 and window >= 1; got sinks={sinks}, window={window}."
+        )
     return Method(
         spec_of("streamingllm", sinks=sinks, window=window),
         keep=KeepSinksAndRecent(sinks, window),

@@ -35,7 +35,9 @@ class SinksAndRecent:
                 stop = min(reading.count, row + size - slot)
                 yield Span(row, stop, [TokenSet(range(reading.first + stop), positions="contiguous")])
             else:
-                stop = min(reading.count, row + _ROWS)
+                # Some ropes look at the largest position of a list: there, a list must not be longer than a window.
+                together = _ROWS if reading.rope is None or reading.rope.fixed else 1
+                stop = min(reading.count, row + together)
                 yield Span(row, stop, self._sliding(slot, reading.first + stop))
             row = stop
 

@@ -9,6 +9,7 @@ which is the usual state: a lane then is a plain strided tensor and reading it c
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -209,4 +210,4 @@ def _runs(old: np.ndarray, new: np.ndarray) -> list[tuple[int, int, int]]:
         return []
     breaks = np.flatnonzero((np.diff(old) != 1) | (np.diff(new) != 1)) + 1
     edges = np.concatenate([[0], breaks, [len(old)]])
-    return [(int(old[a]), int(new[a]), int(b - a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [(int(old[a]), int(new[a]), int(b - a)) for a, b in pairwise(edges)]

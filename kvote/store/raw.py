@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.read.tokens import Queries, TokenSet
 from kvote.kernels import cpu
+from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.pages import PAGE, Lane, PagePool
 from kvote.store.segment import Logits
@@ -142,7 +142,9 @@ class RawSegment:
         if kernels.compiled(self.pool.keys):
             sketch = self.pool.sketch if self.sketch else None
             lanes = [self.pool.runs(self._lanes([row])) for row in rows]
-            each = [cpu.votes(q, self.pool.keys, *lane, sketch, start, limits) for q, lane in zip(query, lanes)]
+            each = [
+                cpu.votes(q, self.pool.keys, *lane, sketch, start, limits) for q, lane in zip(query, lanes, strict=True)
+            ]
             return torch.stack(each)
         logits = self.scores(query, rows, start, limits[-1])
         return kernels.soft_votes(kernels.forbid(logits, start, limits))

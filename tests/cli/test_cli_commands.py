@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 
@@ -40,6 +41,25 @@ def test_methods_lists_all_with_source_and_needs(capsys):
     assert "arXiv 2411.02886" in out
 
 
+def test_an_interrupted_command_ends_without_a_traceback():
+    started = subprocess.Popen(
+        [sys.executable, "-m", "kvote.cli", "ask", "--document", "-", "--question", "Why?"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Whoever started the tests may have told their children to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert started.stdin is not None
+    # Larger than a pipe holds: when all but the rest is taken, the command is reading it.
+    started.stdin.write(b"word " * 40_000)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(timeout=60) == 130
+    assert started.stderr is not None
+    assert started.stderr.read() == b"kvote: interrupted.\n"
+    started.stdin.close()
+    started.stderr.close()
+
+
 def test_env_names_versions_and_says_why_a_backend_is_missing(capsys, monkeypatch):
     monkeypatch.setenv("KVOTE_BACKEND", "reference")
     assert main(["env", "--json"]) == 0
@@ -73,8 +93,9 @@ def test_train_embedded_trains_and_resumes(capsys, tmp_path):
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
-def test_a_reader_that_leaves_is_no_error():
-    command = f"{sys.executable} -m kvote.cli methods --json | true; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_a_reader_that_leaves_is_no_error(option):
+    command = f"{sys.executable} -m kvote.cli methods {option} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
 

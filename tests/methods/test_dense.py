@@ -36,7 +36,7 @@ def test_dense_holds_as_many_bytes_as_the_tokens_need():
 
 def test_soft_capped_logits_are_honoured():
     config = transformers.Gemma2Config(
-        vocab_size=64,
+        vocab_size=tiny.VOCABULARY,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,

@@ -3,7 +3,7 @@
 Geometry of Llama-3.1-8B: 32 query heads, 8 key heads, head size 128, bfloat16. Every kernel is first checked against
 the float32 reference on the same numbers; a wrong one gets no figure. Ratios are medians of alternating rounds.
 
-    python bench/kernels.py --tokens 4096 16384 65536 131072
+    python bench/decode_step.py --tokens 4096 16384 65536 131072
 """
 
 import argparse
@@ -149,7 +149,7 @@ def main() -> None:
     ]
     print(f"read bandwidth {read / 1e9:.1f} GB/s")
     print(table(["kernel", "tokens", "ms", "ratio to sdpa", "of the bandwidth"], rows))
-    save("kernels", {"geometry": [HEADS, KV_HEADS, DIM], "read_bandwidth": read, "results": results})
+    save("decode_step", {"geometry": [HEADS, KV_HEADS, DIM], "read_bandwidth": read, "results": results})
 
 
 if __name__ == "__main__":
