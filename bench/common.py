@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvote
+from kvote.kernels import backend
 from kvote.models import embedded
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,7 +31,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "backend": kvote.kernels.backend(),
+        "backend": backend(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,20 +1,42 @@
-"""kvote manages the KV cache of a language model: which tokens are kept, how they are stored, which a query reads."""
+"""kvote manages the KV cache of a language model: which tokens are kept, how they are stored, which a query reads.
 
-from kvote import methods
-from kvote.cache import Cache
-from kvote.document import Answer, Document
-from kvote.errors import (
-    CropError,
-    InactiveCacheError,
-    InputError,
-    KvoteError,
-    MethodError,
-    UnsupportedModelError,
-)
-from kvote.method import Method
-from kvote.report import LayerReport, Report
+Names are imported when they are first used, so that ``kvote --help`` does not wait for torch.
+"""
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from kvote import methods
+    from kvote.cache import Cache
+    from kvote.document import Answer, Document
+    from kvote.errors import (
+        CropError,
+        InactiveCacheError,
+        InputError,
+        KvoteError,
+        MethodError,
+        UnsupportedModelError,
+    )
+    from kvote.method import Method
+    from kvote.report import LayerReport, Report
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Answer": "document",
+    "Cache": "cache",
+    "CropError": "errors",
+    "Document": "document",
+    "InactiveCacheError": "errors",
+    "InputError": "errors",
+    "KvoteError": "errors",
+    "LayerReport": "report",
+    "Method": "method",
+    "MethodError": "errors",
+    "Report": "report",
+    "UnsupportedModelError": "errors",
+}
 
 __all__ = [
     "Answer",
@@ -31,3 +53,15 @@ __all__ = [
     "UnsupportedModelError",
     "methods",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name == "methods":
+        return importlib.import_module("kvote.methods")
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvote' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kvote.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

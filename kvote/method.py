@@ -4,14 +4,18 @@
 """
 
 import ast
+import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ParamSpec
 
 from kvote.errors import MethodError
 from kvote.keep.policies import KeepAll, Keeper
 from kvote.read.tokens import Everything, Reader
+
+Parameters = ParamSpec("Parameters")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Method:
     ``spec`` is what the user would write to get it. Every layer gets the same parts.
     """
 
-    spec: str
+    spec: str = "custom"
     keep: Keeper = field(default_factory=KeepAll)
     read: Reader = field(default_factory=Everything)
 
@@ -58,19 +62,22 @@ METHODS: dict[str, Published] = {}
 
 def published(
     *, rooms: str, source: str, needs: str = "nothing"
-) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
-    """Registers a function that builds a Method under the function's name."""
+) -> Callable[[Callable[Parameters, Method]], Callable[Parameters, Method]]:
+    """Registers a function that builds a Method under the function's name, and writes the method's spec."""
 
-    def register(build: Callable[..., Method]) -> Callable[..., Method]:
-        METHODS[build.__name__] = Published(build.__name__, rooms, source, needs, build)
-        return build
+    def register(build: Callable[Parameters, Method]) -> Callable[Parameters, Method]:
+        name, signature = build.__name__, inspect.signature(build)
+
+        @functools.wraps(build)
+        def with_spec(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Method:
+            given = signature.bind(*args, **kwargs).arguments
+            told = [f"{key}={value!r}" for key, value in given.items() if value != signature.parameters[key].default]
+            return replace(build(*args, **kwargs), spec=f"{name}({', '.join(told)})" if told else name)
+
+        METHODS[name] = Published(name, rooms, source, needs, with_spec)
+        return with_spec
 
     return register
-
-
-def spec_of(name: str, **parameters: Any) -> str:
-    """The spec string of a method call, e.g. ``tokenselect(top_k=512)``."""
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in parameters.items())})"
 
 
 def parse(spec: str) -> Method:
@@ -105,6 +112,7 @@ def _build(node: ast.expr, spec: str) -> Method:
 
 
 def _call(name: str, parameters: dict[str, Any]) -> Method:
+    importlib.import_module("kvote.methods")  # every file there registers its method
     if name not in METHODS:
         raise MethodError(f"There is no method {name!r}; there are {', '.join(sorted(METHODS))}.")
     build = METHODS[name].build

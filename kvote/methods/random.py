@@ -1,6 +1,6 @@
 """Random tokens: the baseline of arXiv 2609.03430. A selection that does not beat it at equal size is worth nothing."""
 
-from kvote.method import Method, published, spec_of
+from kvote.method import Method, published
 from kvote.read.random_tokens import RandomTokens
 
 
@@ -28,4 +28,4 @@ def random(
         tensor_parallel=False,
         seed=seed,
     )
-    return Method(spec_of("random", top_k=top_k, sinks=sinks, window=window, chunk=chunk), read=reader)
+    return Method(read=reader)

@@ -2,7 +2,7 @@
 
 from kvote.errors import MethodError
 from kvote.keep.policies import KeepSinksAndRecent
-from kvote.method import Method, published, spec_of
+from kvote.method import Method, published
 from kvote.read.recent import SinksAndRecent
 
 
@@ -19,8 +19,4 @@ def streamingllm(sinks: int = 4, window: int = 1020) -> Method:
         raise MethodError(
             f"streamingllm needs whole numbers sinks >= 0 and window >= 1; got sinks={sinks}, window={window}."
         )
-    return Method(
-        spec_of("streamingllm", sinks=sinks, window=window),
-        keep=KeepSinksAndRecent(sinks, window),
-        read=SinksAndRecent(sinks, window),
-    )
+    return Method(keep=KeepSinksAndRecent(sinks, window), read=SinksAndRecent(sinks, window))

@@ -1,6 +1,6 @@
 """TokenSelect: dynamic token-level KV cache selection (Wu et al., EMNLP 2025, arXiv 2411.02886)."""
 
-from kvote.method import Method, published, spec_of
+from kvote.method import Method, published
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Positions
 
@@ -57,4 +57,4 @@ def tokenselect(
         positions=positions,
         tensor_parallel=tensor_parallel,
     )
-    return Method(spec_of("tokenselect", top_k=top_k, sinks=sinks, window=window, chunk=chunk), read=reader)
+    return Method(read=reader)

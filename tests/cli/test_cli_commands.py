@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -50,8 +51,9 @@ def test_an_interrupted_command_ends_without_a_traceback():
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert started.stdin is not None
-    # Larger than a pipe holds: when all but the rest is taken, the command is reading it.
+    # Larger than a pipe holds: when it is written, the command is reading, and soon waiting for more.
     started.stdin.write(b"word " * 40_000)
+    time.sleep(0.5)
     started.send_signal(signal.SIGINT)
     assert started.wait(timeout=60) == 130
     assert started.stderr is not None
