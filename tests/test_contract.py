@@ -279,7 +279,8 @@ def test_nbytes_is_the_sum_of_the_buffers(net, method, batch):
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in buffers(cache)}
     arrays = sum(layer.segment.pool.owners.nbytes for layer in cache.managed)
     assert cache.nbytes() == sum(storages.values()) + arrays + 16 * runs > 0
-    assert cache.nbytes() == sum(layer.nbytes for layer in cache.report().layers)
+    shared = {id(layer.rope): layer.rope.nbytes for layer in cache.managed if layer.rope is not None}
+    assert cache.nbytes() == sum(layer.nbytes for layer in cache.report().layers) + sum(shared.values())
 
 
 def buffers(held: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -39,7 +39,7 @@ def refused(capsys, *argv: str) -> str:
         (["ask", "--method", "tokenselect(top_k=0)"], "top_k must be a whole number of at least 1; got 0."),
         (["ask", "--method", "tokenselect("], "'tokenselect(' is not a method; write for example"),
         (["ask", "--method", ""], "'' is not a method; write for example"),
-        (["ask", "--method", "streamingllm | random"], "streamingllm(sinks=4, window=1020) and random("),
+        (["ask", "--method", "streamingllm | random"], "streamingllm and random both decide what to read"),
         (["ask", "--compare", "best"], "There is no method 'best'"),
         (["ask", "--compare", "dense", "--compare", "best"], "There is no method 'best'"),
         (["ask", "--question", " "], "The question is empty; ask something."),
