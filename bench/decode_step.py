@@ -68,7 +68,7 @@ def filled(method: Any, key: Tensor, value: Tensor) -> Layer:
 def stepper(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     """One decode step on ``layer``, rolled back each time so that every call sees the same cache."""
     n = layer.seen
-    step = Step(query, key, value, torch.tensor([[n]]), None, 1, Logits(SCALE))
+    step = Step(query, key, value, torch.tensor([[n]]), None, 1, Logits(SCALE), decode=True)
 
     def run() -> Tensor:
         out = layer.attend(step)

@@ -32,13 +32,15 @@ from kvote.store.segment import Logits
 _PREFIX = "kvote_over_"
 _PADDING = "_kvote_padding"
 _LAYER = "_kvote_layer"
+_DRAFTS = 32
 
 
 @dataclass
 class Turn:
-    """What the cache knows of the prompt in progress: the column where it ends, None when it was not announced."""
+    """The prompt that was announced: the column where it ends (0: none was), and whether a question follows it."""
 
-    end: int | None = None
+    end: int = 0
+    question_follows: bool = False
 
 
 class CacheLayer(CacheLayerMixin):
@@ -102,6 +104,9 @@ class CacheLayer(CacheLayerMixin):
         """Removes the last ``-tokens_to_remove`` columns (negative, as transformers passes it)."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
+        if tokens_to_remove:
+            # What follows is another prompt than the one announced.
+            self.turn.end = 0
         self.layer.crop(-tokens_to_remove)
 
     def reset(self) -> None:
@@ -126,9 +131,13 @@ class CacheLayer(CacheLayerMixin):
 
 @dataclass
 class Padding:
-    """Rides on the mask: which new columns are tokens, and how to make the mask that other caches need."""
+    """Rides on the mask: which new and past columns are tokens, and how to make the mask that other caches need.
+
+    ``valid`` [b, t] and ``past`` [b, seen] are None where all are tokens.
+    """
 
     valid: Tensor | None
+    past: Tensor | None
     native: Callable[[], Tensor | None]
     _made: list[Tensor | None] = field(default_factory=list)
 
@@ -147,7 +156,7 @@ def _mask(native: str, **kwargs: Any) -> Tensor | None:
     if kwargs["mask_function"] is not causal_mask_function:
         return make()
     mask, t = kwargs.get("attention_mask"), kwargs["q_length"]
-    valid = None
+    valid = past = None
     if mask is not None:
         seen = kwargs["q_offset"]
         if mask.shape[1] < seen + t:
@@ -157,9 +166,10 @@ def _mask(native: str, **kwargs: Any) -> Tensor | None:
             )
         new = mask[:, seen : seen + t]
         valid = None if bool(new.all()) else new
+        past = None if bool(mask[:, :seen].all()) else mask[:, :seen]
     # Four axes, so that masks which generate() makes ahead pass through the model unchanged.
     carrier = torch.empty(0, 0, 0, 0, dtype=torch.bool)
-    setattr(carrier, _PADDING, Padding(valid, make))
+    setattr(carrier, _PADDING, Padding(valid, past, make))
     return carrier
 
 
@@ -190,6 +200,8 @@ def _attention(
     owner.pending = False
     t, seen = query.shape[2], owner.layer.seen
     positions = kwargs.get("position_ids")
+    if positions is None and owner.layer.rope is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} does not tell attention its positions; use 'dense'.")
     if positions is None:
         positions = torch.arange(seen, seen + t, device=query.device)[None]
     if positions.dim() != 2:
@@ -204,20 +216,23 @@ def _attention(
         positions=positions.expand(query.shape[0], -1),
         valid=None if padding is None or padding.valid is None else padding.valid.to(query.device),
         solo=_solo(owner.layer, owner.turn, t),
+        decode=t == 1 and seen >= owner.turn.end,
+        past=None if padding is None or padding.past is None else padding.past.to(query.device),
         logits=Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
         sink_logits=kwargs.get("s_aux"),
     )
-    # Inference only. Tensors made here outlive an inference_mode block, so they must not belong to it.
-    with torch.inference_mode(False), torch.no_grad():
-        return owner.layer.attend(step), None
+    return owner.layer.attend(step), None
 
 
 def _solo(layer: Layer, turn: Turn, t: int) -> int:
-    """How many of the next ``t`` columns belong to the tail of a prompt or turn."""
-    if t == 1:
-        return 1
-    behind = 0 if turn.end is None else max(0, turn.end - (layer.seen + t))
-    return max(0, min(t, layer.method.read.tail - behind))
+    """How many of the next ``t`` columns belong to the tail of a prompt or turn, or come after it."""
+    tail = layer.method.read.tail
+    if layer.seen < turn.end:
+        return max(0, min(t, layer.seen + t - turn.end + (0 if turn.question_follows else tail)))
+    if layer.record_past:
+        # Assisted decoding verifies drafts as the decode steps they stand for; its first pass has them behind a prompt.
+        return t if layer.seen else min(t, tail + _DRAFTS)
+    return t if t == 1 else min(t, tail)
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -257,7 +272,10 @@ def find_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
     """The rotary embedding of each of ``layers``; those of one type share it. Raises UnsupportedModelError."""
     config = model.config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    shared = {types[index]: find_rope(model, index) for index in layers}
+    shared: dict[str, Rope] = {}
+    for index in layers:
+        if types[index] not in shared:
+            shared[types[index]] = find_rope(model, index)
     return {index: shared[types[index]] for index in layers}
 
 

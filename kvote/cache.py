@@ -52,8 +52,8 @@ class Cache(TransformersCache):
         Only its end then counts as the tail that selects token by token; with ``question_follows`` not even that.
         Without this call, the end of every pass does. Memory for the tokens is set aside in one piece.
         """
-        tail = self.method.read.tail if question_follows else 0
-        self.turn.end = self.get_seq_length() + tokens + tail
+        self.turn.end = self.get_seq_length() + tokens
+        self.turn.question_follows = question_follows
         for layer in self.managed:
             layer.expected = tokens
             layer.reserve()
@@ -61,7 +61,7 @@ class Cache(TransformersCache):
     def reset(self) -> None:
         """Back to the state before the first token; memory is given back."""
         super().reset()
-        self.turn.end = None
+        self.turn.end = 0
 
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, sketches, tables and what readers remember, in every layer."""

@@ -73,16 +73,18 @@ class Document:
         cache = self.cache if self.cache.is_croppable else copy.deepcopy(self.cache)
         ids = torch.cat([self.token_ids, asked], dim=1)
         clock = _Clock()
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=clock,
-        )
-        if cache is self.cache:
-            cache.crop(len(self) - cache.get_seq_length())
+        try:
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                streamer=clock,
+            )
+        finally:
+            if cache is self.cache:
+                cache.crop(len(self) - cache.get_seq_length())
         new = output[0, ids.shape[1] :].tolist()
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, new, clock.first, clock.ms_per_token)

@@ -1,6 +1,9 @@
 """One layer's life: append the new tokens, read, attend, keep. Knows no transformers and no paper."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +16,20 @@ from kvote.rope import Rope
 from kvote.store.raw import RawSegment
 from kvote.store.segment import Logits
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _outside_inference(function: Callable[P, R]) -> Callable[P, R]:
+    """kvote is for inference only; but its tensors outlive an inference_mode block, so they must not belong to it."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
 
 @dataclass(frozen=True)
 class Step:
@@ -20,7 +37,8 @@ class Step:
 
     ``query`` [b, heads, t, d], ``key`` [b, h, t, d] and ``value`` [b, h, t, dv] are as the model made them;
     ``positions`` [b, t] are those of the rotation; ``valid`` [b, t] is False where a token is padding (None: none
-    is). ``solo``: how many of the last tokens end a prompt or a turn. ``sink_logits`` [heads]: learned sinks.
+    is); ``past`` [b, seen] is the same for the columns before, where padding is among them. ``solo``: how many of the
+    last tokens end a prompt or a turn. ``decode``: a single generated token. ``sink_logits`` [heads]: learned sinks.
     """
 
     query: Tensor
@@ -31,6 +49,8 @@ class Step:
     solo: int
     logits: Logits
     sink_logits: Tensor | None = None
+    past: Tensor | None = None
+    decode: bool = False
 
 
 @dataclass
@@ -74,12 +94,14 @@ class Layer:
             self.reserve()
         return self.segment
 
+    @_outside_inference
     def reserve(self) -> None:
         """Sets memory aside for the tokens expected, unless the method will drop most of them."""
         if self.segment is not None and self.expected and not self.method.keep.drops:
             self.segment.reserve(self.expected)
             self.expected = 0
 
+    @_outside_inference
     def attend(self, step: Step) -> Tensor:
         """The attention output [b, t, heads, dv] of new tokens that are kept, stored and read as the method says.
 
@@ -90,14 +112,17 @@ class Layer:
         b, heads, t, _ = step.query.shape
         if b != self.sequences:
             raise InputError(f"This cache holds {self.sequences} sequences, but the batch has {b}; reset the cache.")
+        if step.past is not None:
+            self._pad_past(step.past)
         self._remember_columns(step.valid, b, t)
         raw_key, raw_query = step.key, None
         if segment.rope is not None:
             angles = segment.rope.angles(step.positions, step.key.dtype)
             raw_key, raw_query = segment.rope.undo(step.key, angles), segment.rope.undo(step.query, angles)
         queries = Queries(step.query, raw_query)
-        out = step.value.new_zeros(b, heads, t, step.value.shape[3])
-        for rows, columns in self._groups(step.valid, b, t):
+        groups = self._groups(step.valid, b, t)
+        out = None
+        for rows, columns in groups:
             group = _Group(rows, columns, b)
             first = segment.length(rows[0])
             segment.append(rows, group.cut(raw_key), group.cut(step.value), group.cut(step.positions[:, None])[:, 0])
@@ -107,16 +132,24 @@ class Layer:
                 rows=rows,
                 first=first,
                 solo=min(step.solo, segment.length(rows[0]) - first),
+                decode=step.decode,
                 layer=self.index,
                 sequences=b,
                 rope=segment.rope,
                 activity=self.activity,
                 memory=self.memory,
             )
-            group.put(out, self._answers(reading, step))
+            answer = self._answers(reading, step)
+            if group.is_everything:
+                out = answer
+                break
+            if out is None:
+                out = answer.new_zeros(b, heads, t, answer.shape[3])
+            group.put(out, answer)
         self.seen += t
         if not self.record_past:
             self.drop()
+        out = step.value.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
         return out.transpose(1, 2)
 
     def _answers(self, reading: Reading, step: Step) -> Tensor:
@@ -155,6 +188,24 @@ class Layer:
         new = torch.ones(b, t, dtype=torch.bool, device=device) if valid is None else valid
         self.columns = torch.cat([self.columns, new], dim=1)
 
+    def _pad_past(self, past: Tensor) -> None:
+        """Takes tokens out that the mask now calls padding (rows that ended before others, in a later turn)."""
+        assert self.segment is not None
+        known = torch.ones_like(past) if self.columns is None else self.columns
+        if torch.equal(known, past):
+            return
+        if self.method.keep.drops or bool((past & ~known).any()):
+            raise InputError(
+                f"The attention mask changed for tokens that {self.method.spec} has already read; pass the same mask "
+                "as before, or start anew with cache.reset()."
+            )
+        for row in (known & ~past).any(dim=1).nonzero()[:, 0].tolist():
+            self.segment.keep(row, past[row][known[row]].nonzero()[:, 0].cpu())
+        self.columns = past.clone()
+        if self.memory is not None:
+            self.memory.forget()
+
+    @_outside_inference
     def drop(self) -> None:
         """Lets go of the tokens that the method does not keep."""
         if self.segment is None:
@@ -167,17 +218,18 @@ class Layer:
                 self.activity.dropped += length - len(slots)
                 self.settled = self.seen
 
+    @_outside_inference
     def crop(self, columns: int) -> None:
         """Forgets the last ``columns`` columns. Raises CropError if the method has dropped tokens that must return."""
         if self.segment is None:
             return
+        columns = min(columns, self.seen)
         if columns and self.seen - columns < self.settled:
             raise CropError(
                 f"{self.method.spec} has dropped tokens that a rollback of {columns} would need; call "
                 "cache.activate_past_recording() before the tokens that may be rolled back, or use a method that "
                 "keeps everything."
             )
-        columns = min(columns, self.seen)
         for row in range(self.sequences):
             gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
             if gone:
@@ -190,9 +242,10 @@ class Layer:
         self.segment.pool.trim()
         self.drop()
 
+    @_outside_inference
     def select(self, index: list[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]`` (beams, several answers, a part of the batch)."""
-        if self.segment is None:
+        if self.segment is None or index == list(range(self.sequences)):
             return
         self.segment.select(index)
         if self.columns is not None:
@@ -203,7 +256,9 @@ class Layer:
 
     def reset(self) -> None:
         """Back to the state before the first token."""
-        self.segment, self.columns, self.memory, self.seen, self.settled = None, None, None, 0, 0
+        self.segment, self.columns, self.memory = None, None, None
+        self.seen = self.settled = self.expected = 0
+        self.record_past = False
         self.activity = Activity()
 
 
@@ -214,6 +269,10 @@ class _Group:
         self.rows = None if len(rows) == b and rows == list(range(b)) else rows
         self.columns = columns
 
+    @property
+    def is_everything(self) -> bool:
+        return self.rows is None and self.columns is None
+
     def cut(self, x: Tensor) -> Tensor:
         """[b, h, t, ...] to [rows of the group, h, tokens of the group, ...]."""
         x = x if self.rows is None else x[self.rows]
@@ -223,9 +282,6 @@ class _Group:
 
     def put(self, out: Tensor, answer: Tensor) -> None:
         rows = range(out.shape[0]) if self.rows is None else self.rows
-        if self.rows is None and self.columns is None:
-            out.copy_(answer)
-            return
         for i, row in enumerate(rows):
             columns = slice(None) if self.columns is None else self.columns[i]
             out[row, :, columns] = answer[i]

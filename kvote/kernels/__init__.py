@@ -6,8 +6,10 @@ of queries goes through torch's own fused CPU kernel (``fused``). ``KVOTE_BACKEN
 
 import os
 
+import torch
 from torch import Tensor
 
+from kvote.errors import InputError
 from kvote.kernels import cpu, fused, reference
 from kvote.kernels.masks import end_aligned
 from kvote.kernels.reference import forbid, max_pool, merge, scores, soft_votes, with_sink_logits
@@ -25,11 +27,23 @@ __all__ = [
     "with_sink_logits",
 ]
 
+# Float32 logits that the reference holds at a time (64 MiB).
+_LOGITS_HELD = 1 << 24
+
 
 def backend() -> str:
-    """The backend in force: ``KVOTE_BACKEND``, or the fastest one that runs here."""
+    """The backend in force: ``KVOTE_BACKEND``, or the fastest one that runs here.
+
+    Raises InputError for one that does not exist or cannot run.
+    """
     forced = os.environ.get("KVOTE_BACKEND")
-    return forced or ("cpu" if cpu.why_not() is None else "reference")
+    if forced is None:
+        return "cpu" if cpu.why_not() is None else "reference"
+    if forced not in ("cpu", "reference"):
+        raise InputError(f"KVOTE_BACKEND must be 'cpu' or 'reference'; got {forced!r}.")
+    if forced == "cpu" and cpu.why_not() is not None:
+        raise InputError(f"KVOTE_BACKEND=cpu cannot run: {cpu.why_not()}.")
+    return forced
 
 
 def compiled(*tensors: Tensor) -> bool:
@@ -57,5 +71,24 @@ def attend(
     """``reference.attend`` with the mask given as a rule: rows are the last entries of the list (``masks``)."""
     if os.environ.get("KVOTE_BACKEND") != "reference" and fused.why_not(query, key, value, softcap) is None:
         return fused.attend(query, key, value, scale=scale, causal=causal, window=window)
-    mask = end_aligned(query.shape[2], key.shape[2], window, query.device) if causal else None
-    return reference.attend(query, key, value, scale=scale, mask=mask, softcap=softcap)
+    return _in_rows(query, key, value, scale=scale, softcap=softcap, causal=causal, window=window)
+
+
+def _in_rows(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float | None, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The law on blocks of rows, so that no logits of all queries by all tokens exist at once."""
+    t, m = query.shape[2], key.shape[2]
+    rows = max(1, _LOGITS_HELD // max(1, query.shape[0] * query.shape[1] * m))
+    answers = []
+    for start in range(0, t, rows):
+        stop = min(t, start + rows)
+        seen = m - t + stop if causal else m
+        mask = end_aligned(stop - start, seen, window, query.device) if causal else None
+        part = query[:, :, start:stop]
+        answers.append(
+            reference.attend(part, key[:, :, :seen], value[:, :, :seen], scale=scale, mask=mask, softcap=softcap)
+        )
+    if len(answers) == 1:
+        return answers[0]
+    return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)

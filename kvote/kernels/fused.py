@@ -7,7 +7,7 @@ from kvote.kernels.masks import additive
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # A mask is built only up to this many entries; beyond it rows are cut into blocks.
-_MASK_ENTRIES = 1 << 24
+_MASK_ENTRIES = 1 << 22
 
 
 def why_not(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> str | None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=32)
 def end_aligned(rows: int, tokens: int, window: int | None, device: torch.device) -> Tensor:
     """Bool [rows, tokens]: row i sees entries up to tokens - rows + i, and of those the last ``window``."""
     row = torch.arange(tokens - rows, tokens, device=device)[:, None]
@@ -15,7 +14,8 @@ def end_aligned(rows: int, tokens: int, window: int | None, device: torch.device
     return seen if window is None else seen & (token > row - window)
 
 
-@lru_cache(maxsize=32)
+# The lists of one prefill are all alike; a few masks are enough, and they are held for as long as the process.
+@lru_cache(maxsize=4)
 def additive(
     rows: int, tokens: int, window: int | None, groups: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

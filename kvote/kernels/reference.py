@@ -64,6 +64,9 @@ def with_sink_logits(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     return (out.float() * share[..., None]).to(out.dtype)
 
 
+_SCORED_AT_ONCE = 1 << 16
+
+
 def scores(query: Tensor, key: Tensor) -> Tensor:
     """Raw dot products of each query head with the keys of its own key/value head, in float32, not scaled.
 
@@ -71,10 +74,11 @@ def scores(query: Tensor, key: Tensor) -> Tensor:
     """
     b, heads, r, d = query.shape
     h, n = key.shape[1], key.shape[2]
-    rows = query.to(key.dtype).reshape(b, h, heads // h * r, d)
-    # [n, d] x [d, rows] walks the keys once in memory order; the transposed product does not.
-    products = torch.matmul(key, rows.transpose(-1, -2)).float()
-    return products.reshape(b, h, n, heads // h, r).permute(0, 4, 1, 3, 2).reshape(b, r, heads, n)
+    rows = query.float().reshape(b, h, heads // h * r, d).transpose(-1, -2)
+    # [n, d] x [d, rows] walks the keys once in memory order; in pieces, so that the float32 copy stays small.
+    products = [torch.matmul(key[:, :, i : i + _SCORED_AT_ONCE].float(), rows) for i in range(0, n, _SCORED_AT_ONCE)]
+    joined = torch.cat(products, dim=2) if n else rows.new_empty(b, h, 0, rows.shape[-1])
+    return joined.reshape(b, h, n, heads // h, r).permute(0, 4, 1, 3, 2).reshape(b, r, heads, n)
 
 
 def soft_votes(logits: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class HeadVotes:
         if self.sketch not in ("none", "int8"):
             raise MethodError(f"sketch must be 'none' or 'int8'; got {self.sketch!r}.")
         vote_named(self.selection)
+        if self.sketch != "none" and self.selection != "soft_vote":
+            raise MethodError(f"sketch={self.sketch!r} serves selection='soft_vote' only, not {self.selection!r}.")
 
     @property
     def wants_sketch(self) -> bool:
@@ -76,7 +78,7 @@ class HeadVotes:
         while row < reading.count:
             slot = reading.first + row
             alone = row >= solo_from
-            # Chunks are cut at multiples of their size, so that feeding a prompt in pieces cuts it the same way.
+            # Chunks are cut at multiples of their size: passes that end at such multiples cut a prompt the same way.
             stop = reading.count if alone else min(solo_from, row + self.chunk - slot % self.chunk)
             if self._edge(reading, slot) - self.sinks <= self.top_k:
                 last = self.sinks + self.top_k + self.window - reading.first
@@ -93,7 +95,7 @@ class HeadVotes:
         """First slot of the local context. Where a list may be reused it moves in steps, so that the tokens that
         leave the window meanwhile are still read."""
         edge = slot - self.window
-        return edge // self.reuse_span * self.reuse_span if self.reuses and reading.count == 1 and edge > 0 else edge
+        return edge // self.reuse_span * self.reuse_span if self.reuses and reading.decode and edge > 0 else edge
 
     def _rows_at_once(self, reading: Reading, slot: int) -> int:
         heads = reading.queries.rotated.shape[1] * len(reading.rows)
@@ -115,7 +117,7 @@ class HeadVotes:
         edges = [self._edge(reading, reading.first + i) for i in range(row, stop)]
         query = self._scoring_queries(reading, row, stop)
         memory = reading.memory
-        if reading.count == 1 and isinstance(memory, SelectionMemory):
+        if reading.decode and isinstance(memory, SelectionMemory):
             index = self._select_or_reuse(reading, query, edges[0], memory)
         else:
             index = self._select(reading, query, edges)

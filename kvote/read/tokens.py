@@ -75,7 +75,7 @@ class Reading:
     """All that a reader may look at for one group of equally long sequences in one forward pass.
 
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
-    a prompt or a turn (or are a decode step).
+    a prompt or a turn; ``decode`` marks a single generated token.
     """
 
     queries: Queries
@@ -83,6 +83,7 @@ class Reading:
     rows: list[int]
     first: int
     solo: int
+    decode: bool
     layer: int
     sequences: int
     rope: "Rope | None"

@@ -74,7 +74,7 @@ class RawSegment:
         b, heads, t, d = queries.rotated.shape
         q = tokens.blocks
         query = self._place_queries(queries, tokens).reshape(b, heads, q, t // q, d)
-        if t == q and self._streams(tokens):
+        if t == q and self._streams(tokens, heads):
             return self._decode_step(query[:, :, :, 0], rows, tokens, logits)
         key, value = self._place(rows, tokens)
         out, lse = kernels.attend(
@@ -101,8 +101,10 @@ class RawSegment:
         at = slice(first, first + (r if tokens.query_at is None else 1))
         return self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos[at], sin[at])).reshape(b, heads, t, d)
 
-    def _streams(self, tokens: TokenSet) -> bool:
+    def _streams(self, tokens: TokenSet, heads: int) -> bool:
         """Whether the C++ kernel can read ``tokens`` for single queries straight from the pages."""
+        if heads > self.heads * cpu.MAX_GROUPS:
+            return False
         placed = self.rope is None or tokens.positions == "contiguous"
         window = tokens.window is None or tokens.window >= len(tokens)
         return placed and window and len(tokens) > 0 and self._same_shape() and kernels.compiled(self.pool.keys)

@@ -186,6 +186,33 @@ def test_compiled_gather_fetches_and_rotates(n, heads, d, dtype, interleaved, da
 
 
 @compiled
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([1, 63, 64, 100, 1000]),
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 8),
+    d=st.sampled_from([16, 32, 128, 256]),
+    dtype=st.sampled_from(DTYPES),
+    softcap=st.sampled_from([None, 2.0]),
+    rotated=st.booleans(),
+    data=st.data(),
+)
+def test_compiled_decode_equals_the_reference(n, heads, groups, d, dtype, softcap, rotated, data):
+    pool = Paged(heads, n, d, dtype, data.draw(st.integers(0, 9)))
+    tokens = data.draw(st.sampled_from([range(n), range(n // 2, n), torch.arange(0, n, 3)]))
+    angle = torch.randn(len(tokens), d // 2)
+    angles = (angle.cos(), angle.sin()) if rotated else None
+    query, scale = torch.randn(heads * groups, d), d**-0.5
+    kwargs = {"angles": angles, "interleaved": False, "scale": scale, "softcap": softcap}
+    got = cpu.decode(query, pool.keys, pool.values, pool.runs, pool.begins, tokens, **kwargs)
+    key, value = (x[:, :, list(tokens)].float() for x in (pool.key, pool.value))
+    key = reference.rotate(key, *angles) if angles else key
+    out, lse = reference.attend(query[None, :, None], key, value, scale=scale, softcap=softcap)
+    torch.testing.assert_close(got[0].float(), out[0, :, 0], atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    torch.testing.assert_close(got[1], lse[0, :, 0], atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sketch_votes_nearly_like_its_keys(dtype):
     pool = Paged(2, 300, 64, dtype, 0)

@@ -36,7 +36,7 @@ def lists_read(rank: int, ranks: int) -> dict[str, Any]:
             at = torch.arange(a, b)[None]
             cos, sin = (x[:, None] for x in rope.angles(at, torch.float32))
             q, k = (rope.apply(x[:, :, a:b], (cos, sin)) for x in (query, key))
-            layer.attend(Step(q, k, k, at, None, 1 if b - a == 1 else 3, Logits(0.25)))
+            layer.attend(Step(q, k, k, at, None, 1 if b - a == 1 else 3, Logits(0.25), decode=b - a == 1))
     finally:
         RawSegment.attend = attend
     lists = [[x.tolist() if isinstance(x, torch.Tensor) else x for x in index] for index in seen]

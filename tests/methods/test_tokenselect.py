@@ -1,108 +1,16 @@
 """TokenSelect: the five proofs of its card (arXiv 2411.02886), and everything it adds."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from selecting import DIM, Fed, spec, winners
 
 from kvote import kernels
-from kvote.attention import find_rope
-from kvote.layer import Layer, Step
 from kvote.method import parse
 from kvote.read.head_votes import HeadVotes
 from kvote.read.votes import head_vote, logit_sum, soft_vote
-from kvote.rope import Rope
-from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits
-
-SMALL = {"top_k": 6, "sinks": 2, "window": 4, "chunk": 8, "tail": 0, "theta": 2.0}
-DIM = 16
-
-
-def spec(**changes: Any) -> str:
-    return f"tokenselect({', '.join(f'{k}={v!r}' for k, v in {**SMALL, **changes}.items())})"
-
-
-@dataclass
-class Trace:
-    """What one layer read and how its heads voted, in order."""
-
-    lists: list[Any] = field(default_factory=list)
-    votes: list[Tensor] = field(default_factory=list)
-    tables: list[int] = field(default_factory=list)
-
-    def clear(self) -> None:
-        for each in (self.lists, self.votes, self.tables):
-            each.clear()
-
-    @property
-    def selected(self) -> list[Tensor]:
-        return [index for index in self.lists if isinstance(index, Tensor)]
-
-
-@pytest.fixture
-def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
-    seen, attend, top_k, contiguous = Trace(), RawSegment.attend, kernels.top_k, Rope.contiguous
-
-    def spy_attend(self: Any, queries: Any, rows: Any, tokens: Any, logits: Any) -> Any:
-        seen.lists.append(tokens.index)
-        return attend(self, queries, rows, tokens, logits)
-
-    monkeypatch.setattr(RawSegment, "attend", spy_attend)
-    monkeypatch.setattr(kernels, "top_k", lambda votes, k: (seen.votes.append(votes.clone()), top_k(votes, k))[1])
-    monkeypatch.setattr(Rope, "contiguous", lambda s, n, device: (seen.tables.append(n), contiguous(s, n, device))[1])
-    return seen
-
-
-class Fed:
-    """A layer fed with keys and queries whose un-rotated form the test knows."""
-
-    def __init__(self, method: str, heads: int = 4, kv_heads: int = 2, rows: int = 1, n: int = 64) -> None:
-        self.rope = find_rope(tiny.model(), 0)
-        self.layer = Layer(0, parse(method), self.rope)
-        self.query, self.key = torch.randn(rows, heads, n, DIM), torch.randn(rows, kv_heads, n, DIM)
-        self.value, self.at = torch.randn(rows, kv_heads, n, DIM), 0
-        self.places = torch.arange(n)
-
-    def turned(self, x: Tensor, start: int, stop: int) -> Tensor:
-        cos, sin = self.rope.angles(self.places[None, start:stop], torch.float32)
-        return self.rope.apply(x[:, :, start:stop], (cos[:, None], sin[:, None]))
-
-    def feed(self, count: int, solo: int = 0) -> Tensor:
-        a, b = self.at, self.at + count
-        self.at = b
-        places = self.places[None, a:b].expand(len(self.query), -1)
-        parts = (self.turned(self.query, a, b), self.turned(self.key, a, b), self.value[:, :, a:b], places)
-        solo = 1 if count == 1 else solo
-        return self.layer.attend(Step(*parts, valid=None, solo=solo, logits=Logits(DIM**-0.5)))
-
-    def dense(self, count: int) -> Tensor:
-        """The last ``count`` rows of dense attention over all that was fed."""
-        groups = self.query.shape[1] // self.key.shape[1]
-        query, key = self.turned(self.query, 0, self.at), self.turned(self.key, 0, self.at)
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, self.value[:, :, : self.at]))
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return out.transpose(1, 2)[:, -count:]
-
-    def votes(self, a: int, b: int, edge: int, head_map: str = "gqa", row: int = 0) -> Tensor:
-        """The card's formula, head by head, for queries a .. b - 1 that share a selection."""
-        method = self.layer.method.read
-        heads, kv_heads = self.query.shape[1], self.key.shape[1]
-        cos, sin = self.rope.angles(torch.arange(method.window, method.window + b - a)[None], torch.float32)
-        total = torch.zeros(edge - method.sinks)
-        for head in range(heads):
-            mean = self.rope.apply(self.query[row, head, a:b], (cos[0], sin[0])).mean(0)
-            pair = head // (heads // kv_heads) if head_map == "gqa" else head % kv_heads
-            total += torch.softmax(self.key[row, pair, method.sinks : edge] @ mean, dim=0)
-        return total
-
-
-def winners(votes: Tensor, k: int = 6, sinks: int = 2) -> list[int]:
-    return sorted((votes.topk(k).indices + sinks).tolist())
-
 
 # The five proofs.
 
@@ -274,6 +182,16 @@ def test_the_tail_of_every_turn_counts_but_not_that_of_a_pass():
     assert selections() == 11 + 2 + 5
 
 
+def test_a_reset_takes_an_announcement_back():
+    net = tiny.model()
+    cache = tiny.cache(net, spec(tail=5))
+    cache.expect(1000)
+    tiny.feed(net, cache, tiny.ids(1, 30))
+    cache.reset()
+    tiny.feed(net, cache, tiny.ids(1, 64))
+    assert cache.report().layers[0].selections == 6 + 5
+
+
 def test_chunks_fall_alike_however_a_prompt_is_passed():
     tokens = tiny.ids(1, 64)
     net = tiny.model()
@@ -283,18 +201,21 @@ def test_chunks_fall_alike_however_a_prompt_is_passed():
         torch.testing.assert_close(got, whole, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_over_a_list_equals_dense_attention_over_those_tokens_at_new_positions(trace):
-    fed = Fed(spec())
-    fed.feed(56)
-    out = fed.feed(1)
-    index = trace.selected[-1].flatten()
-    m = len(index)
-    key = fed.rope.apply(fed.key[:, :, index], fed.rope.contiguous(m, index.device)).repeat_interleave(2, 1)
-    at = [table[m - 1 : m] for table in fed.rope.contiguous(m, index.device)]
-    query = fed.rope.apply(fed.query[:, :, 56:57], tuple(at))
-    value = fed.value[:, :, index].repeat_interleave(2, 1)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("backend", sorted({kernels.backend(), "reference"}))
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (4, 4)])
+@pytest.mark.parametrize(("count", "solo"), [(1, 1), (8, 0), (5, 5)], ids=["decode step", "chunk", "tail"])
+def test_every_list_is_attended_causally_at_new_positions(trace, monkeypatch, backend, heads, count, solo):
+    monkeypatch.setenv("KVOTE_BACKEND", backend)
+    fed = Fed(spec(tail=5), *heads)
+    fed.feed(48)
+    out = fed.feed(count, solo)
+    index = trace.selected[-1][0]
+    rows = count // len(index)
+    for i in range(count):
+        mine = index[i // rows]
+        seen = mine[: len(mine) - rows + i % rows + 1]
+        expected = fed.attended(seen, 48 + i, at=len(mine) - rows + i % rows)
+        torch.testing.assert_close(out[:, i], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_original_positions_keep_those_of_the_text(trace):
@@ -350,111 +271,6 @@ def test_the_ablations_really_select_with_their_votes(trace, selection):
     fed.feed(56)
     total = trace.votes[-1].sum().item()
     assert (total == pytest.approx(4 * 6)) is (selection == "head_vote")
-
-
-# The selection cache.
-
-
-def drifting(fed: Fed, start: int, step: float) -> None:
-    """Queries that leave their first one a little further each step, in raw form."""
-    for slot in range(start + 1, fed.query.shape[2]):
-        fed.query[:, :, slot] = fed.query[:, :, slot - 1] + step * torch.randn_like(fed.query[:, :, 0])
-
-
-def test_a_threshold_above_one_always_selects(trace):
-    fed = Fed(spec(theta=1.5))
-    fed.query[:] = fed.query[:, :, :1]
-    fed.feed(52)
-    before = fed.layer.activity.selections
-    for _ in range(10):
-        fed.feed(1)
-    assert fed.layer.activity.selections - before == 10
-    assert fed.layer.activity.reused == 0
-    assert fed.layer.memory is None
-
-
-def test_drift_adds_up_against_the_query_that_selected():
-    fed = Fed(spec(theta=0.9, reuse_span=32), n=68)
-    fed.feed(36)
-    drifting(fed, 36, 0.15)
-    chosen = fed.query[0, :, 36].flatten()
-    reselected = []
-    for slot in range(36, 68):
-        query = fed.query[0, :, slot].flatten()
-        before = fed.layer.activity.reused
-        fed.feed(1)
-        fresh = slot == 36 or torch.cosine_similarity(query, chosen, dim=0) < 0.9
-        assert fed.layer.activity.reused - before == (0 if fresh else 1)
-        chosen = query if fresh else chosen
-        reselected += [slot] * bool(fresh)
-    assert 2 < len(reselected) < 30
-
-
-def test_a_list_is_selected_anew_when_the_window_has_moved_by_the_span():
-    fed = Fed(spec(theta=0.0, reuse_span=8), n=80)
-    fed.query[:] = fed.query[:, :, :1]
-    fed.feed(36)
-    before = fed.layer.activity.selections
-    for _ in range(32):
-        fed.feed(1)
-    assert fed.layer.activity.selections - before == 4
-    assert fed.layer.activity.reused == 28
-
-
-def test_sequences_of_a_batch_decide_for_themselves(trace):
-    fed = Fed(spec(theta=0.9, reuse_span=32), rows=2)
-    fed.feed(40)
-    fed.query[0, :, 40:] = fed.query[0, :, 40:41]
-    for _ in range(6):
-        fed.feed(1)
-    # The first sequence asks the same each step, the second something new.
-    assert fed.layer.activity.reused == 5
-    steps = trace.selected[-6:]
-    assert all(torch.equal(index[0, 0, :8], steps[0][0, 0, :8]) for index in steps)
-    assert len({tuple(index[1, 0, :8].tolist()) for index in steps}) == 6
-    assert len(trace.votes[-1]) == 1
-
-
-def test_reordering_carries_the_selection_along(trace):
-    fed = Fed(spec(theta=0.9, reuse_span=32), rows=2)
-    fed.feed(40)
-    fed.query[:, :, 40:] = fed.query[:, :, 40:41]
-    fed.feed(1)
-    before = trace.selected[-1][:, 0, 2:8].tolist()
-    assert before[0] != before[1]
-    fed.layer.select([1, 0])
-    fed.query, fed.key, fed.value = fed.query.flip(0), fed.key.flip(0), fed.value.flip(0)
-    fed.feed(1)
-    assert trace.selected[-1][:, 0, 2:8].tolist() == before[::-1]
-    assert fed.layer.activity.reused == 2
-
-
-def test_cropping_forgets_the_selection():
-    fed = Fed(spec(theta=0.0, reuse_span=32))
-    fed.feed(40)
-    fed.feed(1)
-    fed.layer.crop(1)
-    fed.at -= 1
-    before = fed.layer.activity.selections
-    fed.feed(1)
-    assert fed.layer.activity.selections == before + 1
-
-
-def test_a_prompt_neither_uses_nor_fills_the_selection_cache():
-    fed = Fed(spec(theta=-1.0, tail=5))
-    fed.feed(60, solo=5)
-    assert fed.layer.activity.reused == 0
-    assert fed.layer.memory.nbytes == 0
-
-
-def test_generation_reuses_selections_and_says_so():
-    net = tiny.model()
-    cache = tiny.cache(net, spec(theta=0.0, tail=3))
-    tiny.generate(net, tiny.ids(2, 40), cache, max_new_tokens=12)
-    for layer in cache.report().layers:
-        assert layer.reused > 0
-        assert layer.selections > 0
-        assert 2 + 6 + 4 < layer.tokens_read <= 2 + 6 + 4 + 32
 
 
 def test_every_row_of_a_ragged_batch_selects_as_it_would_alone(trace):

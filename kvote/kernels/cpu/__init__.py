@@ -21,6 +21,13 @@ except ImportError as error:
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SKETCH_TOKENS = 16
+MAX_GROUPS = 16
+
+
+def _check(holds: bool, what: str) -> None:
+    """The kernels trust their arguments; what would make them read elsewhere is refused here."""
+    if not holds:
+        raise ValueError(f"kvote.kernels.cpu: {what}.")
 
 
 def why_not(tensor: Tensor | None = None) -> str | None:
@@ -67,6 +74,8 @@ def votes(
     """
     heads, selections, dim = query.shape
     groups = heads // (len(begins) - 1)
+    _check(keys.is_contiguous() and keys.shape[-1] == dim, "keys must be a contiguous pool of the query's head size")
+    _check(0 <= start < max(limits), "there must be candidates")
     query = query.float().contiguous()
     edges = np.asarray(limits, np.int64)
     out = torch.empty(selections, max(limits) - start)
@@ -93,6 +102,7 @@ def top_k(votes: Tensor, k: int) -> Tensor:
     """Indices [..., k] of the k largest of ``votes`` [..., n] float32, ascending; ties go to the lower index."""
     votes = votes.float().contiguous()
     n = votes.shape[-1]
+    _check(0 < k <= n, f"cannot take {k} of {n} votes")
     out = torch.empty(*votes.shape[:-1], k, dtype=torch.int64)
     _cpu.top_k(votes.data_ptr(), votes.numel() // n, n, k, out.data_ptr(), torch.get_num_threads())
     return out
@@ -109,7 +119,11 @@ def gather(
     out: tuple[Tensor, Tensor],
 ) -> None:
     """Writes the tokens ``index`` [m] of one sequence to ``out`` [h, m, d] each, keys rotated by ``angles`` [m, r]."""
-    cos, sin = (a.contiguous() for a in angles)
+    cos, sin = (a.float().contiguous() for a in angles)
+    _check(index.dtype == torch.int64 and index.is_contiguous(), "index must be contiguous int64")
+    _check(
+        all(o.is_contiguous() and o.dtype == keys.dtype for o in out), "out must be contiguous and of the keys' dtype"
+    )
     _cpu.gather(
         keys.data_ptr(),
         values.data_ptr(),
@@ -149,12 +163,16 @@ def decode(
     """
     heads, dim = query.shape
     lanes = len(begins) - 1
+    _check(heads // lanes <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
+    _check(keys.shape == values.shape and keys.shape[-1] == dim, "keys and values must be pools of the same head size")
+    if isinstance(tokens, Tensor):
+        _check(tokens.dtype == torch.int64 and tokens.is_contiguous(), "tokens must be contiguous int64")
     query = query.float().contiguous()
     threads = torch.get_num_threads()
     # Enough parts that threads finish together, each long enough to be worth merging.
     parts = max(1, min(-(-4 * threads // lanes), len(tokens) // 256))
     out, lse = torch.empty(heads, dim), torch.empty(heads)
-    cos, sin = (a.contiguous() for a in angles) if angles else (query, query)
+    cos, sin = (a.float().contiguous() for a in angles) if angles else (query, query)
     _cpu.decode(
         query.data_ptr(),
         keys.data_ptr(),

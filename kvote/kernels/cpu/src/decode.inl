@@ -221,14 +221,15 @@ void decode(const DecodeArgs& a) {
             for (int64_t p = 0; p < parts; ++p) best = std::max(best, partial[h * parts + p].peak[g]);
             float* out = a.out + (h * a.groups + g) * a.dim;
             for (int64_t c = 0; c < a.dim; ++c) out[c] = 0;
-            for (int64_t p = 0; p < parts && best > -INFINITY; ++p) {
+            for (int64_t p = 0; p < parts; ++p) {
                 const Partial& part = partial[h * parts + p];
+                if (part.mass[g] == 0) continue;
                 float weight = std::exp(part.peak[g] - best);
                 mass += weight * part.mass[g];
                 for (int64_t c = 0; c < a.dim; ++c) out[c] += weight * part.out[g * MAX_DIM + c];
             }
-            if (mass > 0)
+            if (mass != 0)
                 for (int64_t c = 0; c < a.dim; ++c) out[c] /= mass;
-            a.lse[h * a.groups + g] = mass > 0 ? best + std::log(mass) : -INFINITY;
+            a.lse[h * a.groups + g] = mass != 0 ? best + std::log(mass) : -INFINITY;
         }
 }

@@ -11,6 +11,9 @@ struct Run {
     std::int64_t first, pages;
 };
 
+// Its functions are compiled for several instruction sets, so they must never exist as one shared copy.
+#define KVOTE_INLINE inline __attribute__((always_inline))
+
 struct Lane {
     const Run* runs;
     std::int64_t count;
@@ -20,7 +23,7 @@ struct Lane {
         std::int64_t run = 0, start = 0;
     };
 
-    std::int64_t slot(std::int64_t token, Cursor& at) const {
+    KVOTE_INLINE std::int64_t slot(std::int64_t token, Cursor& at) const {
         if (token < at.start) at = Cursor{};
         while (at.run + 1 < count && token >= at.start + runs[at.run].pages * PAGE) {
             at.start += runs[at.run].pages * PAGE;
@@ -30,7 +33,7 @@ struct Lane {
     }
 
     // How many tokens from `token` on lie behind each other.
-    std::int64_t stretch(std::int64_t token, Cursor& at) const {
+    KVOTE_INLINE std::int64_t stretch(std::int64_t token, Cursor& at) const {
         slot(token, at);
         return at.run + 1 < count ? at.start + runs[at.run].pages * PAGE - token : INT64_MAX;
     }

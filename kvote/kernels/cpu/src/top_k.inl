@@ -1,5 +1,5 @@
 // The k largest of each row, ascending, ties to the lower index. Whatever is among them is at least the k-th largest
-// tile maximum, so only tiles that reach that are looked into.
+// tile maximum, so only tiles that reach that are looked into. NaN counts as the least of all.
 
 inline void top_k(const TopKArgs& a) {
     constexpr int64_t TILE_K = 64;
@@ -10,10 +10,10 @@ inline void top_k(const TopKArgs& a) {
         std::vector<float> peaks(tiles);
         for (int64_t tile = 0; tile < tiles; ++tile) {
             int64_t from = tile * TILE_K, to = from + TILE_K < a.n ? from + TILE_K : a.n;
-            float best = votes[from];
+            float best = -INFINITY;
             if (to - from == TILE_K) {
-                vf m = load<vf>(votes + from);
-                for (int64_t t = W; t < TILE_K; t += W) m = vmax(m, load<vf>(votes + from + t));
+                vf m = splat(-INFINITY);
+                for (int64_t t = 0; t < TILE_K; t += W) m = vmax(load<vf>(votes + from + t), m);
                 best = max(m);
             } else {
                 for (int64_t t = from; t < to; ++t) best = votes[t] > best ? votes[t] : best;
@@ -37,6 +37,7 @@ inline void top_k(const TopKArgs& a) {
             int64_t to = (tile + 1) * TILE_K < a.n ? (tile + 1) * TILE_K : a.n;
             for (int64_t t = tile * TILE_K; t < to; ++t)
                 if (votes[t] >= least) candidates.push_back({votes[t], t});
+                else if (votes[t] != votes[t] && least == -INFINITY) candidates.push_back({-INFINITY, t});
         }
         auto stronger = [](const Vote& x, const Vote& y) {
             return x.value > y.value || (x.value == y.value && x.token < y.token);

@@ -151,7 +151,7 @@ inline float max(vf x) {
     return best;
 }
 
-// e^x for x <= 0, relative error below 3e-7 (tests/kernels/test_cpu.py); anything below -87 becomes 0.
+// e^x for x <= 0, relative error below 3e-7; anything below -87 becomes 0, and NaN stays NaN.
 inline vf exp_of(vf x) {
     const vf magic = splat(12582912.0f);
     vf clipped = vmax(x, splat(-87.0f));
@@ -167,7 +167,8 @@ inline vf exp_of(vf x) {
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
     vf scaled = as_float(as_bits(p) + ((vu)power << 23));
-    return x < splat(-87.0f) ? vf{} : scaled;
+    vf known = x < splat(-87.0f) ? vf{} : scaled;
+    return x == x ? known : x;
 }
 
 // Transposes a 16 x 16 block held in sixteen vectors.
