@@ -9,6 +9,7 @@ What it relies on (checked on 5.23):
 - A model file defines ``apply_rotary_pos_emb`` and ``eager_attention_forward``; the text model has ``rotary_emb``.
 """
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -291,16 +292,18 @@ def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
         raise UnsupportedModelError(f"{name} has no rotary positions that kvote can undo; use method 'dense'.")
     config = model.config.get_text_config(decoder=True)
     module = _rotary_call(rotary, config, layer_index)
+    fresh = None
+    if any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic")):
+        fresh = partial(_fresh_rotary_call, rotary, config, layer_index)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     positions = torch.tensor([[3, 5, 8, 1]], device=model.device)
     x = torch.randn(1, 1, 4, head_dim, device=model.device, generator=torch.Generator(model.device).manual_seed(0))
-    fixed = not any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic"))
     cos, sin = module(positions, torch.float32)
     if cos.dim() != 3 or 2 * cos.shape[-1] < 2:
         raise UnsupportedModelError(f"{name} uses rotary positions of a form that kvote does not know; use 'dense'.")
     expected = apply(x, x, cos, sin)[0]
     for interleaved, repeated in ((False, True), (True, True), (False, False)):
-        rope = Rope(module, interleaved, repeated, fixed)
+        rope = Rope(module, interleaved, repeated, fresh)
         angles = rope.angles(positions, torch.float32)
         if 2 * angles[0].shape[-1] <= head_dim:
             mine = rotate(x, angles[0][:, None], angles[1][:, None], interleaved=interleaved)
@@ -317,3 +320,12 @@ def _rotary_call(rotary: torch.nn.Module, config: Any, layer_index: int) -> Call
         return rotary(torch.empty(0, dtype=dtype, device=positions.device), positions, **kwargs)
 
     return angles
+
+
+def _fresh_rotary_call(rotary: torch.nn.Module, config: Any, layer_index: int) -> Callable[[Tensor, torch.dtype], Any]:
+    """The same for a copy of the module without the state that the texts read so far have left in it."""
+    clone: Any = copy.deepcopy(rotary)
+    if hasattr(clone, "original_inv_freq"):
+        clone.inv_freq = clone.original_inv_freq.clone()
+        clone.max_seq_len_cached = clone.original_max_seq_len
+    return _rotary_call(clone, config, layer_index)

@@ -112,7 +112,7 @@ class Layer:
         b, heads, t, _ = step.query.shape
         if b != self.sequences:
             raise InputError(f"This cache holds {self.sequences} sequences, but the batch has {b}; reset the cache.")
-        if step.past is not None:
+        if step.past is not None or self.columns is not None:
             self._pad_past(step.past)
         self._remember_columns(step.valid, b, t)
         raw_key, raw_query = step.key, None
@@ -188,10 +188,12 @@ class Layer:
         new = torch.ones(b, t, dtype=torch.bool, device=device) if valid is None else valid
         self.columns = torch.cat([self.columns, new], dim=1)
 
-    def _pad_past(self, past: Tensor) -> None:
+    def _pad_past(self, past: Tensor | None) -> None:
         """Takes tokens out that the mask now calls padding (rows that ended before others, in a later turn)."""
         assert self.segment is not None
-        known = torch.ones_like(past) if self.columns is None else self.columns
+        everything = torch.ones(self.sequences, self.seen, dtype=torch.bool, device=self.segment.pool.keys.device)
+        known = everything if self.columns is None else self.columns
+        past = everything if past is None else past
         if torch.equal(known, past):
             return
         if self.method.keep.drops or bool((past & ~known).any()):

@@ -23,15 +23,20 @@ _TABLES_KEPT = 8
 class Rope:
     """The rotary embedding of a layer, or of all layers that share it.
 
-    ``repeated``: the model's cos/sin hold every angle twice. ``fixed``: angles depend on nothing but the position
-    (LongRoPE and dynamic NTK look at the largest position too).
+    ``repeated``: the model's cos/sin hold every angle twice. ``fresh``: makes the module as it was before it saw a
+    position, where angles depend on more than their own position (LongRoPE and dynamic NTK look at the largest).
     """
 
     module: RotaryModule
     interleaved: bool = False
     repeated: bool = True
-    fixed: bool = True
+    fresh: Callable[[], RotaryModule] | None = None
     _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether angles depend on nothing but the position."""
+        return self.fresh is None
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +45,10 @@ class Rope:
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., n, r], one per pair of channels, at ``positions`` int64 [..., n]."""
-        cos, sin = self.module(positions.reshape(-1, positions.shape[-1]), dtype)
+        return self._angles(self.module, positions, dtype)
+
+    def _angles(self, module: RotaryModule, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        cos, sin = module(positions.reshape(-1, positions.shape[-1]), dtype)
         if self.repeated:
             cos, sin = (x[..., ::2] if self.interleaved else x[..., : x.shape[-1] // 2] for x in (cos, sin))
         shape = (*positions.shape, cos.shape[-1])
@@ -53,7 +61,8 @@ class Rope:
         if (size, device) not in self._tables:
             if self.fixed or len(self._tables) >= _TABLES_KEPT:
                 self._tables.clear()
-            cos, sin = self.angles(torch.arange(size, device=device), torch.float32)
+            module = self.module if self.fresh is None else self.fresh()
+            cos, sin = self._angles(module, torch.arange(size, device=device), torch.float32)
             self._tables[(size, device)] = cos.clone(), sin.clone()
         cos, sin = self._tables[(size, device)]
         return cos[:count], sin[:count]
