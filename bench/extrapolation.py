@@ -16,6 +16,7 @@ from typing import Any
 from common import RESULTS, load_embedded, save, table
 
 import kvote
+import kvote.method
 from kvote.models import world
 from kvote.models.presets import preset
 
@@ -38,6 +39,7 @@ def measure(model: Any, tokenizer: Any, method: str, length: int, seed: int) -> 
     right = [answer.text == question.answer for answer, question in zip(answers, sample.questions, strict=True)]
     return {
         "method": method,
+        "spec": document.cache.method.spec,
         "length": length,
         "seed": seed,
         "right": sum(right),
@@ -111,6 +113,9 @@ def main() -> None:
     model, tokenizer = load_embedded()
     for length in options.lengths:
         for method in options.methods:
+            # Points made with other parameters are measured anew.
+            same = [p for p in points if p["method"] == method and p["length"] == length]
+            points = [p for p in points if p not in same or p["spec"] == kvote.method.parse(preset(method)).spec]
             done = {p["seed"] for p in points if p["method"] == method and p["length"] == length}
             for seed in range(options.documents or documents(length)):
                 if seed not in done:

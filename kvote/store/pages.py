@@ -84,8 +84,11 @@ class PagePool:
         pages = torch.from_numpy(lane.page_ids()).to(device)
         return pages[token // PAGE] * PAGE + token % PAGE
 
-    def grow(self, targets: list[int]) -> None:
-        """Gives every lane the pages for ``targets[lane]`` tokens, and sole ownership of the page it writes next."""
+    def grow(self, targets: list[int], *, room: bool = True) -> None:
+        """Gives every lane the pages for ``targets[lane]`` tokens, and sole ownership of the page it writes next.
+
+        ``room``: leave more behind each lane if the pool has to be laid out anew.
+        """
         for lane, target in zip(self.lanes, targets, strict=True):
             if target > lane.length and lane.length % PAGE and self.owners[self._last_page(lane)] > 1:
                 self._copy_last_page(lane, targets)
@@ -96,7 +99,7 @@ class PagePool:
         shared = len(self.owners) > 0 and self.owners.max() > 1
         # Lanes that share pages cannot all lie in one run, so laying them out anew would buy nothing.
         if (cramped and not shared) or int((self.owners == 0).sum()) < sum(wanted):
-            self.arrange(wanted)
+            self.arrange(wanted, room=room)
         for lane, want in zip(self.lanes, wanted, strict=True):
             self._take(lane, want)
 

@@ -12,6 +12,8 @@ from kvote.rope import Rope
 from kvote.store.pages import PAGE, Lane, PagePool
 from kvote.store.segment import Logits
 
+_QUESTION = 8 * PAGE
+
 
 class RawSegment:
     """All tokens of a layer, unencoded, one lane per sequence and key/value head.
@@ -48,8 +50,8 @@ class RawSegment:
         self.pool.lanes += [Lane() for _ in range(count * self.heads)]
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for ``tokens`` more tokens in every lane, in one piece."""
-        self.pool.grow([lane.length + tokens for lane in self.pool.lanes])
+        """Makes room for ``tokens`` more tokens in every lane, and a question and its answer, in one piece."""
+        self.pool.grow([lane.length + tokens + _QUESTION for lane in self.pool.lanes], room=False)
 
     def append(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Adds tokens: ``key`` [b, h, t, d], ``value`` [b, h, t, dv], original ``positions`` [b, t]."""
