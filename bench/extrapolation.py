@@ -93,7 +93,7 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(-3, 110)
     axes.set_xlabel("tokens in the context")
     axes.set_ylabel("right answers, %")
-    axes.legend(loc="center left", bbox_to_anchor=(0.02, 0.5), frameon=False)
+    axes.legend(loc="center right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
