@@ -48,7 +48,8 @@ def _head(outcome: Outcome) -> list[tuple[str, str]]:
     size = f"{outcome.tokens:,} tokens"
     if outcome.trained_tokens and outcome.tokens > outcome.trained_tokens:
         times = outcome.tokens / outcome.trained_tokens
-        size += f", {times:,.0f} times the {outcome.trained_tokens:,} that the model was made for"
+        factor = f"{times:,.0f}" if times >= 10 else f"{times:.2f}"
+        size += f", {factor} times the {outcome.trained_tokens:,} that the model was made for"
     verdict = "" if outcome.right is None else " (right)" if outcome.right else f" (wrong: it is {outcome.expected})"
     return [
         ("Model", outcome.model),

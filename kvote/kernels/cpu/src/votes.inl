@@ -1,7 +1,7 @@
 // TokenSelect's votes in two passes over tiles of tokens. The first scores a tile for all heads and leaves
-// e^(score - tile maximum) in bfloat16 while the tile is in cache (half precision has not the range that ranks the
-// weak), with the tile's maximum and sum; the second weighs and adds them. One exponential per score, and no pass that
-// only looks for a maximum.
+// e^(score - tile maximum) while the tile is in cache, with the tile's maximum and sum; the second weighs and adds
+// them. One exponential per score, and no pass that only looks for a maximum. The weights stay in float32: half
+// precision has not the range that ranks weak tokens, and bfloat16 not the precision that parts close ones.
 
 constexpr int64_t TILE = 512;
 
@@ -48,7 +48,7 @@ void votes(const VotesArgs& a) {
     const int64_t first = a.start / TILE, tiles = (a.stop + TILE - 1) / TILE - first;
     std::vector<CodedQuery> coded(a.sketch ? heads : 0);
     for (int64_t i = 0; i < int64_t(coded.size()); ++i) coded[i].encode(a.query + i * a.dim, a.dim);
-    std::unique_ptr<bf16[]> weights(new bf16[heads * tiles * TILE]);
+    std::unique_ptr<f32[]> weights(new f32[heads * tiles * TILE]);
     std::unique_ptr<float[]> peaks(new float[heads * tiles]), sums(new float[heads * tiles]);
     const T* keys = static_cast<const T*>(a.keys);
 
@@ -90,7 +90,7 @@ void votes(const VotesArgs& a) {
                     int64_t place = (h * rows + row) * tiles + tile;
                     vf total{};
                     vf shift = splat(peak == -INFINITY ? 0.0f : peak);
-                    bf16* w = weights.get() + ((h * rows + row) * tiles + tile) * TILE;
+                    f32* w = weights.get() + ((h * rows + row) * tiles + tile) * TILE;
                     for (int64_t t = 0; t < end; t += W) {
                         vf e = exp_of(load<vf>(s + t) - shift);
                         total += e;
