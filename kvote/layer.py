@@ -87,8 +87,9 @@ class Layer:
         if self.segment is None:
             reader = self.method.read
             rope = self.rope if reader.needs_raw_keys else None
-            sketch = reader.wants_sketch
-            self.segment = RawSegment(step.key.shape[1], step.key, step.value.shape[3], rope, sketch=sketch)
+            self.segment = RawSegment(
+                step.key.shape[1], step.key, step.value.shape[3], rope, sketch_bits=reader.sketch_bits
+            )
             self.segment.add_sequences(step.key.shape[0])
             self.memory = self.method.read.new_memory()
             self.reserve()

@@ -18,6 +18,8 @@ from kvote.read.votes import vote_named
 
 # Float32 entries of scores held at a time when many single tokens select (64 MiB).
 _SCORES_HELD = 1 << 24
+# What a selection scores with, and the bits per channel of that copy of the keys.
+SKETCHES = {"none": 0, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,15 @@ class HeadVotes:
             raise MethodError(f"head_map must be 'gqa' or 'paper'; got {self.head_map!r}.")
         if self.positions not in ("contiguous", "original"):
             raise MethodError(f"positions must be 'contiguous' or 'original'; got {self.positions!r}.")
-        if self.sketch not in ("none", "int8"):
-            raise MethodError(f"sketch must be 'none' or 'int8'; got {self.sketch!r}.")
+        if self.sketch not in SKETCHES:
+            raise MethodError(f"sketch must be 'none', 'int8' or 'int4'; got {self.sketch!r}.")
         vote_named(self.selection)
         if self.sketch != "none" and self.selection != "soft_vote":
             raise MethodError(f"sketch={self.sketch!r} serves selection='soft_vote' only, not {self.selection!r}.")
 
     @property
-    def wants_sketch(self) -> bool:
-        return self.sketch == "int8"
+    def sketch_bits(self) -> int:
+        return SKETCHES[self.sketch]
 
     @property
     def needs_raw_keys(self) -> bool:

@@ -19,7 +19,7 @@ class SinksAndRecent:
     sinks: int
     window: int
     needs_raw_keys: bool = field(default=True, init=False)
-    wants_sketch: bool = field(default=False, init=False)
+    sketch_bits: int = field(default=0, init=False)
     tail: int = field(default=0, init=False)
 
     def new_memory(self) -> None:

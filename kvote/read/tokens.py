@@ -109,13 +109,13 @@ class Memory(Protocol):
 
 
 class Reader(Protocol):
-    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``wants_sketch``: a
-    coarse copy of the keys pays for itself. ``tail``: the last tokens of a prompt that it treats one by one."""
+    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``sketch_bits``:
+    of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats one by one."""
 
     @property
     def needs_raw_keys(self) -> bool: ...
     @property
-    def wants_sketch(self) -> bool: ...
+    def sketch_bits(self) -> int: ...
     @property
     def tail(self) -> int: ...
     def new_memory(self) -> Memory | None: ...
@@ -127,7 +127,7 @@ class Everything:
     """Reads all tokens held, at their own positions: dense attention."""
 
     needs_raw_keys: bool = field(default=False, init=False)
-    wants_sketch: bool = field(default=False, init=False)
+    sketch_bits: int = field(default=0, init=False)
     tail: int = field(default=0, init=False)
 
     def new_memory(self) -> None:

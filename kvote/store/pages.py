@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvote.kernels import cpu
+
 PAGE = 64
 # Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
 _ROOM = 8
@@ -59,20 +61,29 @@ class PagePool:
         self.sketch = torch.empty(0, sketch_bytes, dtype=torch.uint8, device=device)
         self.owners = np.zeros(0, np.int32)
         self.lanes: list[Lane] = []
+        # Tables for the kernels, until a page changes hands.
+        self._tables: dict[tuple[int, ...], cpu.Lanes] = {}
 
     @property
     def nbytes(self) -> int:
         tables = self.owners.nbytes + 16 * sum(len(lane.runs) for lane in self.lanes)
         return tables + sum(getattr(self, name).untyped_storage().nbytes() for name in _PARTS)
 
-    def runs(self, lanes: list[int]) -> tuple[np.ndarray, list[int]]:
-        """Runs (first page, pages) of some lanes, int64 [runs, 2], and where each lane's begin in that list."""
-        begins = [0]
-        runs: list[tuple[int, int]] = []
+    def table(self, lanes: tuple[int, ...]) -> cpu.Lanes:
+        """Where some lanes lie, as the compiled kernels read it."""
+        if lanes not in self._tables:
+            self._tables[lanes] = cpu.Lanes([self.lanes[i].runs for i in lanes])
+        return self._tables[lanes]
+
+    def has_room(self, lanes: tuple[int, ...], tokens: int) -> bool:
+        """Whether each lane can take ``tokens`` more without a new page, and owns the page it writes next alone."""
         for i in lanes:
-            runs += self.lanes[i].runs
-            begins.append(len(runs))
-        return np.array(runs, np.int64).reshape(-1, 2), begins
+            lane = self.lanes[i]
+            if lane.length + tokens > lane.pages * PAGE:
+                return False
+            if lane.length % PAGE and self.owners[self._last_page(lane)] > 1:
+                return False
+        return True
 
     def slots(self, lane: Lane, start: int, stop: int) -> Tensor:
         """Pool slots (page * PAGE + offset) of the lane's tokens ``start`` to ``stop``, int64 [stop - start]."""
@@ -125,12 +136,14 @@ class PagePool:
         for name in _PARTS:
             pool: Tensor = getattr(self, name)
             fresh_pool = torch.empty(cursor, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
+            cpu.use_large_pages(fresh_pool)
             for source, target, count in _runs(old, new):
                 fresh_pool[target : target + count] = pool[source : source + count]
             setattr(self, name, fresh_pool)
         owners = np.zeros(cursor, np.int32)
         owners[new] = self.owners[old]
         self.owners = owners
+        self._tables.clear()
         for lane, start in zip(self.lanes, starts, strict=True):
             ids = moved[lane.page_ids()]
             # A lane without pages yet still has its place reserved: a run of no pages marks it.
@@ -140,6 +153,8 @@ class PagePool:
         """Forgets the lane's tokens from ``length`` on and frees the pages that held only them."""
         spare = lane.pages - -(-length // PAGE)
         lane.length = length
+        if spare > 0:
+            self._tables.clear()
         while spare > 0:
             first, count = lane.runs.pop()
             cut = min(spare, count)
@@ -160,6 +175,7 @@ class PagePool:
             # Pages set aside but not yet written are not shared: two lanes would write into them.
             self.truncate(lane, lane.length)
         chosen = [self.lanes[i] for i in index]
+        self._tables.clear()
         self.owners = np.zeros_like(self.owners)
         self.lanes = [Lane(list(lane.runs), lane.length) for lane in chosen]
         for lane in self.lanes:
@@ -168,6 +184,7 @@ class PagePool:
 
     def _own(self, lane: Lane, first: int, count: int) -> None:
         self.owners[first : first + count] += 1
+        self._tables.clear()
         lane.extend(first, count)
 
     def _take(self, lane: Lane, count: int) -> None:

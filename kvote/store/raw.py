@@ -19,21 +19,16 @@ class RawSegment:
     """All tokens of a layer, unencoded, one lane per sequence and key/value head.
 
     With a ``rope``, keys arrive and stay at position 0 and are rotated when they are read; without, they are kept as
-    the model rotated them. With ``sketch``, an 8-bit sketch of the keys is kept beside them for scoring, where the
-    compiled kernels can read it.
+    the model rotated them. With ``sketch_bits`` (4 or 8), a sketch of the keys is kept beside them for scoring, where
+    the compiled kernels can read it.
     """
 
-    def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch: bool = False) -> None:
+    def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0) -> None:
         dim = like.shape[-1]
         self.heads, self.rope = heads, rope
-        self.sketch = sketch and kernels.compiled(like)
-        self.pool = PagePool(
-            dim,
-            value_dim,
-            like.dtype,
-            like.device,
-            PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(dim) if self.sketch else 0,
-        )
+        self.sketch_bits = sketch_bits if kernels.compiled(like) else 0
+        sketch_bytes = PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(dim, sketch_bits) if self.sketch_bits else 0
+        self.pool = PagePool(dim, value_dim, like.dtype, like.device, sketch_bytes)
 
     def length(self, row: int) -> int:
         return self.pool.lanes[row * self.heads].length
@@ -42,8 +37,12 @@ class RawSegment:
     def nbytes(self) -> int:
         return self.pool.nbytes
 
-    def _lanes(self, rows: Sequence[int]) -> list[int]:
-        return [row * self.heads + head for row in rows for head in range(self.heads)]
+    def _lanes(self, rows: Sequence[int]) -> tuple[int, ...]:
+        return tuple(row * self.heads + head for row in rows for head in range(self.heads))
+
+    @property
+    def _sketch(self) -> Tensor | None:
+        return self.pool.sketch if self.sketch_bits else None
 
     def add_sequences(self, count: int) -> None:
         """Adds ``count`` sequences without tokens."""
@@ -55,22 +54,26 @@ class RawSegment:
 
     def append(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Adds tokens: ``key`` [b, h, t, d], ``value`` [b, h, t, dv], original ``positions`` [b, t]."""
-        t = key.shape[2]
-        targets = [lane.length for lane in self.pool.lanes]
-        chosen = self._lanes(rows)
+        pool, t, chosen = self.pool, key.shape[2], self._lanes(rows)
+        if not pool.has_room(chosen, t):
+            targets = [lane.length for lane in pool.lanes]
+            for i in chosen:
+                targets[i] += t
+            pool.grow(targets)
+        pools = (pool.keys, pool.values, pool.positions)
+        key, value = key.to(pool.keys.dtype), value.to(pool.values.dtype)
+        positions = positions.to(torch.int64)
+        if kernels.compiled(pool.keys) and key.stride(-1) == value.stride(-1) == 1:
+            lengths = [pool.lanes[i].length for i in chosen]
+            cpu.append(key, value, positions, pools, pool.table(chosen), lengths, self._sketch, self.sketch_bits)
+        else:
+            lanes = [pool.lanes[i] for i in chosen]
+            slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
+            per_lane = positions[:, None].expand(-1, self.heads, -1).to(torch.int32)
+            for held, new in zip(pools, (key, value, per_lane[..., None]), strict=True):
+                held.view(PAGE * held.shape[0], -1).index_copy_(0, slots, new.reshape(-1, new.shape[-1]))
         for i in chosen:
-            targets[i] += t
-        self.pool.grow(targets)
-        lanes = [self.pool.lanes[i] for i in chosen]
-        slots = torch.cat([self.pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
-        for pool, new in ((self.pool.keys, key), (self.pool.values, value)):
-            pool.view(-1, pool.shape[-1]).index_copy_(0, slots, new.reshape(-1, new.shape[-1]).to(pool.dtype))
-        per_lane = positions[:, None].expand(-1, self.heads, -1).reshape(-1).to(torch.int32)
-        self.pool.positions.view(-1).index_copy_(0, slots, per_lane)
-        if self.sketch:
-            cpu.sketch(self.pool.keys, self.pool.sketch, slots)
-        for lane in lanes:
-            lane.length += t
+            pool.lanes[i].length += t
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         b, heads, t, d = queries.rotated.shape
@@ -113,30 +116,31 @@ class RawSegment:
 
     def _decode_step(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         """Attention of ``query`` [b, heads, q, d], each reading its own list or all reading the same range."""
-        b, heads, q, d = query.shape
-        angles = None
-        if self.rope is not None:
-            cos, sin = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), query.device)
-            angles = cos[: len(tokens)], sin[: len(tokens)]
-        out, lse = query.new_empty(b, heads, q, d), query.new_empty(b, heads, q, dtype=torch.float32)
-        for j in range(q):
-            # Sequences that read the same range go in one call; lists differ from sequence to sequence.
-            groups = [list(range(b))] if isinstance(tokens.index, range) else [[i] for i in range(b)]
-            for group in groups:
-                part, part_lse = cpu.decode(
-                    query[group, :, j].reshape(-1, d),
-                    self.pool.keys,
-                    self.pool.values,
-                    *self.pool.runs(self._lanes([rows[i] for i in group])),
-                    tokens.index if isinstance(tokens.index, range) else tokens.index[group[0], j],
-                    angles=angles,
-                    interleaved=self.rope is not None and self.rope.interleaved,
-                    scale=logits.scale,
-                    softcap=logits.softcap,
-                )
-                out[group, :, j] = part.reshape(len(group), heads, d).to(out.dtype)
-                lse[group, :, j] = part_lse.reshape(len(group), heads)
-        return out, lse
+        outs, lses = [], []
+        for j in range(query.shape[2]):
+            out, lse = cpu.decode(
+                query[:, :, j],
+                self.pool.keys,
+                self.pool.values,
+                self.pool.table(self._lanes(rows)),
+                tokens.index if isinstance(tokens.index, range) else tokens.index[:, j].contiguous(),
+                angles=self._angles(tokens),
+                interleaved=self.rope is not None and self.rope.interleaved,
+                scale=logits.scale,
+                softcap=logits.softcap,
+            )
+            outs.append(out.to(query.dtype))
+            lses.append(lse)
+        if len(outs) == 1:
+            return outs[0][:, :, None], lses[0][:, :, None]
+        return torch.stack(outs, dim=2), torch.stack(lses, dim=2)
+
+    def _angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
+        """Angles [m, r] of the places that the tokens of a set take when they stand side by side."""
+        if self.rope is None:
+            return None
+        cos, sin = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.pool.keys.device)
+        return cos[: len(tokens)], sin[: len(tokens)]
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         return kernels.scores(query, self._view(self.pool.keys, rows, start, stop))
@@ -144,12 +148,12 @@ class RawSegment:
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         """Soft votes [b, r, n] on tokens ``start`` to ``limits[-1]``; query j votes on those before ``limits[j]``."""
         if kernels.compiled(self.pool.keys):
-            sketch = self.pool.sketch if self.sketch else None
-            lanes = [self.pool.runs(self._lanes([row])) for row in rows]
+            lanes = [self.pool.table(self._lanes([row])) for row in rows]
             each = [
-                cpu.votes(q, self.pool.keys, *lane, sketch, start, limits) for q, lane in zip(query, lanes, strict=True)
+                cpu.votes(q, self.pool.keys, lane, self._sketch, self.sketch_bits, start, limits)
+                for q, lane in zip(query, lanes, strict=True)
             ]
-            return torch.stack(each)
+            return torch.stack(each) if len(each) > 1 else each[0][None]
         logits = self.scores(query, rows, start, limits[-1])
         return kernels.soft_votes(kernels.forbid(logits, start, limits))
 
@@ -180,8 +184,8 @@ class RawSegment:
         slots = self.pool.slots(lane, lane.length, lane.length + t)
         for pool, new in zip((self.pool.keys, self.pool.values, self.pool.positions), rows, strict=True):
             pool.view(PAGE * pool.shape[0], -1).index_copy_(0, slots, new)
-        if self.sketch:
-            cpu.sketch(self.pool.keys, self.pool.sketch, slots)
+        if self.sketch_bits:
+            cpu.sketch(self.pool.keys, self.pool.sketch, self.sketch_bits, slots)
         lane.length += t
 
     def truncate(self, row: int, length: int) -> None:
@@ -227,8 +231,9 @@ class RawSegment:
         key, value, positions = self._read(rows, tokens)
         if not contiguous:
             return rope.apply(key, rope.angles(positions, torch.float32)), value
-        cos, sin = rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), key.device)
-        return rope.apply(key, (cos[: len(tokens)], sin[: len(tokens)])), value
+        angles = self._angles(tokens)
+        assert angles is not None
+        return rope.apply(key, angles), value
 
     def _same_shape(self) -> bool:
         return self.pool.keys.shape == self.pool.values.shape
@@ -240,10 +245,10 @@ class RawSegment:
         value = torch.empty_like(key)
         angles = rope.contiguous(m, key.device)
         for i, row in enumerate(rows):
-            lanes = self.pool.runs(self._lanes([row]))
+            lanes = self.pool.table(self._lanes([row]))
             for j in range(q):
                 out = (key[i, j], value[i, j])
-                cpu.gather(self.pool.keys, self.pool.values, *lanes, index[i, j], angles, rope.interleaved, out)
+                cpu.gather(self.pool.keys, self.pool.values, lanes, index[i, j], angles, rope.interleaved, out)
         return key.flatten(0, 1), value.flatten(0, 1)
 
     def _read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:

@@ -133,9 +133,8 @@ class Paged:
         order = torch.randperm(heads * pages, generator=generator)
         self.keys = torch.randn(heads * pages, PAGE, d, generator=generator).to(dtype)
         self.values = torch.randn(heads * pages, PAGE, d, generator=generator).to(dtype)
-        self.runs = torch.stack([order, torch.ones_like(order)], dim=1).numpy()
-        self.begins = [pages * head for head in range(heads + 1)]
         table = order.reshape(heads, pages)
+        self.lanes = cpu.Lanes([[(page, 1) for page in lane] for lane in table.tolist()])
         self.key, self.value = (x[table].reshape(1, heads, -1, d)[:, :, :n] for x in (self.keys, self.values))
 
 
@@ -154,7 +153,7 @@ def test_compiled_votes_equal_the_reference(n, heads, groups, d, dtype, data):
     start = data.draw(st.integers(0, n - 1))
     limits = sorted(data.draw(st.lists(st.integers(start + 1, n), min_size=1, max_size=4)))
     query = torch.randn(1, heads * groups, len(limits), d) / d**0.5
-    got = cpu.votes(query[0], pool.keys, pool.runs, pool.begins, None, start, limits)
+    got = cpu.votes(query[0], pool.keys, pool.lanes, None, 0, start, limits)
     # The law rounds queries to the dtype of the keys; compiled kernels may keep them in float32.
     logits = reference.scores(query, pool.key[:, :, start : limits[-1]].float())
     expected = reference.soft_votes(reference.forbid(logits, start, limits))[0]
@@ -179,7 +178,7 @@ def test_compiled_gather_fetches_and_rotates(n, heads, d, dtype, interleaved, da
     angle = torch.randn(len(index), r)
     out = tuple(torch.full((heads, len(index), d), float("nan"), dtype=dtype) for _ in range(2))
     angles = (angle.cos(), angle.sin())
-    cpu.gather(pool.keys, pool.values, pool.runs, pool.begins, index, angles, interleaved, out)
+    cpu.gather(pool.keys, pool.values, pool.lanes, index, angles, interleaved, out)
     expected = reference.rotate(pool.key[0][:, index], *angles, interleaved=interleaved)
     torch.testing.assert_close(out[0].float(), expected.float(), atol=CLOSE[dtype], rtol=CLOSE[dtype])
     assert torch.equal(out[1], pool.value[0][:, index])
@@ -200,26 +199,28 @@ def test_compiled_gather_fetches_and_rotates(n, heads, d, dtype, interleaved, da
 def test_compiled_decode_equals_the_reference(n, heads, groups, d, dtype, softcap, rotated, data):
     pool = Paged(heads, n, d, dtype, data.draw(st.integers(0, 9)))
     tokens = data.draw(st.sampled_from([range(n), range(n // 2, n), torch.arange(0, n, 3)]))
+    lists = tokens if isinstance(tokens, range) else tokens[None]
     angle = torch.randn(len(tokens), d // 2)
     angles = (angle.cos(), angle.sin()) if rotated else None
     query, scale = torch.randn(heads * groups, d), d**-0.5
     kwargs = {"angles": angles, "interleaved": False, "scale": scale, "softcap": softcap}
-    got = cpu.decode(query, pool.keys, pool.values, pool.runs, pool.begins, tokens, **kwargs)
+    got = cpu.decode(query[None], pool.keys, pool.values, pool.lanes, lists, **kwargs)
     key, value = (x[:, :, list(tokens)].float() for x in (pool.key, pool.value))
     key = reference.rotate(key, *angles) if angles else key
     out, lse = reference.attend(query[None, :, None], key, value, scale=scale, softcap=softcap)
-    torch.testing.assert_close(got[0].float(), out[0, :, 0], atol=CLOSE[dtype], rtol=CLOSE[dtype])
-    torch.testing.assert_close(got[1], lse[0, :, 0], atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    torch.testing.assert_close(got[0][0], out[0, :, 0], atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    torch.testing.assert_close(got[1][0], lse[0, :, 0], atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
 @compiled
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sketch_votes_nearly_like_its_keys(dtype):
+def test_a_sketch_votes_nearly_like_its_keys(dtype, bits):
     pool = Paged(2, 300, 64, dtype, 0)
-    sketch = torch.zeros(len(pool.keys), PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(64), dtype=torch.uint8)
-    cpu.sketch(pool.keys, sketch, torch.arange(pool.keys.shape[0] * PAGE))
+    sketch = torch.zeros(len(pool.keys), PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(64, bits), dtype=torch.uint8)
+    cpu.sketch(pool.keys, sketch, bits, torch.arange(pool.keys.shape[0] * PAGE))
     query = torch.randn(8, 1, 64)
-    exact = cpu.votes(query, pool.keys, pool.runs, pool.begins, None, 3, [290])
-    rough = cpu.votes(query, pool.keys, pool.runs, pool.begins, sketch, 3, [290])
+    exact = cpu.votes(query, pool.keys, pool.lanes, None, 0, 3, [290])
+    rough = cpu.votes(query, pool.keys, pool.lanes, sketch, bits, 3, [290])
     assert not torch.equal(exact, rough)
-    assert (exact - rough).abs().sum() < 0.1 * exact.sum()
+    assert (exact - rough).abs().sum() < (0.1 if bits == 8 else 0.8) * exact.sum()

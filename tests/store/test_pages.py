@@ -27,8 +27,8 @@ def content(tokens: list[int]) -> tuple[Tensor, Tensor]:
     return (token + 0.25 * head).expand(-1, -1, DIM), (-token - 0.25 * head).expand(-1, -1, VALUE_DIM)
 
 
-def segment(sequences: int = 0, *, sketch: bool = False) -> RawSegment:
-    made = RawSegment(HEADS, torch.empty(0, DIM), VALUE_DIM, None, sketch=sketch)
+def segment(sequences: int = 0, *, sketch_bits: int = 0) -> RawSegment:
+    made = RawSegment(HEADS, torch.empty(0, DIM), VALUE_DIM, None, sketch_bits=sketch_bits)
     made.add_sequences(sequences)
     return made
 
@@ -62,9 +62,9 @@ def check(held: RawSegment, model: list[list[int]]) -> None:
 class Pages(RuleBasedStateMachine):
     """A random life of a segment."""
 
-    @initialize(count=st.integers(1, 3), sketch=st.booleans())
-    def start(self, count: int, sketch: bool) -> None:
-        self.held, self.model, self.next = segment(count, sketch=sketch), [[] for _ in range(count)], 0
+    @initialize(count=st.integers(1, 3), sketch_bits=st.sampled_from([0, 4, 8]))
+    def start(self, count: int, sketch_bits: int) -> None:
+        self.held, self.model, self.next = segment(count, sketch_bits=sketch_bits), [[] for _ in range(count)], 0
 
     def new(self, count: int) -> list[int]:
         self.next += count
@@ -133,10 +133,10 @@ class Pages(RuleBasedStateMachine):
     @invariant()
     def sketches_are_those_of_the_keys(self) -> None:
         pool = self.held.pool
-        if self.held.sketch:
+        if self.held.sketch_bits:
             again = pool.sketch.clone()
             for lane in pool.lanes:
-                cpu.sketch(pool.keys, again, pool.slots(lane, 0, lane.length))
+                cpu.sketch(pool.keys, again, self.held.sketch_bits, pool.slots(lane, 0, lane.length))
             assert torch.equal(again, pool.sketch)
 
 

@@ -1,11 +1,13 @@
 """The C++ kernels, as functions of tensors. Contracts as in ``kvote.kernels.reference``; addresses never escape.
 
-SIMD is chosen when the module loads (AVX-512 with VNNI, AVX2, or plain C++ for the compiler to vectorise), threads
-follow ``torch.get_num_threads()``. The module links against the same OpenMP runtime that torch has loaded, so both
-share one pool of threads.
+SIMD is chosen when the module loads (AVX-512 with BF16 and VNNI, AVX-512 with VNNI, AVX2, or plain C++ for the compiler
+to vectorise), threads follow ``torch.get_num_threads()``. The module links against the same OpenMP runtime that torch
+has loaded, so both share one pool of threads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,8 +22,28 @@ except ImportError as error:
     _missing = f"the compiled module cannot be loaded ({error}); reinstall kvote with a C++ compiler at hand"
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SKETCH_TOKENS = 16
+SKETCH_TOKENS = 32
 MAX_GROUPS = 16
+Angles = tuple[Tensor, Tensor]
+
+
+class Lanes:
+    """Where the tokens of some lanes lie: for each, runs (first page, pages) of neighbours in a pool.
+
+    Held by whoever owns the pool for as long as the pages do not change hands.
+    """
+
+    __slots__ = ("address", "begins", "count", "runs")
+
+    def __init__(self, runs: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.count = len(runs)
+        self.runs = np.array([run for lane in runs for run in lane], np.int64).reshape(-1, 2)
+        self.begins = np.cumsum([0, *(len(lane) for lane in runs)], dtype=np.int64)
+        self.address = (self.runs.ctypes.data, self.begins.ctypes.data, self.count)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Lanes:
+        # Never changed once made, and a copy's addresses would be those of the original's arrays.
+        return self
 
 
 def _check(holds: bool, what: str) -> None:
@@ -44,8 +66,13 @@ def why_not(tensor: Tensor | None = None) -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: avx512, avx2 or scalar."""
+    """The instruction set in use: avx512_bf16, avx512, avx2 or scalar."""
     return str(_cpu.instruction_set())
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine can run, fastest last."""
+    return list(_cpu.instruction_sets())
 
 
 def use(instruction_set: str) -> bool:
@@ -53,45 +80,46 @@ def use(instruction_set: str) -> bool:
     return bool(_cpu.use(instruction_set))
 
 
-def sketch_bytes(dim: int) -> int:
-    """Bytes of an 8-bit sketch of 16 tokens: codes and one half-precision scale each."""
-    return SKETCH_TOKENS * dim + 2 * SKETCH_TOKENS
+def sketch_bytes(dim: int, bits: int) -> int:
+    """Bytes of the sketch of ``SKETCH_TOKENS`` tokens: codes of ``bits`` and one half-precision scale each."""
+    return SKETCH_TOKENS * (dim * bits // 8 + 2)
+
+
+def use_large_pages(tensor: Tensor) -> None:
+    """Asks the system for large pages behind a fresh tensor, which scattered reads need; harmless where it refuses."""
+    if _missing is None and tensor.device.type == "cpu":
+        _cpu.use_large_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def votes(
-    query: Tensor,
-    keys: Tensor,
-    runs: np.ndarray,
-    begins: list[int],
-    sketch: Tensor | None,
-    start: int,
-    limits: list[int],
+    query: Tensor, keys: Tensor, lanes: Lanes, sketch: Tensor | None, bits: int, start: int, limits: list[int]
 ) -> Tensor:
     """Soft votes [r, n] of one sequence for tokens ``start`` to ``max(limits)``.
 
-    ``query`` [heads, r, d] float32, head = h_kv * g + i; ``keys`` a pool [pages, PAGE, d]; lane h lies in
-    ``runs[begins[h]:begins[h + 1]]``; selecting query j votes on tokens before ``limits[j]``.
+    ``query`` [heads, r, d] float32, head = h_kv * g + i; ``keys`` a pool [pages, PAGE, d]; one lane per key head;
+    ``sketch`` the pool's sketches of ``bits``, or None for exact scores; selecting query j votes on tokens before
+    ``limits[j]``. Weights from a sketch carry 11 bits.
     """
     heads, selections, dim = query.shape
-    groups = heads // (len(begins) - 1)
+    stop = max(limits)
     _check(keys.is_contiguous() and keys.shape[-1] == dim, "keys must be a contiguous pool of the query's head size")
-    _check(0 <= start < max(limits), "there must be candidates")
+    _check(0 <= start < stop, "there must be candidates")
     query = query.float().contiguous()
-    edges = np.asarray(limits, np.int64)
-    out = torch.empty(selections, max(limits) - start)
+    edges = torch.tensor(limits)
+    out = torch.empty(selections, stop - start)
     _cpu.votes(
         query.data_ptr(),
         keys.data_ptr(),
         _TYPES[keys.dtype],
-        runs.ctypes.data,
-        begins,
+        *lanes.address,
         0 if sketch is None else sketch.data_ptr(),
-        groups,
+        bits,
+        heads // lanes.count,
         selections,
         dim,
         start,
-        max(limits),
-        edges.ctypes.data,
+        stop,
+        edges.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -111,10 +139,9 @@ def top_k(votes: Tensor, k: int) -> Tensor:
 def gather(
     keys: Tensor,
     values: Tensor,
-    runs: np.ndarray,
-    begins: list[int],
+    lanes: Lanes,
     index: Tensor,
-    angles: tuple[Tensor, Tensor],
+    angles: Angles,
     interleaved: bool,
     out: tuple[Tensor, Tensor],
 ) -> None:
@@ -128,8 +155,7 @@ def gather(
         keys.data_ptr(),
         values.data_ptr(),
         _TYPES[keys.dtype],
-        runs.ctypes.data,
-        begins,
+        *lanes.address,
         keys.shape[-1],
         index.shape[0],
         index.data_ptr(),
@@ -147,61 +173,183 @@ def decode(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    runs: np.ndarray,
-    begins: list[int],
+    lanes: Lanes,
     tokens: Tensor | range,
     *,
-    angles: tuple[Tensor, Tensor] | None,
+    angles: Angles | None,
     interleaved: bool,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query position over ``tokens`` of equally long lanes: out [heads, d] and lse [heads], float32.
+    """Attention of one query position per sequence: out [sequences, heads, d] and lse [sequences, heads], float32.
 
-    ``query`` [heads, d] with head = lane * groups + i, lane l in ``runs[begins[l]:begins[l + 1]]``. ``tokens`` is a
-    range, or int64 [m] ascending; with ``angles`` [m, r] keys are rotated as they are read. As ``reference.attend``.
+    ``query`` [sequences, heads, d], head = h_kv * g + i; lanes are (sequence, key head) in that order. ``tokens``: a
+    range that all read, or int64 [sequences, m], ascending in each; with ``angles`` [m, r] keys are rotated as they
+    are read. As ``reference.attend``; the same bits for any number of threads.
     """
-    heads, dim = query.shape
-    lanes = len(begins) - 1
-    _check(heads // lanes <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
+    sequences, heads, dim = query.shape
+    groups = sequences * heads // lanes.count
+    _check(groups <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
     _check(keys.shape == values.shape and keys.shape[-1] == dim, "keys and values must be pools of the same head size")
     if isinstance(tokens, Tensor):
         _check(tokens.dtype == torch.int64 and tokens.is_contiguous(), "tokens must be contiguous int64")
+        _check(tokens.shape[0] == sequences, "there must be one list per sequence")
+        index, start, count = tokens.data_ptr(), 0, tokens.shape[1]
+    else:
+        index, start, count = 0, tokens.start, len(tokens)
     query = query.float().contiguous()
-    threads = torch.get_num_threads()
-    # Enough parts that threads finish together, each long enough to be worth merging.
-    parts = max(1, min(-(-4 * threads // lanes), len(tokens) // 256))
-    out, lse = torch.empty(heads, dim), torch.empty(heads)
+    out, lse = torch.empty(sequences, heads, dim), torch.empty(sequences, heads)
     cos, sin = (a.float().contiguous() for a in angles) if angles else (query, query)
     _cpu.decode(
         query.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         _TYPES[keys.dtype],
-        runs.ctypes.data,
-        begins,
-        heads // lanes,
+        *lanes.address,
+        groups,
         dim,
-        tokens.data_ptr() if isinstance(tokens, Tensor) else 0,
-        0 if isinstance(tokens, Tensor) else tokens.start,
-        len(tokens),
+        index,
+        lanes.count // sequences,
+        start,
+        count,
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[-1] if angles else 0,
         interleaved,
         scale,
         softcap or 0.0,
-        parts,
         out.data_ptr(),
         lse.data_ptr(),
-        threads,
+        torch.get_num_threads(),
     )
     return out, lse
 
 
-def sketch(keys: Tensor, sketch: Tensor, slots: Tensor) -> None:
-    """Encodes the tokens at pool ``slots`` of ``keys`` [pages, PAGE, d] into ``sketch`` [pages, PAGE // 16, bytes]."""
-    threads = torch.get_num_threads()
-    _cpu.sketch(
-        keys.data_ptr(), _TYPES[keys.dtype], sketch.data_ptr(), keys.shape[-1], slots.data_ptr(), len(slots), threads
+def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
+    """``reference.rotate`` of ``x`` [sequences, heads, n, d], channels contiguous, by ``angles`` [sequences or 1, n, r]
+    in float32."""
+    sequences, heads, count, dim = x.shape
+    cos, sin = angles
+    _check(cos.is_contiguous() and sin.is_contiguous() and cos.dtype == torch.float32, "angles must be float32 rows")
+    _check(x.stride(-1) == 1 and cos.shape[1] == count and 2 * cos.shape[2] <= dim, "angles must fit the rows")
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _cpu.turn(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        sequences,
+        heads,
+        count,
+        dim,
+        *x.stride()[:3],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        count if cos.shape[0] > 1 else 0,
+        cos.shape[2],
+        interleaved,
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
+    return out
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    pools: tuple[Tensor, Tensor, Tensor],
+    lanes: Lanes,
+    first: list[int],
+    sketch: Tensor | None,
+    bits: int,
+) -> None:
+    """Writes tokens ``key`` [sequences, h, t, d], ``value`` [sequences, h, t, dv] and ``positions`` [sequences, t]
+    to the pools (keys, values, positions) behind the first ``first[lane]`` tokens of each lane, and sketches them."""
+    sequences, heads, count, dim = key.shape
+    keys, values, slot_positions = pools
+    _check(key.stride(-1) == 1 and value.stride(-1) == 1, "channels must be contiguous")
+    _check(key.dtype == keys.dtype and value.dtype == values.dtype == keys.dtype, "dtypes must be those of the pools")
+    _check(positions.dtype == torch.int64 and positions.stride(-1) == 1, "positions must be int64 rows")
+    _check(lanes.count == len(first) == sequences * heads, "there must be one lane per sequence and key head")
+    _cpu.append(
+        key.data_ptr(),
+        value.data_ptr(),
+        _TYPES[keys.dtype],
+        key.stride()[:3],
+        value.stride()[:3],
+        positions.data_ptr(),
+        positions.stride(0),
+        sequences,
+        heads,
+        count,
+        dim,
+        value.shape[3],
+        *lanes.address,
+        first,
+        keys.data_ptr(),
+        values.data_ptr(),
+        slot_positions.data_ptr(),
+        0 if sketch is None else sketch.data_ptr(),
+        bits,
+        torch.get_num_threads(),
+    )
+
+
+def sketch(keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
+    """Encodes the tokens at pool ``slots`` of ``keys`` [pages, PAGE, d] into ``sketch`` [pages, bytes]."""
+    _cpu.sketch(
+        keys.data_ptr(),
+        _TYPES[keys.dtype],
+        sketch.data_ptr(),
+        bits,
+        keys.shape[-1],
+        slots.data_ptr(),
+        len(slots),
+        torch.get_num_threads(),
+    )
+
+
+def attention_mass(
+    query: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    lanes: Lanes,
+    start: int,
+    limits: list[int],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """``reference.attention_mass`` [sequences, h, n] of tokens ``start`` to ``max(limits)``, read from the pages.
+
+    ``query`` [sequences, heads, t, d] and its ``lse`` [sequences, heads, t]; row i of t sees tokens before
+    ``limits[i]``.
+    """
+    sequences, heads, t, dim = query.shape
+    h, stop = lanes.count // sequences, max(limits)
+    _check(len(limits) == t and 0 <= start < stop, "there must be one limit per query row, and tokens to see")
+    rows = heads // h * t
+    query, lse = query.float().reshape(-1, rows, dim).contiguous(), lse.float().contiguous()
+    edges = torch.tensor(limits).repeat(heads // h)
+    out = torch.empty(sequences, h, stop - start)
+    _cpu.attention_mass(
+        query.data_ptr(),
+        lse.data_ptr(),
+        keys.data_ptr(),
+        _TYPES[keys.dtype],
+        *lanes.address,
+        rows,
+        dim,
+        start,
+        stop,
+        edges.data_ptr(),
+        scale,
+        softcap or 0.0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def read_all(memory: Tensor) -> None:
+    """Reads a tensor and does nothing with it: what these kernels can at best reach, to measure them against."""
+    _cpu.read_all(memory.data_ptr(), memory.nbytes, torch.get_num_threads())

@@ -2,6 +2,6 @@
 #include "kernels.inl"
 
 namespace kvote {
-extern const Kernels avx512_bf16_kernels{"avx512_bf16", KVOTE_ISA::run_votes, KVOTE_ISA::top_k, KVOTE_ISA::run_gather,
-                                 KVOTE_ISA::run_sketch, KVOTE_ISA::run_decode};
+using namespace isa_avx512_bf16;
+extern const Kernels avx512_bf16_kernels KVOTE_KERNELS("avx512_bf16");
 }

@@ -13,9 +13,9 @@ struct VotesArgs {
     const float* query;  // [kv_heads, rows, dim]; row = group * selections + selection
     const void* keys;    // pool [pages, PAGE, dim]
     Type type;
-    const Lane* lanes;  // [kv_heads]
-    const std::uint8_t* sketch;  // pool [pages, PAGE / 16, 16 * dim + 32], or null for exact scores
-    std::int64_t kv_heads, groups, selections, dim, start, stop;
+    const Lane* lanes;           // [kv_heads]
+    const std::uint8_t* sketch;  // pool of blocks as in sketch.inl, or null for exact scores
+    std::int64_t sketch_bits, kv_heads, groups, selections, dim, start, stop;
     const std::int64_t* limits;  // [selections]: tokens from here on are no candidates
     float* votes;                // out [selections, stop - start]
     int threads;
@@ -47,14 +47,40 @@ struct DecodeArgs {
     Type type;
     const Lane* lanes;
     std::int64_t lanes_count, groups, dim;
-    const std::int64_t* index;  // [count] tokens, ascending, or null for start .. start + count - 1
-    std::int64_t start, count;
+    const std::int64_t* index;  // [lanes / lanes_per_list, count] tokens, ascending, or null for start .. + count - 1
+    std::int64_t lanes_per_list, start, count;
     const float *cos, *sin;  // [count, pairs]; pairs 0: keys are read as they are
     std::int64_t pairs;
     bool interleaved;
     float scale, softcap;  // softcap 0: none
-    std::int64_t parts;    // into which each lane is split
     float *out, *lse;      // [lanes, groups, dim], [lanes, groups]
+    int threads;
+};
+
+struct TurnArgs {
+    const void* in;
+    Type type;
+    std::int64_t sequences, heads, count, dim;
+    std::int64_t sequence_stride, head_stride, token_stride;  // of `in`, in elements
+    const float *cos, *sin;                                   // [sequences or 1, count, pairs]
+    std::int64_t angle_stride, pairs;                         // tokens between sequences' angles; 0: all share them
+    bool interleaved;
+    void* out;  // [sequences, heads, count, dim]
+    int threads;
+};
+
+struct AppendArgs {
+    const void *key, *value;  // [sequences, heads, count, dim or value_dim] by strides in elements
+    Type type;
+    std::int64_t key_strides[3], value_strides[3];
+    const std::int64_t* positions;  // [sequences, count]
+    std::int64_t position_stride, sequences, heads, count, dim, value_dim;
+    const Lane* lanes;
+    const std::int64_t* first;  // [sequences * heads]: token of its lane that the first new one becomes
+    void *keys, *values;  // pools
+    std::int32_t* slot_positions;
+    std::uint8_t* sketch;  // or null
+    std::int64_t sketch_bits;
     int threads;
 };
 
@@ -62,9 +88,22 @@ struct SketchArgs {
     const void* keys;  // pool
     Type type;
     std::uint8_t* sketch;  // pool
-    std::int64_t dim;
+    std::int64_t bits, dim;
     const std::int64_t* slots;  // [count]: pool slots to encode
     std::int64_t count;
+    int threads;
+};
+
+struct MassArgs {
+    const float* query;  // [lanes, rows, dim]
+    const float* lse;    // [lanes, rows]
+    const void* keys;    // pool
+    Type type;
+    const Lane* lanes;
+    std::int64_t lanes_count, rows, dim, start, stop;
+    const std::int64_t* limits;  // [rows]
+    float scale, softcap;
+    float* mass;  // out [lanes, stop - start]
     int threads;
 };
 
@@ -75,6 +114,10 @@ struct Kernels {
     void (*gather)(const GatherArgs&);
     void (*sketch)(const SketchArgs&);
     void (*decode)(const DecodeArgs&);
+    void (*turn)(const TurnArgs&);
+    void (*append)(const AppendArgs&);
+    void (*attention_mass)(const MassArgs&);
+    std::int64_t (*read_all)(const char* memory, std::int64_t bytes, int threads);  // to measure the bandwidth
 };
 
 extern const Kernels scalar_kernels;

@@ -1,8 +1,12 @@
 // Python's view of the kernels. Tensors arrive as addresses and sizes, checked by kvote/kernels/cpu/__init__.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <sys/mman.h>
+
+#include <array>
 #include <string>
 #include <vector>
 
@@ -37,18 +41,26 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Runs of all lanes in a row, and where each lane's begin: [lanes + 1].
-std::vector<Lane> lanes_of(Address runs, const std::vector<std::int64_t>& begins) {
+// The lanes of a call: all their runs in a row, and where each lane's begin [count + 1].
+struct LaneTable {
     std::vector<Lane> lanes;
-    for (std::size_t i = 0; i + 1 < begins.size(); ++i)
-        lanes.push_back({at<const Run>(runs) + begins[i], begins[i + 1] - begins[i]});
-    return lanes;
-}
+    LaneTable(Address runs, Address begins, std::int64_t count) {
+        for (std::int64_t i = 0; i < count; ++i) {
+            const auto* edges = at<const std::int64_t>(begins) + i;
+            lanes.push_back({at<const Run>(runs) + edges[0], edges[1] - edges[0]});
+        }
+    }
+};
 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
     m.def("instruction_set", [] { return std::string(active->name); });
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : runnable()) names.push_back(kernels->name);
+        return names;
+    });
     m.def("use", [](const std::string& name) {
         for (const Kernels* kernels : runnable())
             if (name == kernels->name) {
@@ -57,44 +69,91 @@ NB_MODULE(_cpu, m) {
             }
         return false;
     });
-    m.def("votes", [](Address query, Address keys, int type, Address runs, std::vector<std::int64_t> begins,
-                      Address sketch, std::int64_t groups, std::int64_t selections, std::int64_t dim,
-                      std::int64_t start, std::int64_t stop, Address limits, Address out, int threads) {
+    m.def("votes", [](Address query, Address keys, int type, Address runs, Address begins, std::int64_t lanes,
+                      Address sketch, std::int64_t sketch_bits, std::int64_t groups, std::int64_t selections,
+                      std::int64_t dim, std::int64_t start, std::int64_t stop, Address limits, Address out,
+                      int threads) {
         nb::gil_scoped_release release;
-        auto lanes = lanes_of(runs, begins);
-        active->votes({at<const float>(query), at<const void>(keys), Type(type), lanes.data(),
-                       at<const std::uint8_t>(sketch), std::int64_t(lanes.size()), groups, selections, dim, start,
-                       stop, at<const std::int64_t>(limits), at<float>(out), threads});
+        LaneTable table(runs, begins, lanes);
+        active->votes({at<const float>(query), at<const void>(keys), Type(type), table.lanes.data(),
+                       at<const std::uint8_t>(sketch), sketch_bits, lanes, groups, selections, dim, start, stop,
+                       at<const std::int64_t>(limits), at<float>(out), threads});
     });
     m.def("top_k", [](Address votes, std::int64_t rows, std::int64_t n, std::int64_t k, Address index, int threads) {
         nb::gil_scoped_release release;
         active->top_k({at<const float>(votes), rows, n, k, at<std::int64_t>(index), threads});
     });
-    m.def("gather", [](Address keys, Address values, int type, Address runs, std::vector<std::int64_t> begins,
+    m.def("gather", [](Address keys, Address values, int type, Address runs, Address begins, std::int64_t lanes,
                        std::int64_t dim, std::int64_t count, Address index, Address cos, Address sin,
                        std::int64_t pairs, bool interleaved, Address out_keys, Address out_values, int threads) {
         nb::gil_scoped_release release;
-        auto lanes = lanes_of(runs, begins);
-        active->gather({at<const void>(keys), at<const void>(values), Type(type), lanes.data(),
-                        std::int64_t(lanes.size()), dim, count, at<const std::int64_t>(index), at<const float>(cos),
-                        at<const float>(sin), pairs, interleaved, at<void>(out_keys), at<void>(out_values), threads});
+        LaneTable table(runs, begins, lanes);
+        active->gather({at<const void>(keys), at<const void>(values), Type(type), table.lanes.data(), lanes, dim,
+                        count, at<const std::int64_t>(index), at<const float>(cos), at<const float>(sin), pairs,
+                        interleaved, at<void>(out_keys), at<void>(out_values), threads});
     });
-    m.def("decode", [](Address query, Address keys, Address values, int type, Address runs,
-                       std::vector<std::int64_t> begins, std::int64_t groups, std::int64_t dim, Address index,
-                       std::int64_t start, std::int64_t count, Address cos, Address sin, std::int64_t pairs,
-                       bool interleaved, float scale, float softcap, std::int64_t parts, Address out, Address lse,
+    m.def("decode", [](Address query, Address keys, Address values, int type, Address runs, Address begins,
+                       std::int64_t lanes, std::int64_t groups, std::int64_t dim, Address index,
+                       std::int64_t lanes_per_list, std::int64_t start, std::int64_t count, Address cos, Address sin,
+                       std::int64_t pairs, bool interleaved, float scale, float softcap, Address out, Address lse,
                        int threads) {
         nb::gil_scoped_release release;
-        auto lanes = lanes_of(runs, begins);
-        active->decode({at<const float>(query), at<const void>(keys), at<const void>(values), Type(type), lanes.data(),
-                        std::int64_t(lanes.size()), groups, dim, at<const std::int64_t>(index), start, count,
-                        at<const float>(cos), at<const float>(sin), pairs, interleaved, scale, softcap, parts,
+        LaneTable table(runs, begins, lanes);
+        active->decode({at<const float>(query), at<const void>(keys), at<const void>(values), Type(type),
+                        table.lanes.data(), lanes, groups, dim, at<const std::int64_t>(index), lanes_per_list, start,
+                        count, at<const float>(cos), at<const float>(sin), pairs, interleaved, scale, softcap,
                         at<float>(out), at<float>(lse), threads});
     });
-    m.def("sketch", [](Address keys, int type, Address sketch, std::int64_t dim, Address slots, std::int64_t count,
+    m.def("turn", [](Address in, int type, std::int64_t sequences, std::int64_t heads, std::int64_t count,
+                     std::int64_t dim, std::int64_t sequence_stride, std::int64_t head_stride,
+                     std::int64_t token_stride, Address cos, Address sin, std::int64_t angle_stride,
+                     std::int64_t pairs, bool interleaved, Address out, int threads) {
+        nb::gil_scoped_release release;
+        active->turn({at<const void>(in), Type(type), sequences, heads, count, dim, sequence_stride, head_stride,
+                      token_stride, at<const float>(cos), at<const float>(sin), angle_stride, pairs, interleaved,
+                      at<void>(out), threads});
+    });
+    m.def("append", [](Address key, Address value, int type, std::array<std::int64_t, 3> key_strides,
+                       std::array<std::int64_t, 3> value_strides, Address positions, std::int64_t position_stride,
+                       std::int64_t sequences, std::int64_t heads, std::int64_t count, std::int64_t dim,
+                       std::int64_t value_dim, Address runs, Address begins, std::int64_t lanes,
+                       const std::vector<std::int64_t>& first, Address keys, Address values, Address slot_positions, Address sketch, std::int64_t sketch_bits,
                        int threads) {
         nb::gil_scoped_release release;
-        active->sketch({at<const void>(keys), Type(type), at<std::uint8_t>(sketch), dim,
+        LaneTable table(runs, begins, lanes);
+        active->append({at<const void>(key), at<const void>(value), Type(type),
+                        {key_strides[0], key_strides[1], key_strides[2]},
+                        {value_strides[0], value_strides[1], value_strides[2]}, at<const std::int64_t>(positions),
+                        position_stride, sequences, heads, count, dim, value_dim, table.lanes.data(), first.data(),
+                        at<void>(keys), at<void>(values), at<std::int32_t>(slot_positions), at<std::uint8_t>(sketch),
+                        sketch_bits, threads});
+    });
+    m.def("sketch", [](Address keys, int type, Address sketch, std::int64_t bits, std::int64_t dim, Address slots,
+                       std::int64_t count, int threads) {
+        nb::gil_scoped_release release;
+        active->sketch({at<const void>(keys), Type(type), at<std::uint8_t>(sketch), bits, dim,
                         at<const std::int64_t>(slots), count, threads});
+    });
+    m.def("attention_mass", [](Address query, Address lse, Address keys, int type, Address runs, Address begins,
+                               std::int64_t lanes, std::int64_t rows, std::int64_t dim, std::int64_t start,
+                               std::int64_t stop, Address limits, float scale, float softcap, Address mass,
+                               int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        active->attention_mass({at<const float>(query), at<const float>(lse), at<const void>(keys), Type(type),
+                                table.lanes.data(), lanes, rows, dim, start, stop, at<const std::int64_t>(limits),
+                                scale, softcap, at<float>(mass), threads});
+    });
+    m.def("read_all", [](Address memory, std::int64_t bytes, int threads) {
+        nb::gil_scoped_release release;
+        return active->read_all(at<const char>(memory), bytes, threads);
+    });
+    // Asks the system for large pages behind a block of memory that is about to be written.
+    m.def("use_large_pages", [](Address memory, std::int64_t bytes) {
+        constexpr Address LARGE = Address(1) << 21;
+        const Address from = (memory + LARGE - 1) / LARGE * LARGE, to = (memory + Address(bytes)) / LARGE * LARGE;
+#if defined(MADV_HUGEPAGE)
+        if (to > from) madvise(at<void>(from), to - from, MADV_HUGEPAGE);
+#endif
     });
 }

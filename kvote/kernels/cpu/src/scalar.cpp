@@ -2,6 +2,6 @@
 #include "kernels.inl"
 
 namespace kvote {
-extern const Kernels scalar_kernels{"scalar", KVOTE_ISA::run_votes, KVOTE_ISA::top_k, KVOTE_ISA::run_gather,
-                                 KVOTE_ISA::run_sketch, KVOTE_ISA::run_decode};
+using namespace isa_scalar;
+extern const Kernels scalar_kernels KVOTE_KERNELS("scalar");
 }

@@ -1,137 +1,176 @@
 // TokenSelect's votes in two passes over tiles of tokens. The first scores a tile for all heads and leaves
-// e^(score - tile maximum) while the tile is in cache, with the tile's maximum and sum; the second weighs and adds
-// them. One exponential per score, and no pass that only looks for a maximum. The weights stay in float32: half
-// precision has not the range that ranks weak tokens, and bfloat16 not the precision that parts close ones.
+// 2^(score - tile maximum) while the tile is in cache, with the tile's maximum and sum; the second weighs and adds
+// them. One exponential per score, and no pass that only looks for a maximum.
 
 constexpr int64_t TILE = 512;
 
-// Exact scores of `count` tokens from `token` on (slots in a row) for the rows of one key head.
+// A weight of (0, 1] in 16 bits: 6 of exponent, down to 2^-63, and 10 of mantissa. Half precision has not the range
+// that ranks weak tokens, bfloat16 not the precision that parts close ones. 0 is kept as the smallest.
+struct weight16 {
+    uint16_t raw;
+};
+constexpr int32_t WEIGHT_BASE = 64 << 23;
+
+inline vf get(const weight16* p) {
+    return as_float((__builtin_convertvector(load<vh>(p), vu) << 13) + uint32_t(WEIGHT_BASE));
+}
+inline void put(weight16* p, vf x) {
+    vi above = (vi)as_bits(x) - (WEIGHT_BASE - 0x1000);
+    above = above > 0 ? above : vi{};
+    store(p, __builtin_convertvector((vu)above >> 13, vh));
+}
+
+// Exact scores, in units of log 2, of `count` tokens (slots in a row) for `rows` (a multiple of 4) query rows.
 template <class T>
-void score_rows(const T* keys, int64_t count, const float* query, int64_t rows, int64_t dim, float* out) {
-    alignas(64) float columns[256 * W];
-    for (int64_t t = 0; t < count; t += W) {
-        int64_t live = count - t < W ? count - t : W;
-        for (int64_t c = 0; c < dim; c += W) {
-            vf m[W];
-            for (int64_t i = 0; i < W; ++i) m[i] = get(keys + (t + (i < live ? i : live - 1)) * dim + c);
-            transpose(m);
-            for (int64_t i = 0; i < W; ++i) store(columns + (c + i) * W, m[i]);
+void score_exactly(const T* keys, int64_t count, const float* query, int64_t rows, int64_t dim, float* out) {
+    for (int64_t t = 0; t < count; t += 4) {
+        const T* four[4];
+        for (int64_t k = 0; k < 4; ++k) {
+            four[k] = keys + (t + k < count ? t + k : count - 1) * dim;
+            for (int64_t c = 0; c < dim * int64_t(sizeof(T)); c += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(four[k]) + 4096 + c);
         }
-        int64_t row = 0;
-        for (; row + 4 <= rows; row += 4) {
-            const float *a = query + row * dim, *b = a + dim, *p = b + dim, *q = p + dim;
-            vf sa{}, sb{}, sp{}, sq{};
-            for (int64_t c = 0; c < dim; ++c) {
-                vf k = load<vf>(columns + c * W);
-                sa += k * a[c];
-                sb += k * b[c];
-                sp += k * p[c];
-                sq += k * q[c];
-            }
-            store(out + row * TILE + t, sa);
-            store(out + (row + 1) * TILE + t, sb);
-            store(out + (row + 2) * TILE + t, sp);
-            store(out + (row + 3) * TILE + t, sq);
-        }
-        for (; row < rows; ++row) {
-            vf s{};
-            for (int64_t c = 0; c < dim; ++c) s += load<vf>(columns + c * W) * query[row * dim + c];
-            store(out + row * TILE + t, s);
-        }
+        for (int64_t row = 0; row < rows; row += 4)
+            store_quarters(out + row * TILE + t, TILE, dots(four, query + row * dim, dim, dim) * LOG2_E);
     }
 }
 
-template <class T>
-void votes(const VotesArgs& a) {
+// Turns the scores of a tile into weights relative to its maximum, and returns maximum and sum. What lies before
+// `first` or from `live` on is no candidate.
+template <int DEGREE, class Stored>
+inline void weigh(float* scores, int64_t first, int64_t live, Stored* out, float& peak, float& mass) {
+    for (int64_t t = 0; t < first; ++t) scores[t] = -INFINITY;
+    for (int64_t t = live; t < TILE && t % W; ++t) scores[t] = -INFINITY;
+    const int64_t end = (live + W - 1) / W * W;
+    vf best0 = splat(-INFINITY), best1 = best0;
+    int64_t t = 0;
+    for (; t + 2 * W <= end; t += 2 * W) {
+        best0 = vmax(load<vf>(scores + t), best0);
+        best1 = vmax(load<vf>(scores + t + W), best1);
+    }
+    if (t < end) best0 = vmax(load<vf>(scores + t), best0);
+    peak = max(vmax(best0, best1));
+    const vf shift = splat(peak == -INFINITY ? 0.0f : peak);
+    vf total{};
+    for (t = 0; t < end; t += W) {
+        const vf e = exp2_of<DEGREE>(load<vf>(scores + t) - shift);
+        total += e;
+        put(out + t, e);
+    }
+    for (; t < TILE; t += W) put(out + t, vf{});
+    mass = sum(total);
+}
+
+template <class T, int BITS>
+void votes_of(const VotesArgs& a) {
+    // Sketched scores carry their own error, far above that of 16 bits; exact ones keep what they have.
+    using Stored = typename std::conditional<BITS == 0, f32, weight16>::type;
     const int64_t n = a.stop - a.start, rows = a.groups * a.selections, heads = a.kv_heads * rows;
+    const int64_t padded = (rows + 3) / 4 * 4;
     // Tiles begin at multiples of TILE of the token index, so that a sketch block never straddles two of them.
     const int64_t first = a.start / TILE, tiles = (a.stop + TILE - 1) / TILE - first;
-    std::vector<CodedQuery> coded(a.sketch ? heads : 0);
-    for (int64_t i = 0; i < int64_t(coded.size()); ++i) coded[i].encode(a.query + i * a.dim, a.dim);
-    std::unique_ptr<f32[]> weights(new f32[heads * tiles * TILE]);
-    std::unique_ptr<float[]> peaks(new float[heads * tiles]), sums(new float[heads * tiles]);
+    const int64_t row_floats = padded * TILE + 2 * SKETCH_BLOCK;
     const T* keys = static_cast<const T*>(a.keys);
 
-#pragma omp parallel num_threads(a.threads)
-    {
-        std::vector<float> buffer(rows * TILE + 2 * W);
-        std::vector<Lane::Cursor> at(a.kv_heads);
-        float* scores = buffer.data();
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            int64_t base = (first + tile) * TILE;
-            int64_t from = base > a.start ? base : a.start, to = base + TILE < a.stop ? base + TILE : a.stop;
+    Workspace space(Workspace::bytes<Stored>(heads * tiles * TILE) + 2 * Workspace::bytes<float>(heads * tiles) +
+                    a.threads * Workspace::bytes<float>(row_floats) +
+                    (BITS ? Workspace::bytes<CodedQuery>(heads) : Workspace::bytes<float>(a.kv_heads * padded * a.dim)));
+    Stored* weights = space.take<Stored>(heads * tiles * TILE);
+    float *peaks = space.take<float>(heads * tiles), *sums = space.take<float>(heads * tiles);
+    float* scratch = space.take<float>(0);
+    for (int i = 0; i < a.threads; ++i) space.take<float>(row_floats);
+    CodedQuery* coded = BITS ? space.take<CodedQuery>(heads) : nullptr;
+    float* queries = BITS ? nullptr : space.take<float>(a.kv_heads * padded * a.dim);
+
+    parallel(a.threads, [&](const Team& team) {
+        for (int64_t i = team.from(heads); i < team.to(heads); ++i) {
+            if (BITS)
+                coded[i].encode(a.query + i * a.dim, a.dim);
+            else
+                std::memcpy(queries + (i / rows * padded + i % rows) * a.dim, a.query + i * a.dim, 4 * a.dim);
+        }
+        if (!BITS)
+            for (int64_t h = team.from(a.kv_heads); h < team.to(a.kv_heads); ++h)
+                for (int64_t r = rows; r < padded; ++r)
+                    std::memset(queries + (h * padded + r) * a.dim, 0, 4 * a.dim);
+        team.barrier();
+
+        float* scores = scratch + team.rank * int64_t(Workspace::bytes<float>(row_floats) / 4);
+        for (int64_t tile = team.from(tiles); tile < team.to(tiles); ++tile) {
+            const int64_t base = (first + tile) * TILE;
+            const int64_t from = base > a.start ? base : a.start, to = base + TILE < a.stop ? base + TILE : a.stop;
             for (int64_t h = 0; h < a.kv_heads; ++h) {
-                // Whole blocks of 16 are scored; what lies outside the range is overwritten below.
-                int64_t aligned = from / 16 * 16;
-                for (int64_t t = aligned; t < to;) {
-                    int64_t stretch = a.lanes[h].stretch(t, at[h]), end = stretch < to - t ? t + stretch : to;
-                    int64_t slot = a.lanes[h].slot(t, at[h]);
-                    if (a.sketch) {
-                        for (; t < end; t += 16, slot += 16)
-                            score_block(a.sketch + slot / 16 * block_bytes(a.dim), a.dim, &coded[h * rows], rows,
-                                        scores + (t - base), TILE);
+                Lane::Cursor at;
+                // Whole blocks are scored; what lies outside the range is no candidate and overwritten.
+                for (int64_t t = from / SKETCH_BLOCK * SKETCH_BLOCK; t < to;) {
+                    const int64_t stretch = a.lanes[h].stretch(t, at), end = stretch < to - t ? t + stretch : to;
+                    int64_t slot = a.lanes[h].slot(t, at);
+                    if (BITS) {
+                        for (; t < end; t += SKETCH_BLOCK, slot += SKETCH_BLOCK)
+                            score_block<BITS ? BITS : 8>(a.sketch + slot / SKETCH_BLOCK * block_bytes(a.dim, BITS),
+                                                         a.dim, coded + h * rows, rows, scores + (t - base), TILE);
                     } else {
-                        score_rows(keys + slot * a.dim, end - t, a.query + h * rows * a.dim, rows, a.dim,
-                                   scores + (t - base));
+                        score_exactly(keys + slot * a.dim, end - t, queries + h * padded * a.dim, padded, a.dim,
+                                      scores + (t - base));
                         t = end;
                     }
                 }
                 for (int64_t row = 0; row < rows; ++row) {
-                    float* s = scores + row * TILE;
-                    int64_t limit = a.limits[row % a.selections] - base;
-                    int64_t live = limit < to - base ? (limit > 0 ? limit : 0) : to - base;
-                    for (int64_t t = 0; t < from - base; ++t) s[t] = -INFINITY;
-                    int64_t end = (to - base + W - 1) / W * W;
-                    for (int64_t t = live; t < end; ++t) s[t] = -INFINITY;
-                    vf best = splat(-INFINITY);
-                    for (int64_t t = 0; t < end; t += W) best = vmax(best, load<vf>(s + t));
-                    float peak = max(best);
-                    int64_t place = (h * rows + row) * tiles + tile;
-                    vf total{};
-                    vf shift = splat(peak == -INFINITY ? 0.0f : peak);
-                    f32* w = weights.get() + ((h * rows + row) * tiles + tile) * TILE;
-                    for (int64_t t = 0; t < end; t += W) {
-                        vf e = exp_of(load<vf>(s + t) - shift);
-                        total += e;
-                        put(w + t, e);
-                    }
-                    peaks[place] = peak;
-                    sums[place] = sum(total);
+                    const int64_t limit = a.limits[row % a.selections] - base;
+                    const int64_t live = limit < to - base ? (limit > 0 ? limit : 0) : to - base;
+                    const int64_t head = h * rows + row;
+                    weigh<BITS ? 4 : 6>(scores + row * TILE, from - base, live, weights + (tile * heads + head) * TILE,
+                                        peaks[head * tiles + tile], sums[head * tiles + tile]);
                 }
             }
         }
-        // One thread's share each: from tile maxima and sums to the factor that makes the tile's entries votes.
-#pragma omp for schedule(static)
-        for (int64_t head = 0; head < heads; ++head) {
-            float *peak = &peaks[head * tiles], *total = &sums[head * tiles];
+        team.barrier();
+
+        // From tile maxima and sums to the factor that makes the tile's entries votes.
+        for (int64_t head = team.from(heads); head < team.to(heads); ++head) {
+            float *peak = peaks + head * tiles, *total = sums + head * tiles;
             float best = -INFINITY;
             for (int64_t i = 0; i < tiles; ++i) best = peak[i] > best ? peak[i] : best;
             double mass = 0;
-            for (int64_t i = 0; i < tiles; ++i)
-                if (peak[i] > -INFINITY) mass += double(total[i]) * std::exp(double(peak[i] - best));
-            for (int64_t i = 0; i < tiles; ++i)
-                peak[i] = peak[i] > -INFINITY ? float(std::exp(double(peak[i] - best)) / mass) : 0.0f;
+            for (int64_t i = 0; i < tiles; ++i) {
+                peak[i] = best > -INFINITY ? std::exp2(peak[i] - best) : 0.0f;
+                mass += double(peak[i]) * total[i];
+            }
+            for (int64_t i = 0; i < tiles; ++i) peak[i] = mass > 0 ? float(peak[i] / mass) : 0.0f;
         }
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            int64_t base = (first + tile) * TILE;
-            int64_t from = base > a.start ? base : a.start, to = base + TILE < a.stop ? base + TILE : a.stop;
+        team.barrier();
+
+        for (int64_t tile = team.from(tiles); tile < team.to(tiles); ++tile) {
+            const int64_t base = (first + tile) * TILE;
+            const int64_t from = base > a.start ? base : a.start, to = base + TILE < a.stop ? base + TILE : a.stop;
             for (int64_t r = 0; r < a.selections; ++r) {
                 float* out = a.votes + r * n;
-                for (int64_t t = (from - base) / W * W; t < to - base; t += W) {
-                    vf total{};
-                    for (int64_t head = r; head < heads; head += a.selections)
-                        total += get(weights.get() + (head * tiles + tile) * TILE + t) * peaks[head * tiles + tile];
-                    int64_t place = base + t - a.start;
-                    if (place >= 0 && place + W <= n) {
-                        store(out + place, total);
-                    } else {
-                        for (int64_t i = 0; i < W; ++i)
-                            if (place + i >= 0 && place + i < n) out[place + i] = total[i];
+                for (int64_t t = (from - base) / (4 * W) * 4 * W; t < to - base; t += 4 * W) {
+                    vf total[4] = {};
+                    for (int64_t head = r; head < heads; head += a.selections) {
+                        const Stored* w = weights + (tile * heads + head) * TILE + t;
+                        const float factor = peaks[head * tiles + tile];
+                        for (int i = 0; i < 4; ++i) total[i] += get(w + i * W) * factor;
+                    }
+                    const int64_t place = base + t - a.start;
+                    for (int i = 0; i < 4; ++i) {
+                        const int64_t p = place + i * W;
+                        if (p >= 0 && p + W <= n) {
+                            store(out + p, total[i]);
+                        } else {
+                            for (int64_t j = 0; j < W; ++j)
+                                if (p + j >= 0 && p + j < n) out[p + j] = total[i][j];
+                        }
                     }
                 }
             }
         }
-    }
+    });
+}
+
+template <class T>
+void votes(const VotesArgs& a) {
+    if (!a.sketch) return votes_of<T, 0>(a);
+    if (a.sketch_bits == 8) return votes_of<T, 8>(a);
+    votes_of<T, 4>(a);
 }
