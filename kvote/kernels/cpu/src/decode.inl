@@ -1,8 +1,9 @@
 // Attention of one query position per sequence (a decode step), over a range of tokens or a list of them.
 //
-// Every lane is split over its tokens and the parts are merged by their log-sum-exp, so that one long lane uses all
-// threads and many short ones balance. How lanes are split does not depend on the number of threads, so neither does
-// the answer. A block of tokens is scored for all queries of the key head at once: keys and values are read once.
+// Tokens are split into parts, whose answers are merged by their log-sum-exp, so that one long lane uses all threads
+// and many short ones balance. How they are split does not depend on the number of threads, so neither does the answer.
+// A block of tokens is scored for all queries of the key head at once: keys and values are read once. The key heads of
+// a sequence take turns block by block, so that the angles of a block are read from memory once for all of them.
 
 constexpr int64_t BLOCK = 64;
 
@@ -11,9 +12,38 @@ struct Partial {
     float *out, *peak, *mass;
 };
 
-// Adds weights [query][token] times values to the output, channel by channel group so that sums stay in registers.
+// Query rows of one key head: floats [groups, dim], and the same in bfloat16 for the kernel that reads those.
+struct QueryRows {
+    alignas(64) float wide[MAX_GROUPS * MAX_DIM];
+    alignas(64) bf16 narrow[MAX_GROUPS * MAX_DIM];
+};
+
+// Rows of one block of tokens of one lane.
+template <class T>
+struct Rows {
+    const T *key[BLOCK], *value[BLOCK];
+    int64_t live = 0;
+};
+
+// Into the second level of the cache, which has room for what is on its way and does not hold up other loads.
+template <class T>
+inline void prefetch_row(const T* row, int64_t dim) {
+    for (int64_t c = 0; c < dim * int64_t(sizeof(T)); c += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + c, 0, 2);
+}
+
+template <class T>
+inline vf four_by_four(const T* const (&key)[4], const QueryRows& query, int64_t first, int64_t dim) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same<T, bf16>::value)
+        if (dim % 32 == 0) return dots_bf16(key, query.narrow + first * dim, dim, dim);
+#endif
+    return dots(key, query.wide + first * dim, dim, dim);
+}
+
+// Adds weights [query][token] times values to the output [query][dim], so that sums stay in registers.
 template <class T, int Q>
-inline void add_values(const T* const* value, int64_t live, const float* weight, float* out, int64_t dim) {
+inline void add_values(const Rows<T>& rows, const float* weight, float* out, int64_t dim) {
     constexpr int C = 4;
     for (int64_t c = 0; c < dim; c += C * W) {
         const int64_t wide = dim - c < C * W ? (dim - c) / W : C;
@@ -21,8 +51,8 @@ inline void add_values(const T* const* value, int64_t live, const float* weight,
         for (int q = 0; q < Q; ++q)
             for (int j = 0; j < C; ++j) acc[q][j] = j < wide ? load<vf>(out + q * dim + c + j * W) : vf{};
         if (wide == C) {
-            for (int64_t t = 0; t < live; ++t) {
-                const T* v = value[t] + c;
+            for (int64_t t = 0; t < rows.live; ++t) {
+                const T* v = rows.value[t] + c;
                 const vf x0 = get(v), x1 = get(v + W), x2 = get(v + 2 * W), x3 = get(v + 3 * W);
                 for (int q = 0; q < Q; ++q) {
                     const vf w = splat(weight[q * BLOCK + t]);
@@ -33,9 +63,9 @@ inline void add_values(const T* const* value, int64_t live, const float* weight,
                 }
             }
         } else {
-            for (int64_t t = 0; t < live; ++t)
+            for (int64_t t = 0; t < rows.live; ++t)
                 for (int j = 0; j < wide; ++j) {
-                    const vf x = get(value[t] + c + j * W);
+                    const vf x = get(rows.value[t] + c + j * W);
                     for (int q = 0; q < Q; ++q) acc[q][j] += x * weight[q * BLOCK + t];
                 }
         }
@@ -44,42 +74,90 @@ inline void add_values(const T* const* value, int64_t live, const float* weight,
     }
 }
 
-// Query rows of one key head: floats [padded groups, dim], and the same in bfloat16 where the kernel reads those.
-struct QueryRows {
-    alignas(64) float wide[MAX_GROUPS * MAX_DIM];
-    alignas(64) uint16_t narrow[MAX_GROUPS * MAX_DIM];
-};
-
-template <class K>
-inline vf four_by_four(const K* const (&key)[4], const QueryRows& query, int64_t first, int64_t dim) {
-    return dots(key, query.wide + first * dim, dim, dim);
-}
-
 #if defined(__AVX512BF16__)
-inline vf four_by_four(const bf16* const (&key)[4], const QueryRows& query, int64_t first, int64_t dim) {
-    if (dim % 32) return dots(key, query.wide + first * dim, dim, dim);
-    return dots_bf16(key, reinterpret_cast<const bf16*>(query.narrow) + first * dim, dim, dim);
+// The same for bfloat16 values, two tokens at a time, with weights rounded to bfloat16; `dim` a multiple of 64. Two
+// value rows are zipped into pairs, which leaves channels in an order that is undone where sums enter and leave.
+template <int Q>
+inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, float* out, int64_t dim) {
+    alignas(64) uint16_t pairs[Q * BLOCK];
+    for (int q = 0; q < Q; ++q)
+        for (int64_t t = 0; t < rows.live; t += W)
+            _mm256_store_si256((__m256i*)(pairs + q * BLOCK + t),
+                               (__m256i)_mm512_cvtneps_pbh((__m512)load<vf>(weight + q * BLOCK + t)));
+    constexpr vi zip_low = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    constexpr vi zip_high = {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
+    constexpr vi unzip_low = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23};
+    constexpr vi unzip_high = {8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+    for (int64_t c = 0; c < dim; c += 64) {
+        __m512 acc[Q][4];
+        for (int q = 0; q < Q; ++q)
+            for (int half = 0; half < 2; ++half) {
+                float* from = out + q * dim + c + 32 * half;
+                const vf a = load<vf>(from), b = load<vf>(from + W);
+                acc[q][2 * half] = (__m512)__builtin_shuffle(a, b, zip_low);
+                acc[q][2 * half + 1] = (__m512)__builtin_shuffle(a, b, zip_high);
+            }
+        for (int64_t t = 0; t < rows.live; t += 2) {
+            // An odd last token is paired with itself, at no weight.
+            const bf16 *x = rows.value[t] + c, *y = rows.value[t + 1 < rows.live ? t + 1 : t] + c;
+            __m512i zipped[4];
+            for (int half = 0; half < 2; ++half) {
+                const __m512i a = _mm512_loadu_si512(x + 32 * half), b = _mm512_loadu_si512(y + 32 * half);
+                zipped[2 * half] = _mm512_unpacklo_epi16(a, b);
+                zipped[2 * half + 1] = _mm512_unpackhi_epi16(a, b);
+            }
+            for (int q = 0; q < Q; ++q) {
+                int32_t pair;
+                std::memcpy(&pair, pairs + q * BLOCK + t, 4);
+                const __m512bh w = (__m512bh)_mm512_set1_epi32(pair);
+                for (int j = 0; j < 4; ++j) acc[q][j] = _mm512_dpbf16_ps(acc[q][j], (__m512bh)zipped[j], w);
+            }
+        }
+        for (int q = 0; q < Q; ++q)
+            for (int half = 0; half < 2; ++half) {
+                float* to = out + q * dim + c + 32 * half;
+                const vf a = (vf)acc[q][2 * half], b = (vf)acc[q][2 * half + 1];
+                store(to, __builtin_shuffle(a, b, unzip_low));
+                store(to + W, __builtin_shuffle(a, b, unzip_high));
+            }
+    }
 }
 #endif
 
-template <class K, class V>
-void attend_block(const K* const* key, const V* const* value, int64_t live, const QueryRows& query,
-                  const DecodeArgs& a, const Partial& part) {
+template <int Q, class T>
+inline void add(const Rows<T>& rows, const float* weight, float* out, int64_t dim) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same<T, bf16>::value)
+        if (dim % 64 == 0) return add_values_in_pairs<Q>(rows, weight, out, dim);
+#endif
+    add_values<T, Q>(rows, weight, out, dim);
+}
+
+// Reads one block while the next one, of which only the addresses are known, comes from memory.
+template <class T>
+void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs& a, const Partial& part,
+                  const Rows<T>& next) {
     alignas(64) float scores[MAX_GROUPS * BLOCK];
+    const int64_t live = rows.live, padded = (live + W - 1) / W * W;
     for (int64_t t = 0; t < live; t += 4) {
-        const K* four[4];
-        for (int64_t k = 0; k < 4; ++k) four[k] = key[t + k < live ? t + k : live - 1];
+        const T* four[4];
+        for (int64_t k = 0; k < 4; ++k) {
+            four[k] = rows.key[t + k < live ? t + k : live - 1];
+            if (t + k < next.live) {
+                prefetch_row(next.key[t + k], a.dim);
+                prefetch_row(next.value[t + k], a.dim);
+            }
+        }
         for (int64_t g = 0; g < a.groups; g += 4)
             store_quarters(scores + g * BLOCK + t, BLOCK, four_by_four(four, query, g, a.dim) * a.scale);
     }
-    const int64_t padded = (live + W - 1) / W * W;
     for (int64_t g = 0; g < a.groups; ++g) {
         float* s = scores + g * BLOCK;
         if (a.softcap > 0)
             for (int64_t t = 0; t < live; ++t) s[t] = a.softcap * std::tanh(s[t] / a.softcap);
         for (int64_t t = live; t < padded; ++t) s[t] = -INFINITY;
         vf best = splat(-INFINITY);
-        for (int64_t t = 0; t < padded; t += W) best = vmax(best, load<vf>(s + t));
+        for (int64_t t = 0; t < padded; t += W) best = vmax(load<vf>(s + t), best);
         const float peak = max(best);
         if (peak > part.peak[g]) {
             const float shrink = std::exp(part.peak[g] - peak);
@@ -97,99 +175,93 @@ void attend_block(const K* const* key, const V* const* value, int64_t live, cons
         part.mass[g] += sum(mass);
     }
     int64_t g = 0;
-    for (; g + 4 <= a.groups; g += 4)
-        add_values<V, 4>(value, live, scores + g * BLOCK, part.out + g * a.dim, a.dim);
-    for (; g < a.groups; ++g) add_values<V, 1>(value, live, scores + g * BLOCK, part.out + g * a.dim, a.dim);
+    for (; g + 4 <= a.groups; g += 4) add<4>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim);
+    for (; g < a.groups; ++g) add<1>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim);
 }
 
+// Tokens from .. to of the range or list of one sequence, in all its lanes.
 template <class T>
-inline void prefetch_row(const T* row, int64_t dim) {
-    for (int64_t c = 0; c < dim * int64_t(sizeof(T)); c += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(row) + c);
-}
-
-// One part of a lane: tokens from .. to of the range or list.
-template <class T>
-void decode_part(const DecodeArgs& a, int64_t lane, int64_t from, int64_t to, QueryRows& query, const Partial& part) {
+void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to, QueryRows* queries, T* turned,
+                 const Partial* parts) {
     const T *keys = static_cast<const T*>(a.keys), *values = static_cast<const T*>(a.values);
-    const int64_t* index = a.index ? a.index + lane / a.lanes_per_list * a.count : nullptr;
-    alignas(64) static thread_local float turned[BLOCK * MAX_DIM];
-    // Two blocks: one that is read, and the next one, which is on its way from memory meanwhile.
-    const T *key[2][BLOCK], *value[2][BLOCK];
-    Lane::Cursor at;
-    auto locate = [&](int64_t i, int which) {
-        const int64_t live = to - i < BLOCK ? to - i : BLOCK;
-        for (int64_t t = 0; t < live; ++t) {
-            const int64_t slot = a.lanes[lane].slot(index ? index[i + t] : a.start + i + t, at);
-            key[which][t] = keys + slot * a.dim;
-            value[which][t] = values + slot * a.dim;
-            prefetch_row(key[which][t], a.dim);
-            prefetch_row(value[which][t], a.dim);
+    const int64_t heads = a.lanes_per_sequence;
+    const int64_t* index = a.index ? a.index + sequence * a.count : nullptr;
+    const Lane* lanes = a.lanes + sequence * heads;
+    for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t g = 0; g < a.groups; ++g) {
+            float* row = queries[h].wide + g * a.dim;
+            std::memcpy(row, a.query + ((sequence * heads + h) * a.groups + g) * a.dim, 4 * a.dim);
+            for (int64_t c = 0; c < a.dim; c += W) put(queries[h].narrow + g * a.dim + c, load<vf>(row + c));
+            parts[h].peak[g] = -INFINITY, parts[h].mass[g] = 0;
+        }
+        std::memset(parts[h].out, 0, 4 * a.groups * a.dim);
+    }
+    Rows<T> blocks[2];
+    auto locate = [&](int64_t i, int64_t h, Rows<T>& rows) {
+        Lane::Cursor at;
+        rows.live = i >= to ? 0 : to - i < BLOCK ? to - i : BLOCK;
+        for (int64_t t = 0; t < rows.live; ++t) {
+            const int64_t slot = lanes[h].slot(index ? index[i + t] : a.start + i + t, at);
+            rows.key[t] = keys + slot * a.dim;
+            rows.value[t] = values + slot * a.dim;
         }
     };
-    for (int64_t g = 0; g < a.groups; ++g) {
-        float* row = query.wide + g * a.dim;
-        std::memcpy(row, a.query + (lane * a.groups + g) * a.dim, 4 * a.dim);
-        for (int64_t c = 0; c < a.dim; c += W)
-            put(reinterpret_cast<bf16*>(query.narrow) + g * a.dim + c, load<vf>(row + c));
-        part.peak[g] = -INFINITY, part.mass[g] = 0;
-    }
-    std::memset(part.out, 0, 4 * a.groups * a.dim);
-    locate(from, 0);
-    int which = 0;
-    for (int64_t i = from; i < to; i += BLOCK, which ^= 1) {
-        const int64_t live = to - i < BLOCK ? to - i : BLOCK;
-        if (i + BLOCK < to) locate(i + BLOCK, which ^ 1);
-        if (!a.pairs) {
-            attend_block<T, T>(key[which], value[which], live, query, a, part);
-            continue;
+    int64_t step = 0;
+    locate(from, 0, blocks[0]);
+    for (int64_t i = from; i < to; i += BLOCK)
+        for (int64_t h = 0; h < heads; ++h, ++step) {
+            Rows<T>& rows = blocks[step % 2];
+            Rows<T>& next = blocks[(step + 1) % 2];
+            h + 1 < heads ? locate(i, h + 1, next) : locate(i + BLOCK, 0, next);
+            if (a.pairs)
+                for (int64_t t = 0; t < rows.live; ++t) {
+                    T* row = turned + t * a.dim;
+                    rotate_row(rows.key[t], row, a.cos + (i + t) * a.pairs, a.sin + (i + t) * a.pairs, a.pairs, a.dim,
+                               a.interleaved);
+                    rows.key[t] = row;
+                }
+            attend_block(rows, queries[h], a, parts[h], next);
         }
-        const f32* rows[BLOCK];
-        for (int64_t t = 0; t < live; ++t) {
-            f32* row = reinterpret_cast<f32*>(turned + t * a.dim);
-            rotate_row(key[which][t], row, a.cos + (i + t) * a.pairs, a.sin + (i + t) * a.pairs, a.pairs, a.dim,
-                       a.interleaved);
-            rows[t] = row;
-        }
-        attend_block<f32, T>(rows, value[which], live, query, a, part);
-    }
 }
 
 template <class T>
 void decode(const DecodeArgs& a) {
-    // Parts of at least 256 tokens, about 64 of them in all.
-    int64_t share = (a.count * a.lanes_count / 64 + BLOCK - 1) / BLOCK * BLOCK;
-    share = share < 256 ? 256 : share;
-    const int64_t parts = (a.count + share - 1) / share, items = a.lanes_count * parts;
-    Workspace space(Workspace::bytes<float>(items * a.groups * (a.dim + 2)) + a.threads * Workspace::bytes<QueryRows>(1));
-    float* memory = space.take<float>(items * a.groups * (a.dim + 2));
-    QueryRows* queries = space.take<QueryRows>(a.threads);
-    auto partial = [&](int64_t item) {
-        float *out = memory + item * a.groups * a.dim, *rest = memory + items * a.groups * a.dim;
-        return Partial{out, rest + 2 * item * a.groups, rest + (2 * item + 1) * a.groups};
-    };
+    const int64_t heads = a.lanes_per_sequence, sequences = a.lanes_count / heads;
+    // Parts of whole blocks, at least two, 32 parts or so in all.
+    int64_t share = (a.count * sequences / 32 + BLOCK - 1) / BLOCK * BLOCK;
+    share = share < 2 * BLOCK ? 2 * BLOCK : share;
+    const int64_t parts = (a.count + share - 1) / share, items = sequences * parts, slots = items * heads;
+    const int threads = items < a.threads ? int(items) : a.threads;
+    Workspace space(Workspace::bytes<float>(slots * a.groups * (a.dim + 2)) + Workspace::bytes<Partial>(slots) +
+                    threads * (Workspace::bytes<QueryRows>(heads) + Workspace::bytes<T>(BLOCK * a.dim)));
+    float* memory = space.take<float>(slots * a.groups * (a.dim + 2));
+    Partial* partial = space.take<Partial>(slots);
+    QueryRows* queries = space.take<QueryRows>(threads * heads);
+    T* turned = space.take<T>(threads * BLOCK * a.dim);
+    for (int64_t i = 0; i < slots; ++i) {
+        float* rest = memory + slots * a.groups * a.dim + 2 * i * a.groups;
+        partial[i] = {memory + i * a.groups * a.dim, rest, rest + a.groups};
+    }
     std::atomic<int64_t> next{0};
-    const int threads = items > 1 ? a.threads : 1;
     parallel(threads, [&](const Team& team) {
+        QueryRows* mine = queries + team.rank * heads;
         // Rows beyond the groups are read, never used.
-        QueryRows& query = queries[team.rank];
-        std::memset(&query, 0, sizeof query);
+        std::memset(static_cast<void*>(mine), 0, heads * sizeof *mine);
         for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
             const int64_t from = item % parts * share, to = from + share < a.count ? from + share : a.count;
-            decode_part<T>(a, item / parts, from, to, query, partial(item));
+            decode_part<T>(a, item / parts, from, to, mine, turned + team.rank * BLOCK * a.dim,
+                           partial + item * heads);
         }
     });
     for (int64_t lane = 0; lane < a.lanes_count; ++lane)
         for (int64_t g = 0; g < a.groups; ++g) {
+            const Partial* first = partial + lane / heads * parts * heads + lane % heads;
             float best = -INFINITY, mass = 0;
-            for (int64_t p = 0; p < parts; ++p) {
-                const float peak = partial(lane * parts + p).peak[g];
-                best = peak > best ? peak : best;
-            }
+            for (int64_t p = 0; p < parts; ++p) best = std::max(best, first[p * heads].peak[g]);
             float* out = a.out + (lane * a.groups + g) * a.dim;
             std::memset(out, 0, 4 * a.dim);
             for (int64_t p = 0; p < parts; ++p) {
-                const Partial part = partial(lane * parts + p);
+                const Partial& part = first[p * heads];
                 if (part.mass[g] == 0) continue;
                 const float weight = std::exp(part.peak[g] - best);
                 mass += weight * part.mass[g];

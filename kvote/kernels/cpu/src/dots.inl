@@ -3,20 +3,6 @@
 constexpr int64_t MAX_GROUPS = 16;
 constexpr int64_t MAX_DIM = 256;
 
-// Sums of sixteen vectors, sum i in lane i.
-inline vf sums_of(vf (&m)[W]) {
-    for (int half = 8; half; half >>= 1) {
-        vi low, high;
-        for (int i = 0; i < W; ++i) {
-            low[i] = (i & half) ? W + (i & ~half) : i;
-            high[i] = (i & half) ? W + i : (i | half);
-        }
-        for (int i = 0; i < half; ++i)
-            m[i] = __builtin_shuffle(m[i], m[i + half], low) + __builtin_shuffle(m[i], m[i + half], high);
-    }
-    return m[0];
-}
-
 // Products of four keys with four query rows of `stride` floats, sum [query * 4 + key].
 template <class T>
 inline vf dots(const T* const (&key)[4], const float* query, int64_t stride, int64_t dim) {

@@ -47,8 +47,8 @@ struct DecodeArgs {
     Type type;
     const Lane* lanes;
     std::int64_t lanes_count, groups, dim;
-    const std::int64_t* index;  // [lanes / lanes_per_list, count] tokens, ascending, or null for start .. + count - 1
-    std::int64_t lanes_per_list, start, count;
+    const std::int64_t* index;  // [sequences, count] tokens, ascending, or null for start .. + count - 1
+    std::int64_t lanes_per_sequence, start, count;
     const float *cos, *sin;  // [count, pairs]; pairs 0: keys are read as they are
     std::int64_t pairs;
     bool interleaved;

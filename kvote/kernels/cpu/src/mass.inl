@@ -38,7 +38,7 @@ void attention_mass(const MassArgs& a) {
                     if (a.softcap > 0)
                         for (int i = 0; i < W; ++i)
                             s[i] = LOG2_E * a.softcap * std::tanh(s[i] / (LOG2_E * a.softcap));
-                    const vf share = exp2_of<6>(s - lse * LOG2_E);
+                    const vf share = exp2_of(s - lse * LOG2_E);
                     // Row r sees tokens before limits[r].
                     const int64_t live = a.limits[row] - (from + t);
                     for (int i = 0; i < W; ++i) total[i] += i < live ? share[i] : 0.0f;

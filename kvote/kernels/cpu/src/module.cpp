@@ -94,13 +94,13 @@ NB_MODULE(_cpu, m) {
     });
     m.def("decode", [](Address query, Address keys, Address values, int type, Address runs, Address begins,
                        std::int64_t lanes, std::int64_t groups, std::int64_t dim, Address index,
-                       std::int64_t lanes_per_list, std::int64_t start, std::int64_t count, Address cos, Address sin,
+                       std::int64_t lanes_per_sequence, std::int64_t start, std::int64_t count, Address cos, Address sin,
                        std::int64_t pairs, bool interleaved, float scale, float softcap, Address out, Address lse,
                        int threads) {
         nb::gil_scoped_release release;
         LaneTable table(runs, begins, lanes);
         active->decode({at<const float>(query), at<const void>(keys), at<const void>(values), Type(type),
-                        table.lanes.data(), lanes, groups, dim, at<const std::int64_t>(index), lanes_per_list, start,
+                        table.lanes.data(), lanes, groups, dim, at<const std::int64_t>(index), lanes_per_sequence, start,
                         count, at<const float>(cos), at<const float>(sin), pairs, interleaved, scale, softcap,
                         at<float>(out), at<float>(lse), threads});
     });

@@ -98,8 +98,6 @@ inline void score_rows_of(const uint8_t* block, int64_t dim, const CodedQuery* q
     constexpr int64_t CHANNELS = 32 / BITS;
     for (int64_t j = 0; j < dim / CHANNELS; ++j) {
         const vu a = load<vu>(block + 128 * j), b = load<vu>(block + 128 * j + 64);
-        __builtin_prefetch(block + 128 * j + 4096);
-        __builtin_prefetch(block + 128 * j + 4096 + 64);
         for (int half = 0; half < 8 / BITS; ++half) {
             const vu x = BITS == 8 ? a : (half ? a >> 4 : a) & 0x0f0f0f0fu;
             const vu y = BITS == 8 ? b : (half ? b >> 4 : b) & 0x0f0f0f0fu;

@@ -1,100 +1,72 @@
-// The k largest of each row, ascending, ties to the lower index, without sorting the row: a histogram of the upper bits
-// tells which bin the k-th largest is in; what lies above is in, and only that bin is looked into. NaN counts as the
-// least of all.
-
-constexpr int64_t BINS = 8192;
+// The k largest of each row, ascending, ties to the lower index, without sorting the row. A sample guesses a value that
+// a few more than k reach; if it guessed too high, everything is looked at. NaN counts as the least of all.
 
 // Unsigned integers in the order of the floats.
-inline uint32_t rank_of(float x) {
-    if (x != x) return 0;
-    x += 0.0f;  // -0 is 0
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 inline vu ranks_of(vf x) {
-    const vu bits = as_bits(x + 0.0f);
+    const vu bits = as_bits(x + 0.0f);  // -0 is 0
     const vu flipped = bits ^ ((vu)((vi)bits >> 31) | 0x80000000u);
     return x == x ? flipped : vu{};
 }
 
-inline void top_k(const TopKArgs& a) {
-    constexpr int SHIFT = 19;
-    const int64_t n = a.n;
-    // A short row is not worth a second thread.
-    const int threads = n >= 16384 ? a.threads : 1;
-    Workspace space(threads * Workspace::bytes<uint32_t>(BINS) + Workspace::bytes<int64_t>(2 * threads + 2) +
-                    Workspace::bytes<uint32_t>(a.k) + Workspace::bytes<uint64_t>(n));
-    uint32_t* counts = space.take<uint32_t>(threads * BINS);
-    int64_t* begins = space.take<int64_t>(2 * threads + 2);  // per thread: where its sure and its close ones go
-    uint32_t* sure = space.take<uint32_t>(a.k);
-    uint64_t* close = space.take<uint64_t>(n);
-    int64_t edge = 0;
+inline uint32_t rank_of(float x) { return ranks_of(splat(x))[0]; }
 
-    parallel(threads, [&](const Team& team) {
-        uint32_t* mine = counts + team.rank * BINS;
-        for (int64_t row = 0; row < a.rows; ++row) {
-            const float* votes = a.votes + row * n;
-            const int64_t from = team.from(n), to = team.to(n);
-            std::memset(mine, 0, BINS * sizeof(uint32_t));
-            int64_t t = from;
-            for (; t + W <= to; t += W) {
-                const vu bins = ranks_of(load<vf>(votes + t)) >> SHIFT;
-                for (int i = 0; i < W; ++i) ++mine[bins[i]];
-            }
-            for (; t < to; ++t) ++mine[rank_of(votes[t]) >> SHIFT];
-            team.barrier();
-
-            if (team.rank == 0) {
-                int64_t above = 0, inside = 0;
-                for (edge = BINS - 1;; --edge) {
-                    inside = 0;
-                    for (int i = 0; i < team.size; ++i) inside += counts[i * BINS + edge];
-                    if (above + inside >= a.k || edge == 0) break;
-                    above += inside;
-                }
-                int64_t sure_at = 0, close_at = 0;
-                for (int i = 0; i < team.size; ++i) {
-                    begins[2 * i] = sure_at, begins[2 * i + 1] = close_at;
-                    for (int64_t bin = edge + 1; bin < BINS; ++bin) sure_at += counts[i * BINS + bin];
-                    close_at += counts[i * BINS + edge];
-                }
-                begins[2 * team.size] = sure_at, begins[2 * team.size + 1] = close_at;
-            }
-            team.barrier();
-
-            uint32_t* next_sure = sure + begins[2 * team.rank];
-            uint64_t* next_close = close + begins[2 * team.rank + 1];
-            const uint32_t least = uint32_t(edge) << SHIFT;
-            auto look = [&](int64_t token) {
-                const uint32_t rank = rank_of(votes[token]);
-                if (rank >> SHIFT > uint32_t(edge))
-                    *next_sure++ = uint32_t(token);
-                else if (rank >= least)
-                    *next_close++ = uint64_t(rank) << 32 | uint32_t(~uint32_t(token));
-            };
-            for (t = from; t + W <= to; t += W) {
-                const vu ranks = ranks_of(load<vf>(votes + t));
+// Candidates in order of their index, as numbers that compare like them: rank, then the lower index first.
+inline int64_t collect(const float* votes, int64_t n, uint32_t least, uint64_t* out) {
+    uint64_t* next = out;
+    auto add = [&](int64_t token, uint32_t rank) { *next++ = uint64_t(rank) << 32 | uint32_t(~uint32_t(token)); };
+    int64_t t = 0;
+    for (; t + W <= n; t += W) {
+        alignas(64) uint32_t ranks[W];
+        const vu all = ranks_of(load<vf>(votes + t));
 #if defined(__AVX512F__)
-                unsigned found = _mm512_cmpge_epu32_mask((__m512i)ranks, _mm512_set1_epi32(int(least)));
-                for (; found; found &= found - 1) look(t + __builtin_ctz(found));
+        unsigned found = _mm512_cmpge_epu32_mask((__m512i)all, _mm512_set1_epi32(int(least)));
+        if (!found) continue;
+        store(ranks, all);
+        for (; found; found &= found - 1) add(t + __builtin_ctz(found), ranks[__builtin_ctz(found)]);
 #else
-                for (int i = 0; i < W; ++i)
-                    if (ranks[i] >= least) look(t + i);
+        store(ranks, all);
+        for (int i = 0; i < W; ++i)
+            if (ranks[i] >= least) add(t + i, ranks[i]);
 #endif
-            }
-            for (; t < to; ++t) look(t);
-            team.barrier();
+    }
+    for (; t < n; ++t)
+        if (rank_of(votes[t]) >= least) add(t, rank_of(votes[t]));
+    return next - out;
+}
 
-            if (team.rank == 0) {
-                const int64_t sure_count = begins[2 * team.size], wanted = a.k - sure_count;
-                std::nth_element(close, close + wanted, close + begins[2 * team.size + 1], std::greater<uint64_t>());
-                for (int64_t i = 0; i < wanted; ++i) close[i] = uint32_t(~uint32_t(close[i]));
-                std::sort(close, close + wanted);
-                std::merge(sure, sure + sure_count, close, close + wanted, a.index + row * a.k);
+inline void top_k(const TopKArgs& a) {
+    constexpr int64_t SAMPLE = 2048;
+    const int64_t n = a.n, threads = a.rows < a.threads ? a.rows : a.threads;
+    Workspace space(threads * (2 * Workspace::bytes<uint64_t>(n) + Workspace::bytes<float>(SAMPLE)));
+    char* memory = space.take<char>(0);
+    parallel(int(threads), [&](const Team& team) {
+        char* mine = memory + team.rank * (2 * Workspace::bytes<uint64_t>(n) + Workspace::bytes<float>(SAMPLE));
+        uint64_t* found = reinterpret_cast<uint64_t*>(mine);
+        uint64_t* sorted = reinterpret_cast<uint64_t*>(mine + Workspace::bytes<uint64_t>(n));
+        float* sample = reinterpret_cast<float*>(mine + 2 * Workspace::bytes<uint64_t>(n));
+        for (int64_t row = team.from(a.rows); row < team.to(a.rows); ++row) {
+            const float* votes = a.votes + row * n;
+            uint32_t least = 0;
+            if (n > 2 * SAMPLE) {
+                for (int64_t i = 0; i < SAMPLE; ++i) {
+                    const float x = votes[i * n / SAMPLE];
+                    sample[i] = x == x ? x : -INFINITY;
+                }
+                const double expected = double(SAMPLE) * a.k / n;
+                const int64_t place = int64_t(1.2 * expected + 3 * std::sqrt(expected)) + 4;
+                if (place < SAMPLE) {
+                    std::nth_element(sample, sample + place, sample + SAMPLE, std::greater<float>());
+                    least = rank_of(sample[place]);
+                }
             }
-            team.barrier();
+            int64_t count = collect(votes, n, least, found);
+            if (count < a.k) count = collect(votes, n, 0, found);
+            std::memcpy(sorted, found, count * sizeof(uint64_t));
+            std::nth_element(sorted, sorted + (a.k - 1), sorted + count, std::greater<uint64_t>());
+            const uint64_t last = sorted[a.k - 1];
+            int64_t* out = a.index + row * a.k;
+            for (int64_t i = 0; i < count; ++i)
+                if (found[i] >= last) *out++ = uint32_t(~uint32_t(found[i]));
         }
     });
 }

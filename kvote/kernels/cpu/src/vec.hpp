@@ -36,7 +36,8 @@ inline void store(T* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-inline vf splat(float x) { return vf{} + x; }
+// x - 0 is x, bit by bit, so the compiler drops the subtraction; x + 0 is not, where x is -0.
+inline vf splat(float x) { return x - vf{}; }
 
 inline vf as_float(vu bits) {
     vf v;
@@ -100,11 +101,27 @@ inline uint16_t float_to_half(float x) {
 inline vf get(const f32* p) { return load<vf>(p); }
 inline void put(f32* p, vf x) { store(p, x); }
 
-inline vf get(const bf16* p) { return as_float(__builtin_convertvector(load<vh>(p), vu) << 16); }
+// Sixteen 16-bit numbers as 32-bit ones.
+inline vu widen(const void* p) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#else
+    return __builtin_convertvector(load<vh>(p), vu);
+#endif
+}
+inline void narrow(void* p, vu x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x));
+#else
+    store(p, __builtin_convertvector(x, vh));
+#endif
+}
+
+inline vf get(const bf16* p) { return as_float(widen(p) << 16); }
 inline void put(bf16* p, vf x) {
     vu bits = as_bits(x);
     vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    store(p, __builtin_convertvector(rounded, vh));
+    narrow(p, rounded);
 }
 
 inline vf get(const f16* p) {
@@ -137,7 +154,14 @@ inline void put(f16* p, vf x) {
 #endif
 }
 
-inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+// The larger one; b where either is NaN.
+inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 inline float sum(vf x) {
     float total = 0;
@@ -151,19 +175,14 @@ inline float max(vf x) {
     return best;
 }
 
-// 2^x for x <= 0; anything below -126 becomes 0, and so does NaN. DEGREE 6: relative error below 2e-7; 4: 5e-6.
+// 2^x for x <= 0 as n + 127 in the exponent and a polynomial of the rest: the bits of the result.
+// DEGREE 6: relative error below 2e-7; 3: 1e-4.
 template <int DEGREE>
-inline vf exp2_of(vf x) {
-    vf known = x > splat(-126.0f) ? x : splat(-126.0f);
-#if defined(__AVX512F__)
-    vf n = (vf)_mm512_roundscale_ps((__m512)known, 0);
-#else
-    const vf magic = splat(12582912.0f);
-    vf n = known + magic;
-    vi power = (vi)as_bits(n) - (vi)as_bits(magic);
-    n -= magic;
-#endif
-    vf r = known - n, p;
+inline vu exp2_bits(vf x) {
+    const vf magic = splat(12582912.0f);  // adding it leaves the nearest whole number in the lowest bits
+    const vf shifted = x + magic;
+    const vf r = x - (shifted - magic);
+    vf p;
     if (DEGREE == 6) {
         p = splat(1.5353362e-4f) * r + 1.3398874e-3f;
         p = p * r + 9.6184374e-3f;
@@ -171,39 +190,47 @@ inline vf exp2_of(vf x) {
         p = p * r + 2.4022648e-1f;
         p = p * r + 6.9314720e-1f;
     } else {
-        p = splat(9.5828500e-3f) * r + 5.5906430e-2f;
-        p = p * r + 2.4024099e-1f;
-        p = p * r + 6.9312419e-1f;
+        p = splat(5.5008920e-2f) * r + 2.4221096e-1f;
+        p = p * r + 6.9328293e-1f;
     }
     p = p * r + 1.0f;
-#if defined(__AVX512F__)
-    vf power_of = (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-    vf power_of = as_float(as_bits(p) + ((vu)power << 23));
-#endif
-    return x > splat(-126.0f) ? power_of : vf{};
+    return as_bits(p) + (as_bits(shifted) << 23);
+}
+
+// 2^x for x <= 0, relative error below 2e-7; anything below -126 becomes 0, and so does NaN.
+inline vf exp2_of(vf x) {
+    const vf known = vmax(x, splat(-126.0f));
+    return x > splat(-126.0f) ? as_float(exp2_bits<6>(known)) : vf{};
 }
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // e^x for x <= 0, relative error below 1e-5 (x is rounded when it is scaled) down to e^-87; NaN stays NaN.
-inline vf exp_of(vf x) { return x == x ? exp2_of<6>(x * LOG2_E) : x; }
+inline vf exp_of(vf x) { return x == x ? exp2_of(x * LOG2_E) : x; }
 
-// Transposes a 16 x 16 block held in sixteen vectors.
-inline void transpose(vf (&m)[W]) {
-    for (int half = 8; half; half >>= 1) {
-        vi low, high;
-        for (int i = 0; i < W; ++i) {
-            low[i] = (i & half) ? W + (i & ~half) : i;
-            high[i] = (i & half) ? W + i : (i | half);
-        }
-        for (int i = 0; i < W; ++i) {
-            if (i & half) continue;
-            vf a = m[i], b = m[i | half];
-            m[i] = __builtin_shuffle(a, b, low);
-            m[i | half] = __builtin_shuffle(a, b, high);
-        }
-    }
+// Sums of sixteen vectors, sum i in lane i. Each round adds one half of the lanes of m[i] and m[i + HALF] to the other.
+template <int HALF>
+inline void fold(vf (&m)[W]) {
+    constexpr int X = HALF;
+    constexpr vi low = {0 & X ? 16 : 0,       1 & X ? 17 - X : 1,   2 & X ? 18 - X : 2,   3 & X ? 19 - X : 3,
+                        4 & X ? 20 - X : 4,   5 & X ? 21 - X : 5,   6 & X ? 22 - X : 6,   7 & X ? 23 - X : 7,
+                        8 & X ? 24 - X : 8,   9 & X ? 25 - X : 9,   10 & X ? 26 - X : 10, 11 & X ? 27 - X : 11,
+                        12 & X ? 28 - X : 12, 13 & X ? 29 - X : 13, 14 & X ? 30 - X : 14, 15 & X ? 31 - X : 15};
+    constexpr vi high = {0 & X ? 16 : 0 + X,  1 & X ? 17 : 1 + X,   2 & X ? 18 : 2 + X,   3 & X ? 19 : 3 + X,
+                         4 & X ? 20 : 4 + X,  5 & X ? 21 : 5 + X,   6 & X ? 22 : 6 + X,   7 & X ? 23 : 7 + X,
+                         8 & X ? 24 : 8 + X,  9 & X ? 25 : 9 + X,   10 & X ? 26 : 10 + X, 11 & X ? 27 : 11 + X,
+                         12 & X ? 28 : 12 + X, 13 & X ? 29 : 13 + X, 14 & X ? 30 : 14 + X, 15 & X ? 31 : 15 + X};
+#pragma GCC unroll 8
+    for (int i = 0; i < HALF; ++i)
+        m[i] = __builtin_shuffle(m[i], m[i + HALF], low) + __builtin_shuffle(m[i], m[i + HALF], high);
+}
+
+inline vf sums_of(vf (&m)[W]) {
+    fold<8>(m);
+    fold<4>(m);
+    fold<2>(m);
+    fold<1>(m);
+    return m[0];
 }
 
 }  // namespace KVOTE_ISA

@@ -4,20 +4,24 @@
 
 constexpr int64_t TILE = 512;
 
-// A weight of (0, 1] in 16 bits: 6 of exponent, down to 2^-63, and 10 of mantissa. Half precision has not the range
-// that ranks weak tokens, bfloat16 not the precision that parts close ones. 0 is kept as the smallest.
+// A weight of [2^-126, 1] in 16 bits: 7 of exponent and 9 of mantissa, the upper bits of a float whose first two are
+// always 0. Half precision has not the range that ranks weak tokens, bfloat16 not the precision that parts close ones.
 struct weight16 {
     uint16_t raw;
 };
-constexpr int32_t WEIGHT_BASE = 64 << 23;
 
-inline vf get(const weight16* p) {
-    return as_float((__builtin_convertvector(load<vh>(p), vu) << 13) + uint32_t(WEIGHT_BASE));
+inline vf get(const weight16* p) { return as_float(widen(p) << 14); }
+
+// 2^x as it is stored, and as it counts in the sum.
+inline vf put_exp2(weight16* p, vf x) {
+    const vu bits = exp2_bits<3>(vmax(x, splat(-126.0f)));
+    narrow(p, (bits + 0x2000u) >> 14);
+    return as_float(bits);
 }
-inline void put(weight16* p, vf x) {
-    vi above = (vi)as_bits(x) - (WEIGHT_BASE - 0x1000);
-    above = above > 0 ? above : vi{};
-    store(p, __builtin_convertvector((vu)above >> 13, vh));
+inline vf put_exp2(f32* p, vf x) {
+    const vf e = exp2_of(x);
+    put(p, e);
+    return e;
 }
 
 // Exact scores, in units of log 2, of `count` tokens (slots in a row) for `rows` (a multiple of 4) query rows.
@@ -37,7 +41,7 @@ void score_exactly(const T* keys, int64_t count, const float* query, int64_t row
 
 // Turns the scores of a tile into weights relative to its maximum, and returns maximum and sum. What lies before
 // `first` or from `live` on is no candidate.
-template <int DEGREE, class Stored>
+template <class Stored>
 inline void weigh(float* scores, int64_t first, int64_t live, Stored* out, float& peak, float& mass) {
     for (int64_t t = 0; t < first; ++t) scores[t] = -INFINITY;
     for (int64_t t = live; t < TILE && t % W; ++t) scores[t] = -INFINITY;
@@ -53,12 +57,11 @@ inline void weigh(float* scores, int64_t first, int64_t live, Stored* out, float
     const vf shift = splat(peak == -INFINITY ? 0.0f : peak);
     vf total{};
     for (t = 0; t < end; t += W) {
-        const vf e = exp2_of<DEGREE>(load<vf>(scores + t) - shift);
+        const vf e = put_exp2(out + t, load<vf>(scores + t) - shift);
         total += e;
-        put(out + t, e);
     }
-    for (; t < TILE; t += W) put(out + t, vf{});
-    mass = sum(total);
+    for (; t < TILE; t += W) put_exp2(out + t, splat(-INFINITY));
+    mass = peak == -INFINITY ? 0.0f : sum(total);
 }
 
 template <class T, int BITS>
@@ -119,7 +122,7 @@ void votes_of(const VotesArgs& a) {
                     const int64_t limit = a.limits[row % a.selections] - base;
                     const int64_t live = limit < to - base ? (limit > 0 ? limit : 0) : to - base;
                     const int64_t head = h * rows + row;
-                    weigh<BITS ? 4 : 6>(scores + row * TILE, from - base, live, weights + (tile * heads + head) * TILE,
+                    weigh(scores + row * TILE, from - base, live, weights + (tile * heads + head) * TILE,
                                         peaks[head * tiles + tile], sums[head * tiles + tile]);
                 }
             }
