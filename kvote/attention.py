@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvote.errors import InactiveCacheError, InputError, UnsupportedModelError
-from kvote.kernels.reference import rotate
+from kvote.kernels import rotate
 from kvote.layer import Layer, Step
 from kvote.rope import Rope
 from kvote.store.segment import Logits

@@ -25,6 +25,8 @@ def _outside_inference(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
@@ -148,7 +150,7 @@ class Layer:
                 out = answer.new_zeros(b, heads, t, answer.shape[3])
             group.put(out, answer)
         self.seen += t
-        if not self.record_past:
+        if self.method.keep.drops and not self.record_past:
             self.drop()
         out = step.value.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
         return out.transpose(1, 2)
@@ -167,6 +169,8 @@ class Layer:
     def _groups(self, valid: Tensor | None, b: int, t: int) -> list[tuple[list[int], Tensor | None]]:
         """Rows that can be computed together: equally many tokens held and added. With padding, their columns too."""
         assert self.segment is not None
+        if valid is None and b == 1:
+            return [([0], None)]
         new = [t] * b if valid is None else valid.sum(dim=1).tolist()
         alike: dict[tuple[int, int], list[int]] = {}
         for row in range(b):

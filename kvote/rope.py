@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvote.kernels.reference import rotate
+from kvote import kernels
 
 # (positions int64 [rows, n], dtype) -> the (cos, sin) that the model itself would use, each [rows, n, channels]
+Angles = tuple[Tensor, Tensor]
 RotaryModule = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 _TABLES_KEPT = 8
@@ -31,7 +32,10 @@ class Rope:
     interleaved: bool = False
     repeated: bool = True
     fresh: Callable[[], RotaryModule] | None = None
-    _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _tables: dict[tuple[int, torch.device], Angles] = field(default_factory=dict, repr=False)
+    # Angles of the last positions asked for: all layers of a forward pass ask for the same. ``_backwards`` undoes them.
+    _last: tuple[Tensor, tuple[object, ...], Angles] | None = field(default=None, repr=False)
+    _backwards: tuple[Angles, Angles] | None = field(default=None, repr=False)
 
     @property
     def fixed(self) -> bool:
@@ -40,21 +44,33 @@ class Rope:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables kept between calls."""
-        return sum(a.untyped_storage().nbytes() for table in self._tables.values() for a in table)
+        """Bytes of what is kept between calls."""
+        kept = list(self._tables.values())
+        if self._last is not None:
+            kept += [self._last[2], self._last[:1]]
+        if self._backwards is not None:
+            kept += self._backwards
+        storages = [a.untyped_storage() for held in kept for a in held]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """Cosines and sines [..., n, r], one per pair of channels, at ``positions`` int64 [..., n]."""
-        return self._angles(self.module, positions, dtype)
+        if positions.is_inference():
+            return self._angles(self.module, positions, dtype)
+        # The tensor itself is held, so that its memory cannot become another one's while it stands for these angles.
+        shape = (positions.data_ptr(), positions.shape, positions.stride(), positions._version, dtype)
+        if self._last is None or self._last[1] != shape:
+            self._last = positions, shape, self._angles(self.module, positions, dtype)
+        return self._last[2]
 
-    def _angles(self, module: RotaryModule, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _angles(self, module: RotaryModule, positions: Tensor, dtype: torch.dtype) -> Angles:
         cos, sin = module(positions.reshape(-1, positions.shape[-1]), dtype)
         if self.repeated:
             cos, sin = (x[..., ::2] if self.interleaved else x[..., : x.shape[-1] // 2] for x in (cos, sin))
         shape = (*positions.shape, cos.shape[-1])
         return cos.float().reshape(shape), sin.float().reshape(shape)
 
-    def contiguous(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def contiguous(self, count: int, device: torch.device) -> Angles:
         """The angles [count, r] of positions 0 .. count - 1, in float32."""
         # One table that grows serves every count, unless angles depend on the largest position.
         size = max([1 << max(9, (count - 1).bit_length()), *(n for n, _ in self._tables)]) if self.fixed else count
@@ -67,12 +83,14 @@ class Rope:
         cos, sin = self._tables[(size, device)]
         return cos[:count], sin[:count]
 
-    def undo(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def undo(self, x: Tensor, angles: Angles) -> Tensor:
         """Takes the model's rotation by ``angles`` [rows, n, r] each out of ``x`` [rows, heads, n, d]."""
-        cos, sin = (a[:, None] for a in angles)
-        length = cos.square() + sin.square()
-        return rotate(x, cos / length, -sin / length, interleaved=self.interleaved)
+        if self._backwards is None or self._backwards[0] is not angles:
+            cos, sin = (a[:, None] for a in angles)
+            length = cos.square() + sin.square()
+            self._backwards = angles, (cos / length, -sin / length)
+        return kernels.rotate(x, *self._backwards[1], interleaved=self.interleaved)
 
-    def apply(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def apply(self, x: Tensor, angles: Angles) -> Tensor:
         """Rotates ``x`` [..., n, d] by ``angles``, each [..., n, r]."""
-        return rotate(x, *angles, interleaved=self.interleaved)
+        return kernels.rotate(x, *angles, interleaved=self.interleaved)

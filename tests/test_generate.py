@@ -91,11 +91,12 @@ def test_prompt_lookup_really_crops(monkeypatch, method):
     assert cache.get_seq_length() == got.shape[1] - 1
 
 
-@pytest.mark.parametrize("lossy", ["streamingllm(sinks=2, window=9)", "tokenselect(top_k=4, sinks=2, window=4)"])
-def test_prompt_lookup_equals_greedy_when_a_method_reads_little(lossy):
+# Prompt lookup needs repeated words, whose equal keys tie in a vote; so the selecting reader here draws lots instead.
+@pytest.mark.parametrize(
+    "spec", ["streamingllm(sinks=2, window=9)", "random(top_k=4, sinks=2, window=4, chunk=1, tail=0)"]
+)
+def test_prompt_lookup_equals_greedy_when_a_method_reads_little(spec):
     net = tiny.model()
-    # Every token selects for itself, so that it does not matter how many are verified at once.
-    spec = lossy.replace("window=4)", "window=4, chunk=1, tail=0, theta=2.0)")
     expected = tiny.generate(net, repeating(), tiny.cache(net, spec), max_new_tokens=24).sequences
     got = tiny.generate(net, repeating(), tiny.cache(net, spec), max_new_tokens=24, prompt_lookup_num_tokens=4)
     assert torch.equal(got.sequences, expected)

@@ -21,6 +21,7 @@ __all__ = [
     "forbid",
     "max_pool",
     "merge",
+    "rotate",
     "scores",
     "soft_votes",
     "top_k",
@@ -56,6 +57,20 @@ def top_k(votes: Tensor, k: int) -> Tensor:
     if backend() == "cpu" and cpu.why_not() is None and votes.device.type == "cpu":
         return cpu.top_k(votes, k)
     return reference.top_k(votes, k)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """``reference.rotate``; ``x`` [..., n, d], ``cos`` and ``sin`` [n or 1, r] or [b, 1, n, r]."""
+    rows = (cos.dim() == 2 and cos.shape[0] == x.shape[-2]) or (cos.dim() == x.dim() == 4 and cos.shape[1] == 1)
+    if not rows or not compiled(x) or x.stride(-1) != 1 or cos.dtype != torch.float32:
+        return reference.rotate(x, cos, sin, interleaved=interleaved)
+    if cos.dim() == 2:
+        flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
+        angles = cos.contiguous()[None], sin.contiguous()[None]
+        return cpu.turn(flat, angles, interleaved).view(x.shape)
+    if cos.shape[0] not in (1, x.shape[0]):
+        return reference.rotate(x, cos, sin, interleaved=interleaved)
+    return cpu.turn(x, (cos[:, 0].contiguous(), sin[:, 0].contiguous()), interleaved)
 
 
 def attend(

@@ -18,6 +18,9 @@ from kvote.read.votes import vote_named
 
 # Float32 entries of scores held at a time when many single tokens select (64 MiB).
 _SCORES_HELD = 1 << 24
+# A 4-bit sketch nominates this many tokens at least, and four times as many as are read: with fewer, attention mass is
+# lost that the keys themselves would have found (bench/recall.py).
+_NOMINATED = 4096
 # What a selection scores with, and the bits per channel of that copy of the keys.
 SKETCHES = {"none": 0, "int8": 8, "int4": 4}
 
@@ -57,6 +60,11 @@ class HeadVotes:
         vote_named(self.selection)
         if self.sketch != "none" and self.selection != "soft_vote":
             raise MethodError(f"sketch={self.sketch!r} serves selection='soft_vote' only, not {self.selection!r}.")
+        if self.nominated and not self._fused:
+            raise MethodError(
+                f"sketch={self.sketch!r} scores its nominees again and takes neither max_pool nor tensor_parallel; "
+                "use sketch='int8'."
+            )
 
     @property
     def sketch_bits(self) -> int:
@@ -65,6 +73,16 @@ class HeadVotes:
     @property
     def needs_raw_keys(self) -> bool:
         return True
+
+    @property
+    def nominated(self) -> int:
+        """How many tokens votes from the sketch only nominate; 0 where they decide."""
+        return max(_NOMINATED, 4 * self.top_k) if self.sketch == "int4" else 0
+
+    @property
+    def _fused(self) -> bool:
+        """Whether nothing happens between the votes and their winners, so that the segment may do both at once."""
+        return self.selection == "soft_vote" and self.max_pool <= 1 and not self.tensor_parallel
 
     @property
     def reuses(self) -> bool:
@@ -133,22 +151,27 @@ class HeadVotes:
         rows = raw[:, :, row:stop].float()
         cos, sin = rope.contiguous(self.window + self.chunk, raw.device)
         alone = row >= reading.count - reading.solo
-        at = slice(self.window, self.window + 1 if alone else self.window + stop - row)
-        return rope.apply(rows, (cos[at], sin[at]))
+        first, stop_at = self.window, self.window + (1 if alone else stop - row)
+        return rope.apply(rows, (cos[first:stop_at].expand(stop - row, -1), sin[first:stop_at].expand(stop - row, -1)))
 
     def _select(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
         """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j]."""
         reading.activity.selections += query.shape[0] * query.shape[2]
+        if self._fused:
+            query = self._paired(query, reading)
+            return reading.segment.winners(query, reading.rows, self.sinks, edges, self.top_k, self.nominated)
         votes = SumOverRanks(self.tensor_parallel)(self._votes(reading, query, edges))
         if self.max_pool > 1 or len(edges) > 1:
             pooled = kernels.max_pool(kernels.forbid(votes, self.sinks, edges), self.max_pool)
             votes = kernels.forbid(pooled, self.sinks, edges)
         return kernels.top_k(votes, self.top_k) + self.sinks
 
+    def _paired(self, query: Tensor, reading: Reading) -> Tensor:
+        return _paper_heads(query, reading.segment.heads) if self.head_map == "paper" else query
+
     def _votes(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
         """Votes [b, r, n] for the tokens from ``sinks`` up to the last edge."""
-        if self.head_map == "paper":
-            query = _paper_heads(query, reading.segment.heads)
+        query = self._paired(query, reading)
         if self.selection == "soft_vote":
             return reading.segment.votes(query, reading.rows, self.sinks, edges)
         logits = reading.segment.scores(query, reading.rows, self.sinks, edges[-1])

@@ -21,6 +21,10 @@ class RandomTokens(HeadVotes):
         if not isinstance(self.seed, int):
             raise MethodError(f"seed must be a whole number; got {self.seed!r}.")
 
+    @property
+    def _fused(self) -> bool:
+        return False
+
     def _votes(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
         draws = []
         for edge in edges:

@@ -110,7 +110,8 @@ class Memory(Protocol):
 
 class Reader(Protocol):
     """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``sketch_bits``:
-    of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats one by one."""
+    of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats
+    one by one."""
 
     @property
     def needs_raw_keys(self) -> bool: ...

@@ -8,6 +8,7 @@ Each lane's pages are runs of neighbours in the pool. ``arrange`` lays every lan
 which is the usual state: a lane then is a plain strided tensor and reading it copies nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -169,7 +170,7 @@ class PagePool:
         if len(self.owners) - used > used // _ROOM + 2 * len(self.lanes):
             self.arrange([0] * len(self.lanes))
 
-    def select(self, index: list[int]) -> None:
+    def select(self, index: Sequence[int]) -> None:
         """Makes ``lanes[i]`` a copy of the former ``lanes[index[i]]``; the pages are shared, not copied."""
         for lane in self.lanes:
             # Pages set aside but not yet written are not shared: two lanes would write into them.

@@ -157,6 +157,23 @@ class RawSegment:
         logits = self.scores(query, rows, start, limits[-1])
         return kernels.soft_votes(kernels.forbid(logits, start, limits))
 
+    def winners(
+        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
+    ) -> Tensor:
+        """The ``k`` tokens [b, r, k] with the most votes, ascending; arguments as ``votes``.
+
+        ``nominate``: how many tokens a sketch only nominates, to be scored again with their keys; 0 trusts it.
+        """
+        if not kernels.compiled(self.pool.keys):
+            return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
+        lanes = [self.pool.table(self._lanes([row])) for row in rows]
+        nominate = nominate if self.sketch_bits else 0
+        each = [
+            cpu.select(q, self.pool.keys, lane, self._sketch, self.sketch_bits, start, limits, k, nominate)
+            for q, lane in zip(query, lanes, strict=True)
+        ]
+        return torch.stack(each) if len(each) > 1 else each[0][None]
+
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self._view(self.pool.keys, rows, start, stop), self._view(self.pool.values, rows, start, stop)
 

@@ -34,6 +34,12 @@ class Segment(Protocol):
         """Soft votes [b, r, n] of ``query`` [b, heads, r, d] on tokens ``start`` to ``limits[-1]``."""
         ...
 
+    def winners(
+        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
+    ) -> Tensor:
+        """The ``k`` tokens [b, r, k] with the most votes, ascending; a sketch may only ``nominate`` that many."""
+        ...
+
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The tokens themselves as stored, keys [b, h, n, d] and values [b, h, n, dv]."""
         ...

@@ -105,7 +105,7 @@ def votes(
     _check(keys.is_contiguous() and keys.shape[-1] == dim, "keys must be a contiguous pool of the query's head size")
     _check(0 <= start < stop, "there must be candidates")
     query = query.float().contiguous()
-    edges = torch.tensor(limits)
+    _check(len(limits) == selections, "there must be one limit per selecting query")
     out = torch.empty(selections, stop - start)
     _cpu.votes(
         query.data_ptr(),
@@ -119,7 +119,51 @@ def votes(
         dim,
         start,
         stop,
-        edges.data_ptr(),
+        limits,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def select(
+    query: Tensor,
+    keys: Tensor,
+    lanes: Lanes,
+    sketch: Tensor | None,
+    bits: int,
+    start: int,
+    limits: list[int],
+    k: int,
+    nominate: int = 0,
+) -> Tensor:
+    """The ``k`` tokens [r, k] with the most ``votes``, ascending, ties to the lower one; arguments as there.
+
+    With ``nominate``, votes from the sketch nominate that many tokens (fewer where there are no more), which are
+    scored again with their keys; votes counted with those scores decide among them (``reference.rescored``).
+    """
+    heads, selections, dim = query.shape
+    fewest = min(limits) - start
+    _check(keys.is_contiguous() and keys.shape[-1] == dim, "keys must be a contiguous pool of the query's head size")
+    _check(len(limits) == selections, "there must be one limit per selecting query")
+    _check(start >= 0 and 0 < k <= fewest, f"cannot take {k} of {fewest} candidates")
+    query = query.float().contiguous()
+    out = torch.empty(selections, k, dtype=torch.int64)
+    _cpu.select(
+        query.data_ptr(),
+        keys.data_ptr(),
+        _TYPES[keys.dtype],
+        *lanes.address,
+        0 if sketch is None else sketch.data_ptr(),
+        bits,
+        heads // lanes.count,
+        selections,
+        dim,
+        start,
+        max(limits),
+        limits,
+        k,
+        min(max(nominate, k), fewest) if nominate else 0,
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -329,7 +373,6 @@ def attention_mass(
     _check(len(limits) == t and 0 <= start < stop, "there must be one limit per query row, and tokens to see")
     rows = heads // h * t
     query, lse = query.float().reshape(-1, rows, dim).contiguous(), lse.float().contiguous()
-    edges = torch.tensor(limits).repeat(heads // h)
     out = torch.empty(sequences, h, stop - start)
     _cpu.attention_mass(
         query.data_ptr(),
@@ -341,7 +384,7 @@ def attention_mass(
         dim,
         start,
         stop,
-        edges.data_ptr(),
+        limits * (heads // h),
         scale,
         softcap or 0.0,
         out.data_ptr(),

@@ -21,6 +21,12 @@ struct VotesArgs {
     int threads;
 };
 
+struct SelectArgs {
+    VotesArgs votes;  // its `votes` may be null: they are then kept to the call
+    std::int64_t top_k, nominate;  // 0: the votes decide; else no more than the candidates of any selection
+    std::int64_t* index;           // out [selections, top_k] tokens, ascending
+};
+
 struct TopKArgs {
     const float* votes;  // [rows, n]
     std::int64_t rows, n, k;
@@ -110,6 +116,7 @@ struct MassArgs {
 struct Kernels {
     const char* name;
     void (*votes)(const VotesArgs&);
+    void (*select)(const SelectArgs&);
     void (*top_k)(const TopKArgs&);
     void (*gather)(const GatherArgs&);
     void (*sketch)(const SketchArgs&);

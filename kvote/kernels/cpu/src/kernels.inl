@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.hpp"
 #include "team.hpp"
@@ -19,6 +20,7 @@ using namespace kvote;
 #include "votes.inl"
 #include "top_k.inl"
 #include "decode.inl"
+#include "select.inl"
 #include "gather.inl"
 #include "mass.inl"
 
@@ -36,23 +38,26 @@ inline int64_t read_all(const char* memory, int64_t bytes, int threads) {
     return total;
 }
 
-#define KVOTE_BY_TYPE(kernel, args)                        \
-    switch (args.type) {                                   \
-        case Type::f32: return kernel<f32>(args);          \
-        case Type::bf16: return kernel<bf16>(args);        \
-        case Type::f16: return kernel<f16>(args);          \
+#define KVOTE_BY_TYPE(name, kernel, Args, type)       \
+    inline void name(const Args& a) {                 \
+        switch (a.type) {                             \
+            case Type::f32: return kernel<f32>(a);    \
+            case Type::bf16: return kernel<bf16>(a);  \
+            case Type::f16: return kernel<f16>(a);    \
+        }                                             \
     }
 
-inline void run_votes(const VotesArgs& a) { KVOTE_BY_TYPE(votes, a) }
-inline void run_gather(const GatherArgs& a) { KVOTE_BY_TYPE(gather, a) }
-inline void run_decode(const DecodeArgs& a) { KVOTE_BY_TYPE(decode, a) }
-inline void run_sketch(const SketchArgs& a) { KVOTE_BY_TYPE(sketch_slots, a) }
-inline void run_turn(const TurnArgs& a) { KVOTE_BY_TYPE(turn, a) }
-inline void run_append(const AppendArgs& a) { KVOTE_BY_TYPE(append, a) }
-inline void run_attention_mass(const MassArgs& a) { KVOTE_BY_TYPE(attention_mass, a) }
+KVOTE_BY_TYPE(run_votes, votes, VotesArgs, type)
+KVOTE_BY_TYPE(run_select, select, SelectArgs, votes.type)
+KVOTE_BY_TYPE(run_gather, gather, GatherArgs, type)
+KVOTE_BY_TYPE(run_sketch, sketch_slots, SketchArgs, type)
+KVOTE_BY_TYPE(run_decode, decode, DecodeArgs, type)
+KVOTE_BY_TYPE(run_turn, turn, TurnArgs, type)
+KVOTE_BY_TYPE(run_append, append, AppendArgs, type)
+KVOTE_BY_TYPE(run_attention_mass, attention_mass, MassArgs, type)
 
-#define KVOTE_KERNELS(name)                                                                              \
-    {name,     run_votes, top_k,      run_gather,         run_sketch, run_decode,                        \
+#define KVOTE_KERNELS(name)                                                                                \
+    {name,     run_votes, run_select, top_k,      run_gather,         run_sketch, run_decode,              \
      run_turn, run_append, run_attention_mass, read_all}
 
 }  // namespace KVOTE_ISA

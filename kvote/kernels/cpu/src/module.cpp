@@ -71,13 +71,25 @@ NB_MODULE(_cpu, m) {
     });
     m.def("votes", [](Address query, Address keys, int type, Address runs, Address begins, std::int64_t lanes,
                       Address sketch, std::int64_t sketch_bits, std::int64_t groups, std::int64_t selections,
-                      std::int64_t dim, std::int64_t start, std::int64_t stop, Address limits, Address out,
-                      int threads) {
+                      std::int64_t dim, std::int64_t start, std::int64_t stop,
+                      const std::vector<std::int64_t>& limits, Address out, int threads) {
         nb::gil_scoped_release release;
         LaneTable table(runs, begins, lanes);
         active->votes({at<const float>(query), at<const void>(keys), Type(type), table.lanes.data(),
                        at<const std::uint8_t>(sketch), sketch_bits, lanes, groups, selections, dim, start, stop,
-                       at<const std::int64_t>(limits), at<float>(out), threads});
+                       limits.data(), at<float>(out), threads});
+    });
+    m.def("select", [](Address query, Address keys, int type, Address runs, Address begins, std::int64_t lanes,
+                       Address sketch, std::int64_t sketch_bits, std::int64_t groups, std::int64_t selections,
+                       std::int64_t dim, std::int64_t start, std::int64_t stop,
+                       const std::vector<std::int64_t>& limits, std::int64_t top_k, std::int64_t nominate,
+                       Address index, int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        active->select({{at<const float>(query), at<const void>(keys), Type(type), table.lanes.data(),
+                         at<const std::uint8_t>(sketch), sketch_bits, lanes, groups, selections, dim, start, stop,
+                         limits.data(), nullptr, threads},
+                        top_k, nominate, at<std::int64_t>(index)});
     });
     m.def("top_k", [](Address votes, std::int64_t rows, std::int64_t n, std::int64_t k, Address index, int threads) {
         nb::gil_scoped_release release;
@@ -136,12 +148,12 @@ NB_MODULE(_cpu, m) {
     });
     m.def("attention_mass", [](Address query, Address lse, Address keys, int type, Address runs, Address begins,
                                std::int64_t lanes, std::int64_t rows, std::int64_t dim, std::int64_t start,
-                               std::int64_t stop, Address limits, float scale, float softcap, Address mass,
-                               int threads) {
+                               std::int64_t stop, const std::vector<std::int64_t>& limits, float scale,
+                               float softcap, Address mass, int threads) {
         nb::gil_scoped_release release;
         LaneTable table(runs, begins, lanes);
         active->attention_mass({at<const float>(query), at<const float>(lse), at<const void>(keys), Type(type),
-                                table.lanes.data(), lanes, rows, dim, start, stop, at<const std::int64_t>(limits),
+                                table.lanes.data(), lanes, rows, dim, start, stop, limits.data(),
                                 scale, softcap, at<float>(mass), threads});
     });
     m.def("read_all", [](Address memory, std::int64_t bytes, int threads) {

@@ -34,39 +34,49 @@ inline int64_t collect(const float* votes, int64_t n, uint32_t least, uint64_t* 
     return next - out;
 }
 
-inline void top_k(const TopKArgs& a) {
-    constexpr int64_t SAMPLE = 2048;
-    const int64_t n = a.n, threads = a.rows < a.threads ? a.rows : a.threads;
-    Workspace space(threads * (2 * Workspace::bytes<uint64_t>(n) + Workspace::bytes<float>(SAMPLE)));
-    char* memory = space.take<char>(0);
-    parallel(int(threads), [&](const Team& team) {
-        char* mine = memory + team.rank * (2 * Workspace::bytes<uint64_t>(n) + Workspace::bytes<float>(SAMPLE));
-        uint64_t* found = reinterpret_cast<uint64_t*>(mine);
-        uint64_t* sorted = reinterpret_cast<uint64_t*>(mine + Workspace::bytes<uint64_t>(n));
-        float* sample = reinterpret_cast<float*>(mine + 2 * Workspace::bytes<uint64_t>(n));
-        for (int64_t row = team.from(a.rows); row < team.to(a.rows); ++row) {
-            const float* votes = a.votes + row * n;
-            uint32_t least = 0;
-            if (n > 2 * SAMPLE) {
-                for (int64_t i = 0; i < SAMPLE; ++i) {
-                    const float x = votes[i * n / SAMPLE];
-                    sample[i] = x == x ? x : -INFINITY;
-                }
-                const double expected = double(SAMPLE) * a.k / n;
-                const int64_t place = int64_t(1.2 * expected + 3 * std::sqrt(expected)) + 4;
-                if (place < SAMPLE) {
-                    std::nth_element(sample, sample + place, sample + SAMPLE, std::greater<float>());
-                    least = rank_of(sample[place]);
-                }
-            }
-            int64_t count = collect(votes, n, least, found);
-            if (count < a.k) count = collect(votes, n, 0, found);
-            std::memcpy(sorted, found, count * sizeof(uint64_t));
-            std::nth_element(sorted, sorted + (a.k - 1), sorted + count, std::greater<uint64_t>());
-            const uint64_t last = sorted[a.k - 1];
-            int64_t* out = a.index + row * a.k;
-            for (int64_t i = 0; i < count; ++i)
-                if (found[i] >= last) *out++ = uint32_t(~uint32_t(found[i]));
+// Room that one row of `n` needs while it is looked at.
+struct TopKSpace {
+    static constexpr int64_t SAMPLE = 2048;
+    uint64_t *found, *sorted;
+    float* sample;
+    static std::size_t bytes(int64_t n) {
+        return 2 * Workspace::bytes<uint64_t>(n) + Workspace::bytes<float>(SAMPLE);
+    }
+    TopKSpace(Workspace& space, int64_t n)
+        : found(space.take<uint64_t>(n)), sorted(space.take<uint64_t>(n)), sample(space.take<float>(SAMPLE)) {}
+};
+
+inline void top_k_of_row(const float* votes, int64_t n, int64_t k, const TopKSpace& space, int64_t* out) {
+    constexpr int64_t SAMPLE = TopKSpace::SAMPLE;
+    uint32_t least = 0;
+    if (n > 2 * SAMPLE) {
+        for (int64_t i = 0; i < SAMPLE; ++i) {
+            const float x = votes[i * n / SAMPLE];
+            space.sample[i] = x == x ? x : -INFINITY;
         }
+        const double expected = double(SAMPLE) * k / n;
+        const int64_t place = int64_t(1.2 * expected + 3 * std::sqrt(expected)) + 4;
+        if (place < SAMPLE) {
+            std::nth_element(space.sample, space.sample + place, space.sample + SAMPLE, std::greater<float>());
+            least = rank_of(space.sample[place]);
+        }
+    }
+    int64_t count = collect(votes, n, least, space.found);
+    if (count < k) count = collect(votes, n, 0, space.found);
+    std::memcpy(space.sorted, space.found, count * sizeof(uint64_t));
+    std::nth_element(space.sorted, space.sorted + (k - 1), space.sorted + count, std::greater<uint64_t>());
+    const uint64_t last = space.sorted[k - 1];
+    for (int64_t i = 0; i < count; ++i)
+        if (space.found[i] >= last) *out++ = uint32_t(~uint32_t(space.found[i]));
+}
+
+inline void top_k(const TopKArgs& a) {
+    const int threads = a.rows < a.threads ? int(a.rows) : a.threads;
+    Workspace memory(threads * TopKSpace::bytes(a.n));
+    std::vector<TopKSpace> spaces;
+    for (int i = 0; i < threads; ++i) spaces.emplace_back(memory, a.n);
+    parallel(threads, [&](const Team& team) {
+        for (int64_t row = team.from(a.rows); row < team.to(a.rows); ++row)
+            top_k_of_row(a.votes + row * a.n, a.n, a.k, spaces[team.rank], a.index + row * a.k);
     });
 }

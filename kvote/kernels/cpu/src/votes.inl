@@ -11,6 +11,13 @@ struct weight16 {
 };
 
 inline vf get(const weight16* p) { return as_float(widen(p) << 14); }
+inline float one(const weight16* p) {
+    const uint32_t bits = uint32_t(p->raw) << 14;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+inline float one(const f32* p) { return p->raw; }
 
 // 2^x as it is stored, and as it counts in the sum.
 inline vf put_exp2(weight16* p, vf x) {
@@ -64,10 +71,27 @@ inline void weigh(float* scores, int64_t first, int64_t live, Stored* out, float
     mass = peak == -INFINITY ? 0.0f : sum(total);
 }
 
-template <class T, int BITS>
-void votes_of(const VotesArgs& a) {
-    // Sketched scores carry their own error, far above that of 16 bits; exact ones keep what they have.
-    using Stored = typename std::conditional<BITS == 0, f32, weight16>::type;
+// Sketched scores carry their own error, far above that of 16 bits; exact ones keep what they have.
+template <int BITS>
+using StoredWeight = typename std::conditional<BITS == 0, f32, weight16>::type;
+
+// The weights behind the votes: what head `h` gave to token `t` (counted from the first tile) is its weight there times
+// the factor of the tile. `lse` is the log-sum-exp of each head's scores in units of log 2.
+template <class Stored>
+struct Weights {
+    const Stored* weight;  // [tiles, heads, TILE]
+    const float *factor, *lse;  // [heads, tiles], [heads]
+    int64_t heads, tiles;
+    float of(int64_t head, int64_t t) const {
+        const Stored* w = weight + (t / TILE * heads + head) * TILE + t % TILE;
+        return one(w) * factor[head * tiles + t / TILE];
+    }
+};
+
+// `then` is called by every thread, with the weights and the votes, when all are counted. It may use `more` bytes.
+template <class T, int BITS, class Then>
+void votes_of(const VotesArgs& a, std::size_t more, Then&& then) {
+    using Stored = StoredWeight<BITS>;
     const int64_t n = a.stop - a.start, rows = a.groups * a.selections, heads = a.kv_heads * rows;
     const int64_t padded = (rows + 3) / 4 * 4;
     // Tiles begin at multiples of TILE of the token index, so that a sketch block never straddles two of them.
@@ -75,15 +99,21 @@ void votes_of(const VotesArgs& a) {
     const int64_t row_floats = padded * TILE + 2 * SKETCH_BLOCK;
     const T* keys = static_cast<const T*>(a.keys);
 
-    Workspace space(Workspace::bytes<Stored>(heads * tiles * TILE) + 2 * Workspace::bytes<float>(heads * tiles) +
+    Workspace space(more + (a.votes ? 0 : Workspace::bytes<float>(a.selections * n)) + Workspace::bytes<Stored>(heads * tiles * TILE) +
+                    2 * Workspace::bytes<float>(heads * tiles) + Workspace::bytes<float>(heads) +
                     a.threads * Workspace::bytes<float>(row_floats) +
                     (BITS ? Workspace::bytes<CodedQuery>(heads) : Workspace::bytes<float>(a.kv_heads * padded * a.dim)));
     Stored* weights = space.take<Stored>(heads * tiles * TILE);
     float *peaks = space.take<float>(heads * tiles), *sums = space.take<float>(heads * tiles);
+    float* lse = space.take<float>(heads);
     float* scratch = space.take<float>(0);
     for (int i = 0; i < a.threads; ++i) space.take<float>(row_floats);
     CodedQuery* coded = BITS ? space.take<CodedQuery>(heads) : nullptr;
     float* queries = BITS ? nullptr : space.take<float>(a.kv_heads * padded * a.dim);
+
+    float* votes = a.votes ? a.votes : space.take<float>(a.selections * n);
+    const Weights<Stored> result{weights, peaks, lse, heads, tiles};
+    then.prepare(space);
 
     parallel(a.threads, [&](const Team& team) {
         for (int64_t i = team.from(heads); i < team.to(heads); ++i) {
@@ -140,6 +170,7 @@ void votes_of(const VotesArgs& a) {
                 mass += double(peak[i]) * total[i];
             }
             for (int64_t i = 0; i < tiles; ++i) peak[i] = mass > 0 ? float(peak[i] / mass) : 0.0f;
+            lse[head] = mass > 0 ? best + float(std::log2(mass)) : -INFINITY;
         }
         team.barrier();
 
@@ -147,7 +178,7 @@ void votes_of(const VotesArgs& a) {
             const int64_t base = (first + tile) * TILE;
             const int64_t from = base > a.start ? base : a.start, to = base + TILE < a.stop ? base + TILE : a.stop;
             for (int64_t r = 0; r < a.selections; ++r) {
-                float* out = a.votes + r * n;
+                float* out = votes + r * n;
                 for (int64_t t = (from - base) / (4 * W) * 4 * W; t < to - base; t += 4 * W) {
                     vf total[4] = {};
                     for (int64_t head = r; head < heads; head += a.selections) {
@@ -168,12 +199,20 @@ void votes_of(const VotesArgs& a) {
                 }
             }
         }
+        team.barrier();
+        then.run(team, result, votes);
     });
 }
 
+struct Nothing {
+    void prepare(Workspace&) {}
+    template <class Stored>
+    void run(const Team&, const Weights<Stored>&, const float*) {}
+};
+
 template <class T>
 void votes(const VotesArgs& a) {
-    if (!a.sketch) return votes_of<T, 0>(a);
-    if (a.sketch_bits == 8) return votes_of<T, 8>(a);
-    votes_of<T, 4>(a);
+    if (!a.sketch) return votes_of<T, 0>(a, 0, Nothing{});
+    if (a.sketch_bits == 8) return votes_of<T, 8>(a, 0, Nothing{});
+    votes_of<T, 4>(a, 0, Nothing{});
 }
