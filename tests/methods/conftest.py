@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from selecting import Trace
 
 from kvote import kernels
@@ -12,13 +13,23 @@ from kvote.store.raw import RawSegment
 
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
-    seen, attend, top_k, contiguous = Trace(), RawSegment.attend, kernels.top_k, Rope.contiguous
+    seen, attend, winners = Trace(), RawSegment.attend, RawSegment.winners
+    top_k, contiguous = kernels.top_k, Rope.contiguous
 
     def spy_attend(self: Any, queries: Any, rows: Any, tokens: Any, logits: Any) -> Any:
         seen.lists.append(tokens.index)
         return attend(self, queries, rows, tokens, logits)
 
+    def spy_winners(self: Any, query: Any, rows: Any, start: int, limits: list[int], k: int, nominate: int = 0) -> Any:
+        # The fused selection is that of votes and top-k one after the other, where the votes can be seen.
+        fused = winners(self, query, rows, start, limits, k, nominate)
+        votes = kernels.forbid(self.votes(query, rows, start, limits), start, limits)
+        chosen = kernels.top_k(votes, k) + start
+        assert nominate or torch.equal(fused, chosen)
+        return fused
+
     monkeypatch.setattr(RawSegment, "attend", spy_attend)
+    monkeypatch.setattr(RawSegment, "winners", spy_winners)
     monkeypatch.setattr(kernels, "top_k", lambda votes, k: (seen.votes.append(votes.clone()), top_k(votes, k))[1])
     monkeypatch.setattr(Rope, "contiguous", lambda s, n, device: (seen.tables.append(n), contiguous(s, n, device))[1])
     return seen
