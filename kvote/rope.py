@@ -73,6 +73,10 @@ class Rope:
     def contiguous(self, count: int, device: torch.device) -> Angles:
         """The angles [count, r] of positions 0 .. count - 1, in float32."""
         # One table that grows serves every count, unless angles depend on the largest position.
+        if self.fixed:
+            for (size, place), (cos, sin) in self._tables.items():
+                if size >= count and place == device:
+                    return cos[:count], sin[:count]
         size = max([1 << max(9, (count - 1).bit_length()), *(n for n, _ in self._tables)]) if self.fixed else count
         if (size, device) not in self._tables:
             if self.fixed or len(self._tables) >= _TABLES_KEPT:

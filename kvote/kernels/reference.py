@@ -89,6 +89,35 @@ def soft_votes(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=-1).sum(dim=-2)
 
 
+def sketched(x: Tensor, bits: int) -> Tensor:
+    """What an 8- or 4-bit sketch keeps of ``x`` [..., d]: codes with one half-precision scale per row, in float32.
+
+    The largest magnitude of a row gets the largest code; 8-bit codes are whole numbers up to 127, 4-bit codes the
+    sixteen halves from -7.5 to 7.5.
+    """
+    rows = x.float()
+    most, zero = (127.0, 128.0) if bits == 8 else (7.5, 7.5)
+    scale = (rows.abs().amax(-1, keepdim=True) / most).half().float()
+    codes = torch.where(scale > 0, rows / scale, 0.0).clamp(-most, most)
+    return ((codes + zero + 0.5).floor() - zero) * scale
+
+
+def sketched_query(query: Tensor) -> Tensor:
+    """A query [..., d] as it meets a sketch: whole numbers up to 127 times one float32 scale per row."""
+    scale = query.float().abs().amax(-1, keepdim=True) / 127.0
+    codes = torch.where(scale > 0, query.float() / scale, 0.0)
+    return torch.trunc(codes + 0.5 * codes.sign()) * scale
+
+
+def rescored(rough: Tensor, exact: Tensor, nominated: Tensor) -> Tensor:
+    """Soft votes [..., m] of the nominated tokens, whose scores are exact while all others keep those of a sketch.
+
+    ``rough`` [..., heads, n], ``exact`` [..., heads, m] for ``nominated`` [..., m].
+    """
+    places = nominated[..., None, :].expand(exact.shape)
+    return soft_votes(rough.scatter(-1, places, exact)).gather(-1, nominated)
+
+
 def forbid(values: Tensor, start: int, limits: list[int]) -> Tensor:
     """-inf where token ``start + i`` is at or beyond ``limits[j]``; ``values`` [b, r, n] or [b, r, heads, n]."""
     if all(limit >= start + values.shape[-1] for limit in limits):

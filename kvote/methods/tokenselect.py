@@ -34,8 +34,10 @@ def tokenselect(
     reuses its tokens, for up to ``reuse_span`` steps; more than 1 selects anew each step. ``max_pool``: spreads
     votes to neighbours. ``head_map``: 'gqa' scores each query head against its own key head; 'paper' pairs head h
     with key head h mod (number of key heads), as the published code does. ``selection``: 'soft_vote', or the
-    ablations 'head_vote' and 'logit_sum'. ``sketch``: 'int8' scores with 8-bit copies of the keys (half the bytes of
-    bfloat16 keys, read without rearranging; CPU kernels only), 'none' with the keys themselves. ``positions``:
+    ablations 'head_vote' and 'logit_sum'. ``sketch``: what a query scores
+    with: 'none', the keys themselves; 'int8', 8-bit copies (half the bytes of bfloat16 keys); 'int4', 4-bit copies (a
+    quarter), which only nominate four times as many tokens as are read, or 4,096, to be scored again with their keys.
+    Sketches need the compiled CPU kernels and cost their bytes on top; elsewhere the keys are read. ``positions``:
     'original' keeps the text's own positions. ``tensor_parallel``: heads are split over the ranks of
     torch.distributed, and votes are summed across them.
 

@@ -26,7 +26,9 @@ class RawSegment:
     def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0) -> None:
         dim = like.shape[-1]
         self.heads, self.rope = heads, rope
-        self.sketch_bits = sketch_bits if kernels.compiled(like) else 0
+        # Whether the compiled kernels read this segment; asked once, because a decode step is short.
+        self._compiled = kernels.compiled(like)
+        self.sketch_bits = sketch_bits if self._compiled else 0
         sketch_bytes = PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(dim, sketch_bits) if self.sketch_bits else 0
         self.pool = PagePool(dim, value_dim, like.dtype, like.device, sketch_bytes)
 
@@ -63,7 +65,7 @@ class RawSegment:
         pools = (pool.keys, pool.values, pool.positions)
         key, value = key.to(pool.keys.dtype), value.to(pool.values.dtype)
         positions = positions.to(torch.int64)
-        if kernels.compiled(pool.keys) and key.stride(-1) == value.stride(-1) == 1:
+        if self._compiled and key.stride(-1) == value.stride(-1) == 1:
             lengths = [pool.lanes[i].length for i in chosen]
             cpu.append(key, value, positions, pools, pool.table(chosen), lengths, self._sketch, self.sketch_bits)
         else:
@@ -112,7 +114,7 @@ class RawSegment:
             return False
         placed = self.rope is None or tokens.positions == "contiguous"
         window = tokens.window is None or tokens.window >= len(tokens)
-        return placed and window and len(tokens) > 0 and self._same_shape() and kernels.compiled(self.pool.keys)
+        return placed and window and len(tokens) > 0 and self._same_shape() and self._compiled
 
     def _decode_step(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         """Attention of ``query`` [b, heads, q, d], each reading its own list or all reading the same range."""
@@ -147,7 +149,7 @@ class RawSegment:
 
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         """Soft votes [b, r, n] on tokens ``start`` to ``limits[-1]``; query j votes on those before ``limits[j]``."""
-        if kernels.compiled(self.pool.keys):
+        if self._compiled:
             lanes = [self.pool.table(self._lanes([row])) for row in rows]
             each = [
                 cpu.votes(q, self.pool.keys, lane, self._sketch, self.sketch_bits, start, limits)
@@ -164,7 +166,7 @@ class RawSegment:
 
         ``nominate``: how many tokens a sketch only nominates, to be scored again with their keys; 0 trusts it.
         """
-        if not kernels.compiled(self.pool.keys):
+        if not self._compiled:
             return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
         lanes = [self.pool.table(self._lanes([row])) for row in rows]
         nominate = nominate if self.sketch_bits else 0
@@ -243,7 +245,7 @@ class RawSegment:
         rope = self.rope
         if rope is None:
             return self._read(rows, tokens)[:2]
-        if contiguous and isinstance(tokens.index, Tensor) and self._same_shape() and kernels.compiled(self.pool.keys):
+        if contiguous and isinstance(tokens.index, Tensor) and self._same_shape() and self._compiled:
             return self._gather(rows, tokens.index, rope)
         key, value, positions = self._read(rows, tokens)
         if not contiguous:
