@@ -2,7 +2,7 @@
 // 2^(score - tile maximum) while the tile is in cache, with the tile's maximum and sum; the second weighs and adds
 // them. One exponential per score, and no pass that only looks for a maximum.
 
-constexpr int64_t TILE = 512;
+constexpr int64_t TILE = 2048;
 
 // A weight of [2^-126, 1] in 16 bits: 7 of exponent and 9 of mantissa, the upper bits of a float whose first two are
 // always 0. Half precision has not the range that ranks weak tokens, bfloat16 not the precision that parts close ones.
