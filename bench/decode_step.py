@@ -1,171 +1,166 @@
-"""One decode step of one layer: kvote's CPU kernels against what transformers does (sdpa), alternating in one run.
+"""One decode step of one layer: kvote's CPU kernels against torch's sdpa, from 4,096 to 262,144 tokens in the cache.
 
-Geometry of Llama-3.1-8B: 32 query heads, 8 key heads, head size 128, bfloat16. Dense and exact selection are first
-checked against the float32 reference on the same numbers; if one is wrong there are no figures. Ratios are medians of
-alternating rounds. kvote's times include storing the new token and rolling it back; sdpa gets its cache ready made.
+Geometry of Llama-3.1-8B: 32 query heads, 8 key heads, head size 128, bfloat16. The table of every length is that of
+``kvote bench``: every kernel is checked against the float32 reference first (if one is wrong there are no figures),
+rounds alternate, and all of the caches is evicted before each call. The baseline is sdpa called in the strongest way
+there is (query heads of a key head packed as rows); the way transformers calls it is a row of its own.
 
-    python bench/decode_step.py --tokens 4096 16384 65536 131072
+With --replay, the decisions of the selection cache that bench/reuse.py recorded on the embedded model are replayed: a
+hit repeats the last selecting query, a miss is a new one.
+
+    python bench/reuse.py
+    python bench/decode_step.py --replay
 """
 
 import argparse
+import json
 import time
-from collections.abc import Callable
-from statistics import median
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
+import matplotlib
 import torch
-from common import save, table
-from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from common import RESULTS, save, table
 
-from kvote import kernels
-from kvote.kernels import reference
-from kvote.layer import Layer, Step
-from kvote.methods import dense, tokenselect
-from kvote.rope import Rope
-from kvote.store.segment import Logits
+from kvote.layer import Layer
+from kvote.measure.geometry import Geometry
+from kvote.measure.kernels import Table, measure
+from kvote.measure.sweep import Sweep
+from kvote.measure.workload import BASELINE
+from kvote.methods import tokenselect
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
-SCALE = DIM**-0.5
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
-
-class _Geometry(torch.nn.Module):
-    """What sdpa_attention_forward asks of an attention module."""
-
-    num_key_value_groups = HEADS // KV_HEADS
-    is_causal = True
-
-
-def rotary(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Llama's rotary embedding, base 500,000."""
-    inverse = 1.0 / 500_000 ** (torch.arange(0, DIM, 2).float() / DIM)
-    angles = positions[..., None].float() * inverse
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+THETA = 0.9
+LINES = {
+    "dense decode": "kvote dense",
+    "tokenselect step": "TokenSelect, exact scores",
+    "tokenselect step, 8-bit sketch": "TokenSelect, 8-bit sketch",
+    "tokenselect step, 4-bit sketch": "TokenSelect, 4-bit sketch",
+}
 
 
-def bandwidth() -> float:
-    """Bytes per second that this machine reads (sum over 1 GiB), the ceiling of everything below."""
-    data = torch.ones(1 << 28)
-    times = []
-    for _ in range(5):
+def ratios(tables: list[Table], kernel: str) -> list[float]:
+    return [next(row.ratio for row in t.rows if row.kernel == kernel) for t in tables]
+
+
+def break_even(tables: list[Table], kernel: str) -> float | None:
+    """Tokens from which on the kernel beats the baseline, between the lengths measured on a straight line."""
+    points = list(zip([t.tokens for t in tables], ratios(tables, kernel), strict=True))
+    if points[-1][1] < 1:
+        return None
+    for (a, below), (b, above) in reversed(list(zip(points, points[1:], strict=False))):
+        if below < 1 <= above:
+            return a + (b - a) * (1 - below) / (above - below)
+    return float(points[0][0])
+
+
+def picture(tables: list[Table], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    tokens = [t.tokens for t in tables]
+    for kernel, label in LINES.items():
+        axes.plot(tokens, ratios(tables, kernel), marker="o", label=label)
+    axes.axhline(1, color="grey", linewidth=1, linestyle="--")
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="times faster than sdpa, packed")
+    axes.set_xticks(tokens, [f"{t // 1024}K" for t in tokens], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5x", "1x", "2x", "5x", "10x", "20x"])
+    axes.set_title("One decode step of one layer, 8B geometry")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+
+
+def replayed(geometry: Geometry, tokens: int, decisions: str, sketch: str, sweep: Sweep) -> dict[str, Any]:
+    """Milliseconds per step of a layer with the selection cache on, beside the baseline, alternating step by step."""
+    key, value = geometry.tokens(tokens)
+    layer: Layer = geometry.filled(tokenselect(theta=THETA, sketch=sketch), key, value)
+    last, hits, misses, base = geometry.step(tokens), [], [], []
+    for decision in decisions:
+        step = geometry.step(layer.seen)
+        last = step if decision == "m" else last
+        again = type(step)(**{**vars(step), "query": last.query})
+        # The rotation of the step moves with its position; what is compared is the query before it.
+        assert layer.segment is not None
+        assert layer.segment.rope is not None
+        raw = layer.segment.rope.undo(last.query, layer.segment.rope.angles(last.positions, geometry.dtype))
+        cos, sin = layer.segment.rope.angles(step.positions, geometry.dtype)
+        turned = layer.segment.rope.apply(raw, (cos[:, None], sin[:, None]))
+        again = type(step)(**{**vars(step), "query": turned})
+        reused = layer.activity.reused
+        sweep()
         begin = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - begin)
-    return data.nbytes / min(times)
-
-
-def filled(method: Any, key: Tensor, value: Tensor) -> Layer:
-    """A layer that holds ``key`` and ``value`` as if they had been prefilled."""
-    layer = Layer(0, method, Rope(rotary))
-    n = key.shape[2]
-    step = Step(key[:, :, :1].repeat_interleave(4, 1), key, value, torch.arange(n)[None], None, 0, Logits(SCALE))
-    segment = layer.start(step)
-    raw = key if segment.rope is None else segment.rope.undo(key, segment.rope.angles(step.positions, key.dtype))
-    segment.append([0], raw, value, step.positions)
-    layer.seen = n
-    return layer
-
-
-def stepper(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
-    """One decode step on ``layer``, rolled back each time so that every call sees the same cache."""
-    n = layer.seen
-    step = Step(query, key, value, torch.tensor([[n]]), None, 1, Logits(SCALE), decode=True)
-
-    def run() -> Tensor:
-        out = layer.attend(step)
-        layer.crop(1)
-        return out
-
-    return run
-
-
-def agreement(layer: Layer, n: int) -> float:
-    """Share of the reference's winners that the kernels pick too, for one random query. Random keys nearly tie."""
-    segment, query = layer.segment, torch.randn(1, HEADS, 1, DIM)
-    assert segment is not None
-    first, last, top_k = 128, n - 512, min(2048, (n - 640) // 2)
-    mine = kernels.top_k(segment.votes(query, [0], first, [last]), top_k)
-    logits = reference.scores(query, segment.decode([0], first, last)[0])
-    law = reference.top_k(reference.soft_votes(logits), top_k)
-    return len(set(mine[0, 0].tolist()) & set(law[0, 0].tolist())) / top_k
-
-
-def timed(run: Callable[[], Any], seconds: float = 0.3) -> float:
-    """Seconds of one call, the median of as many as fit."""
-    times: list[float] = []
-    while sum(times) < seconds and len(times) < 200:
+        layer.attend(again)
+        (hits if layer.activity.reused > reused else misses).append(time.perf_counter() - begin)
+        sdpa = geometry.packed(step.query, key, value)
+        sweep()
         begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return median(times)
-
-
-def measure(n: int, rounds: int, read: float) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    key, value = torch.randn(2, 1, KV_HEADS, n, DIM).to(torch.bfloat16)
-    query, new_key, new_value = (torch.randn(1, h, 1, DIM).to(torch.bfloat16) for h in (HEADS, KV_HEADS, KV_HEADS))
-    full_key, full_value = torch.cat([key, new_key], 2), torch.cat([value, new_value], 2)
-    module = _Geometry()
-    runs: dict[str, Callable[[], Any]] = {
-        "sdpa": lambda: sdpa_attention_forward(module, query, full_key, full_value, None, scaling=SCALE)
+        sdpa()
+        base.append(time.perf_counter() - begin)
+    spent = mean(hits + misses)
+    return {
+        "sketch": sketch,
+        "hit_rate": len(hits) / len(decisions),
+        "ms": 1000 * spent,
+        "hit_ms": 1000 * median(hits) if hits else None,
+        "miss_ms": 1000 * median(misses) if misses else None,
+        "sdpa_ms": 1000 * median(base),
+        "ratio": median(base) / spent,
+        "ratio_of_a_hit": median(base) / median(hits) if hits else None,
     }
-    layers = {
-        "kvote dense": filled(dense(), key, value),
-        "tokenselect": filled(tokenselect(theta=2.0), key, value),
-        "tokenselect int8": filled(tokenselect(theta=2.0, sketch="int8"), key, value),
-    }
-    exact = reference.attend(query, full_key, full_value, scale=SCALE)[0].transpose(1, 2).float()
-    for name, layer in layers.items():
-        runs[name] = stepper(layer, query, new_key, new_value)
-    error = (runs["kvote dense"]().float() - exact).abs().max().item()
-    if error > 2e-2:
-        raise SystemExit(f"kvote dense is wrong by {error}; no figures.")
-    share = agreement(layers["tokenselect"], n)
-    if share < 0.97:
-        raise SystemExit(f"tokenselect picks only {100 * share:.1f}% of the reference's tokens; no figures.")
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(timed(run))
-    base = median(times["sdpa"])
-    held = 2 * KV_HEADS * DIM * 2 * n
-    return [
-        {
-            "tokens": n,
-            "kernel": name,
-            "ms": 1000 * median(spent),
-            "spread_ms": [1000 * min(spent), 1000 * max(spent)],
-            "ratio": base / median(spent),
-            "read_share": held / median(spent) / read if name in ("sdpa", "kvote dense") else None,
-        }
-        for name, spent in times.items()
-    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096 << i for i in range(7)])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--replay", action="store_true", help="replay the decisions of bench/results/reuse.json")
+    parser.add_argument("--replay-tokens", type=int, default=131_072)
     options = parser.parse_args()
+    geometry, sweep = Geometry(), Sweep()
     with torch.no_grad():
-        read = bandwidth()
-        results = [row for n in options.tokens for row in measure(n, options.rounds, read)]
-    rows = [
-        [
-            r["kernel"],
-            f"{r['tokens']:,}",
-            f"{r['ms']:.3f}",
-            f"{r['ratio']:.1f}x",
-            "" if r["read_share"] is None else f"{100 * r['read_share']:.0f}%",
+        tables = [measure(geometry, n, sweep, options.rounds, say=print) for n in options.tokens]
+        replays: list[dict[str, Any]] = []
+        if options.replay:
+            recorded = json.loads((RESULTS / "reuse.json").read_text())["results"]
+            layers = next(r["decisions"] for r in recorded if r["theta"] == THETA)
+            sweep.samples.clear()
+            # The layers of the model one after the other, each for the same number of steps.
+            told = "".join(layer[:64] for layer in layers)
+            replays = [replayed(geometry, options.replay_tokens, told, s, sweep) for s in ("int8", "int4")]
+    for t in tables:
+        rows = [
+            [
+                row.kernel,
+                f"{row.ms:.3f}",
+                f"{row.shortest_ms:.3f} to {row.longest_ms:.3f}",
+                f"{row.ratio:.1f}x",
+                "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",
+                "" if row.share is None else f"{100 * row.share:.0f}%",
+            ]
+            for row in t.rows
         ]
-        for r in results
-    ]
-    print(f"read bandwidth {read / 1e9:.1f} GB/s")
-    print(table(["kernel", "tokens", "ms", "ratio to sdpa", "of the bandwidth"], rows))
-    save("decode_step", {"geometry": [HEADS, KV_HEADS, DIM], "read_bandwidth": read, "results": results})
+        print(f"\n{t.tokens:,} tokens; read bandwidth {t.bandwidth:.1f} GB/s")
+        print(table(["kernel", "ms", "spread", "ratio to sdpa packed", "GB/s", "of the bandwidth"], rows))
+    edges = {kernel: break_even(tables, kernel) for kernel in LINES}
+    print("\nbreak-even:", {k: None if v is None else round(v) for k, v in edges.items()})
+    for replay in replays:
+        print("selection cache, replayed:", {k: round(v, 2) if isinstance(v, float) else v for k, v in replay.items()})
+    if len(tables) > 1:
+        picture(tables, RESULTS / "decode_step.png")
+    save(
+        "decode_step",
+        {
+            "baseline": BASELINE,
+            "tables": [asdict(t) for t in tables],
+            "break_even": edges,
+            "selection_cache": {"theta": THETA, "tokens": options.replay_tokens, "replays": replays},
+        },
+    )
 
 
 if __name__ == "__main__":
