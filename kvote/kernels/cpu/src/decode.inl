@@ -43,7 +43,7 @@ inline vf four_by_four(const T* const (&key)[4], const QueryRows& query, int64_t
 
 // Adds weights [query][token] times values to the output [query][dim], so that sums stay in registers.
 template <class T, int Q>
-inline void add_values(const Rows<T>& rows, const float* weight, float* out, int64_t dim) {
+inline void add_values(const Rows<T>& rows, const float* weight, float* out, int64_t dim, const Rows<T>& next) {
     constexpr int C = 4;
     for (int64_t c = 0; c < dim; c += C * W) {
         const int64_t wide = dim - c < C * W ? (dim - c) / W : C;
@@ -53,6 +53,7 @@ inline void add_values(const Rows<T>& rows, const float* weight, float* out, int
         if (wide == C) {
             for (int64_t t = 0; t < rows.live; ++t) {
                 const T* v = rows.value[t] + c;
+                if (t < next.live) prefetch_row(next.value[t] + c, C * W);
                 const vf x0 = get(v), x1 = get(v + W), x2 = get(v + 2 * W), x3 = get(v + 3 * W);
                 for (int q = 0; q < Q; ++q) {
                     const vf w = splat(weight[q * BLOCK + t]);
@@ -78,7 +79,8 @@ inline void add_values(const Rows<T>& rows, const float* weight, float* out, int
 // The same for bfloat16 values, two tokens at a time, with weights rounded to bfloat16; `dim` a multiple of 64. Two
 // value rows are zipped into pairs, which leaves channels in an order that is undone where sums enter and leave.
 template <int Q>
-inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, float* out, int64_t dim) {
+inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, float* out, int64_t dim,
+                                const Rows<bf16>& next) {
     alignas(64) uint16_t pairs[Q * BLOCK];
     for (int q = 0; q < Q; ++q)
         for (int64_t t = 0; t < rows.live; t += W)
@@ -98,6 +100,7 @@ inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, flo
                 acc[q][2 * half + 1] = (__m512)__builtin_shuffle(a, b, zip_high);
             }
         for (int64_t t = 0; t < rows.live; t += 2) {
+            for (int64_t i = t; i < t + 2 && i < next.live; ++i) prefetch_row(next.value[i] + c, 64);
             // An odd last token is paired with itself, at no weight.
             const bf16 *x = rows.value[t] + c, *y = rows.value[t + 1 < rows.live ? t + 1 : t] + c;
             __m512i zipped[4];
@@ -125,12 +128,12 @@ inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, flo
 #endif
 
 template <int Q, class T>
-inline void add(const Rows<T>& rows, const float* weight, float* out, int64_t dim) {
+inline void add(const Rows<T>& rows, const float* weight, float* out, int64_t dim, const Rows<T>& next) {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same<T, bf16>::value)
-        if (dim % 64 == 0) return add_values_in_pairs<Q>(rows, weight, out, dim);
+        if (dim % 64 == 0) return add_values_in_pairs<Q>(rows, weight, out, dim, next);
 #endif
-    add_values<T, Q>(rows, weight, out, dim);
+    add_values<T, Q>(rows, weight, out, dim, next);
 }
 
 // Reads one block while the next one, of which only the addresses are known, comes from memory.
@@ -143,10 +146,7 @@ void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs&
         const T* four[4];
         for (int64_t k = 0; k < 4; ++k) {
             four[k] = rows.key[t + k < live ? t + k : live - 1];
-            if (t + k < next.live) {
-                prefetch_row(next.key[t + k], a.dim);
-                prefetch_row(next.value[t + k], a.dim);
-            }
+            if (t + k < next.live) prefetch_row(next.key[t + k], a.dim);
         }
         for (int64_t g = 0; g < a.groups; g += 4)
             store_quarters(scores + g * BLOCK + t, BLOCK, four_by_four(four, query, g, a.dim) * a.scale);
@@ -175,8 +175,8 @@ void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs&
         part.mass[g] += sum(mass);
     }
     int64_t g = 0;
-    for (; g + 4 <= a.groups; g += 4) add<4>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim);
-    for (; g < a.groups; ++g) add<1>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim);
+    for (; g + 4 <= a.groups; g += 4) add<4>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
+    for (; g < a.groups; ++g) add<1>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
 }
 
 // Tokens from .. to of the range or list of one sequence, in all its lanes.
