@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -52,7 +53,7 @@ def break_even(tables: list[Table], kernel: str) -> float | None:
     points = list(zip([t.tokens for t in tables], ratios(tables, kernel), strict=True))
     if points[-1][1] < 1:
         return None
-    for (a, below), (b, above) in reversed(list(zip(points, points[1:], strict=False))):
+    for (a, below), (b, above) in reversed(list(pairwise(points))):
         if below < 1 <= above:
             return a + (b - a) * (1 - below) / (above - below)
     return float(points[0][0])

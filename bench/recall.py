@@ -5,10 +5,9 @@ same candidates from the keys themselves and from every kind of sketch. A token'
 softmax(scale * q.k) over all candidates [sinks, edge), head by head, averaged over heads, query and keys standing where
 TokenSelect scores them; ``mass`` is the attention of the ``top_k`` winners. ``lost``: points of it that a sketch gives
 away against exact votes (votes are not scaled, so it can be negative); ``shared``: winners in common with exact votes.
-``--rescore 8`` has the sketch only nominate 8 * top_k tokens, of which exact scores choose.
+``int4`` nominates tokens that are scored again with their keys, as the method does; ``int4 alone`` is trusted.
 
-    python bench/recall.py --tokens 65536
-    python bench/recall.py --tokens 65536 --rescore 1 2 4 8
+    python bench/recall.py
 """
 
 import argparse
@@ -20,7 +19,6 @@ from common import load_embedded, save, table
 from torch import Tensor
 
 import kvote
-from kvote import kernels
 from kvote.kernels import reference
 from kvote.method import parse
 from kvote.models import world
@@ -32,6 +30,9 @@ from kvote.store.raw import RawSegment
 ROOM = 48  # tokens left for a question and its answer
 QUESTIONS = 8
 TOP_K = [64, 512, 2048]
+# What votes, and whether its nominees are scored again.
+WAYS = {"exact": ("none", False), "int8": ("int8", False), "int4": ("int4", True), "int4 alone": ("int4", False)}
+PARAMETERS = {field.name: getattr(parse("tokenselect").read, field.name) for field in fields(HeadVotes)}
 
 
 class Heard(NamedTuple):
@@ -47,10 +48,10 @@ class Listening(HeadVotes):
 
     heard: dict[int, list[Heard]] = field(default_factory=dict, compare=False)
 
-    def _votes(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
+    def _select(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
         new = [Heard(query[0, :, j].clone(), edge) for j, edge in enumerate(edges)]
         self.heard.setdefault(reading.layer, []).extend(new)
-        return super()._votes(reading, query, edges)
+        return super()._select(reading, query, edges)
 
 
 def listen(model: Any, tokenizer: Any, tokens: int, seed: int) -> tuple[list[RawSegment], dict[int, list[Heard]], int]:
@@ -83,26 +84,21 @@ def attention(query: Tensor, key: Tensor) -> Tensor:
     return torch.softmax(logits * query.shape[-1] ** -0.5, dim=-1).mean(dim=0)
 
 
-def winners(votes: Tensor, exact: Tensor, k: int, rescore: int) -> Tensor:
-    """The k tokens with the most votes, or those of the ``rescore`` * k nominated that have the most exact votes."""
-    nominated = kernels.top_k(votes, min(rescore * k, len(votes)))
-    return nominated[kernels.top_k(exact[nominated], k)] if rescore > 1 else nominated
-
-
-def judge(segment: RawSegment, heard: list[Heard], sinks: int, kinds: list[str], factors: list[int]) -> list[Any]:
+def judge(segment: RawSegment, heard: list[Heard], sinks: int) -> list[Any]:
     """Per query, [top_k][way to vote]: the mass of the winners, and the share of the exact winners among them."""
-    segments = [stored(segment, kind) for kind in kinds]
+    segments = {kind: stored(segment, kind) for kind in SKETCHES}
     key = segment.decode([0], 0, segment.length(0))[0][0]
     results = []
     for query, edge in heard:
         mass = attention(query, key[:, sinks:edge])
-        exact, *coarse = (s.votes(query[None, :, None], [0], sinks, [edge])[0, 0] for s in segments)
-        every = [(exact, 1), *((votes, factor) for votes in coarse for factor in factors)]
         row = []
         for k in TOP_K:
-            best = kernels.top_k(exact, k)
-            chosen = [winners(votes, exact, k, factor) for votes, factor in every]
-            row.append([[float(mass[index].sum()), float(torch.isin(index, best).float().mean())] for index in chosen])
+            found = []
+            for kind, again in WAYS.values():
+                nominate = HeadVotes(**{**PARAMETERS, "top_k": k, "sketch": kind}).nominated if again else 0
+                chosen = segments[kind].winners(query[None, :, None], [0], sinks, [edge], k, nominate)
+                found.append(chosen[0, 0] - sinks)
+            row.append([[float(mass[i].sum()), float(torch.isin(i, found[0]).float().mean())] for i in found])
         results.append(row)
     return results
 
@@ -146,22 +142,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--documents", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=["int8", "int4"], choices=[*SKETCHES])
-    parser.add_argument("--rescore", nargs="+", type=int, default=[1], help="tokens nominated for each one chosen")
     options = parser.parse_args()
-    kinds = options.kinds
     model, tokenizer = load_embedded()
     results: dict[int, list[Any]] = {}
     for seed in range(options.documents):
         segments, heard, sinks = listen(model, tokenizer, options.tokens, seed)
         for layer, segment in enumerate(segments):
-            found = judge(segment, heard[layer], sinks, ["none", *kinds], options.rescore)
-            results.setdefault(layer, []).extend(found)
-    ways = [kind if factor == 1 else f"{kind}, best of {factor} x" for kind in kinds for factor in options.rescore]
-    names = ["exact", *ways]
+            results.setdefault(layer, []).extend(judge(segment, heard[layer], sinks))
     entries = []
     for layer, rows in results.items():
-        entries += summary(layer, names, torch.tensor(rows), options.documents)
+        entries += summary(layer, list(WAYS), torch.tensor(rows), options.documents)
     queries = len(results[0])
     print(f"{queries} queries per layer. Exact votes: mass, %. Sketches: points lost (winners shared).")
     print(render(entries))

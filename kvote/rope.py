@@ -45,12 +45,12 @@ class Rope:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept between calls."""
-        kept = list(self._tables.values())
+        kept = [a for table in self._tables.values() for a in table]
         if self._last is not None:
-            kept += [self._last[2], self._last[:1]]
+            kept += [self._last[0], *self._last[2]]
         if self._backwards is not None:
-            kept += self._backwards
-        storages = [a.untyped_storage() for held in kept for a in held]
+            kept += [a for pair in self._backwards for a in pair]
+        storages = [a.untyped_storage() for a in kept]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
