@@ -170,8 +170,11 @@ class RawSegment:
             return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
         lanes = [self.pool.table(self._lanes([row])) for row in rows]
         nominate = nominate if self.sketch_bits else 0
+        # Where half of all candidates would be nominated, reading their keys at once costs less.
+        helps = 2 * nominate < min(limits) - start
+        sketch, bits, nominate = (self._sketch, self.sketch_bits, nominate) if helps else (None, 0, 0)
         each = [
-            cpu.select(q, self.pool.keys, lane, self._sketch, self.sketch_bits, start, limits, k, nominate)
+            cpu.select(q, self.pool.keys, lane, sketch, bits, start, limits, k, nominate)
             for q, lane in zip(query, lanes, strict=True)
         ]
         return torch.stack(each) if len(each) > 1 else each[0][None]
