@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(args.module).run(args)
         sys.stdout.flush()
     except KvoteError as error:
-        return _fail(str(error), USAGE)
+        return _fail(str(error), getattr(error, "exit_code", USAGE))
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
     except BrokenPipeError:

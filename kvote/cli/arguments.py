@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     _ask(commands)
     _methods(commands)
     _env(commands)
+    _bench(commands)
+    _will_it_help(commands)
     _train(commands)
     return top
 
@@ -72,6 +74,42 @@ def _methods(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _env(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _json(_command(commands, "env", "environment", "show versions, the machine and the kernels that run on it"))
+
+
+def _bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    bench = _command(commands, "bench", "bench", "time every kernel on this machine, against torch's own attention")
+    bench.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_positive,
+        nargs="+",
+        help="tokens held, may be several (default: 131,072, fewer where memory is short)",
+    )
+    sizes = partial(bench.add_argument, metavar="N", type=_positive)
+    sizes("--heads", default=32, help="query heads (default: %(default)s, as in Llama-3.1-8B)")
+    sizes("--kv-heads", default=8, help="key heads (default: %(default)s)")
+    sizes("--head-dim", default=128, help="channels of a head (default: %(default)s)")
+    _json(bench)
+
+
+def _will_it_help(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = _command(
+        commands, "will-it-help", "will_it_help", "predict what a method gains on this machine, from a model's config"
+    )
+    command.add_argument(
+        "--model", metavar="M", required=True, help="hub name, folder or config.json; no weights are read"
+    )
+    command.add_argument("--context", metavar="N", type=_positive, required=True, help="tokens in the cache")
+    command.add_argument(
+        "--method",
+        metavar="SPEC",
+        default="tokenselect(sketch='int8')",
+        help="such as 'tokenselect(top_k=512)' (default: %(default)s)",
+    )
+    command.add_argument(
+        "--batch", metavar="B", type=_positive, default=1, help="sequences at a time (default: %(default)s)"
+    )
+    _json(command)
 
 
 def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -78,14 +78,21 @@ struct Winners {
         const int64_t from = block * RESCORED, live = m - from < RESCORED ? m - from : RESCORED;
         const int64_t* token = nominated + r * m + from;
         const int64_t offset = v.start % TILE;
-        for (int64_t h = 0; h < v.kv_heads; ++h) {
-            const T* key[RESCORED];
+        // Keys of one key head are scored while those of the next come from memory.
+        const T* keys[2][RESCORED];
+        auto locate = [&](int64_t h) {
             Lane::Cursor at;
-            for (int64_t i = 0; i < live; ++i) {
-                key[i] = static_cast<const T*>(v.keys) + v.lanes[h].slot(token[i] + v.start, at) * v.dim;
-                prefetch_row(key[i], v.dim);
-            }
+            for (int64_t i = 0; i < live; ++i)
+                keys[h % 2][i] = static_cast<const T*>(v.keys) + v.lanes[h].slot(token[i] + v.start, at) * v.dim;
+        };
+        locate(0);
+        for (int64_t i = 0; i < live; ++i) prefetch_row(keys[0][i], v.dim);
+        for (int64_t h = 0; h < v.kv_heads; ++h) {
+            const T* const* key = keys[h % 2];
+            const bool more = h + 1 < v.kv_heads;
+            if (more) locate(h + 1);
             for (int64_t i = 0; i < live; i += 4) {
+                for (int64_t k = i; more && k < i + 4 && k < live; ++k) prefetch_row(keys[(h + 1) % 2][k], v.dim);
                 const T* four[4];
                 for (int64_t k = 0; k < 4; ++k) four[k] = key[i + k < live ? i + k : live - 1];
                 for (int64_t quad = 0; quad < rows; quad += 4) {

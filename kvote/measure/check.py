@@ -1,0 +1,140 @@
+"""What must hold before a time is worth anything: answers equal those of the law, in float32, on the same numbers.
+
+Every kernel answers another query first, so that an answer left over from an earlier call cannot pass for its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvote.errors import KvoteError
+from kvote.kernels import reference
+from kvote.layer import Layer
+from kvote.measure.geometry import Geometry
+from kvote.method import Method
+from kvote.read.tokens import Reading, Span
+
+# Relative errors that rounding leaves in any head's attention, in exact votes and in votes from a sketch. A page of 64
+# tokens gone from 131,072 makes 0.02.
+_ATTENTION, _EXACT, _SKETCHED = 0.01, 0.001, 0.01
+# Share of the law's winners that must be found too; random scores nearly tie.
+_WINNERS = 0.99
+
+
+class WrongAnswerError(KvoteError):
+    """A kernel does not compute what the law says."""
+
+    exit_code = 1
+
+
+@dataclass
+class Watched:
+    """A reader, and what it read last."""
+
+    reader: Any
+    read_last: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
+    def read(self, reading: Reading) -> Iterator[Span]:
+        for span in self.reader.read(reading):
+            index = span.reads[-1].index
+            self.read_last = index[0, 0] if isinstance(index, Tensor) else torch.arange(index.start, index.stop)
+            yield span
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The law's answer [heads, dim] to ``query`` [1, heads, 1, dim], one key head at a time to save memory."""
+    groups = query.shape[1] // key.shape[1]
+    parts = [
+        reference.attend(
+            query[:, h * groups : (h + 1) * groups].float(), key[:, h : h + 1], value[:, h : h + 1], scale=scale
+        )[0]
+        for h in range(key.shape[1])
+    ]
+    return torch.cat(parts, dim=1)[0, :, 0]
+
+
+def votes(query: Tensor, key: Tensor, bits: int) -> Tensor:
+    """The law's votes [n] of ``query`` [1, heads, 1, dim] on ``key`` [1, kv_heads, n, dim], or on its sketch."""
+    groups, total = query.shape[1] // key.shape[1], torch.zeros(key.shape[2])
+    for h in range(key.shape[1]):
+        mine, keys = query[:, h * groups : (h + 1) * groups], key[:, h : h + 1]
+        if bits:
+            mine, keys = reference.sketched_query(mine), reference.sketched(keys, bits)
+        total += reference.soft_votes(reference.scores(mine, keys))[0, 0]
+    return total
+
+
+def close(name: str, mine: Tensor, law: Tensor, tolerance: float = _ATTENTION) -> None:
+    """Raises WrongAnswerError unless the relative error of every row is within ``tolerance``."""
+    error = ((mine.float().reshape(law.shape) - law).norm(dim=-1) / law.norm(dim=-1)).max().item()
+    if not error <= tolerance:
+        raise WrongAnswerError(f"{name} is off by {error:.2g} of the right answer on this machine; no figures.")
+
+
+def votes_close(name: str, mine: Tensor, law: Tensor, bits: int) -> None:
+    """Raises WrongAnswerError unless the votes are those of the law."""
+    close(name, mine, law, _SKETCHED if bits else _EXACT)
+
+
+def found(name: str, winners: Tensor, law: Tensor) -> None:
+    """Raises WrongAnswerError unless ``winners`` are, for the most part, the tokens with the most votes in ``law``."""
+    best = set(law.topk(len(winners)).indices.tolist())
+    share = len(best & set(winners.tolist())) / len(winners)
+    if share < _WINNERS:
+        raise WrongAnswerError(f"{name} finds only {share:.0%} of the right tokens on this machine; no figures.")
+
+
+def largest(name: str, index: Tensor, votes: Tensor) -> None:
+    """Raises WrongAnswerError unless ``index`` [k] is ascending and has the k largest votes [n]."""
+    ascending = bool((index.diff() > 0).all())
+    if not ascending or not torch.equal(votes[index].sort(descending=True).values, votes.topk(len(index)).values):
+        raise WrongAnswerError(f"{name} does not find the largest votes on this machine; no figures.")
+
+
+def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, ends: tuple[int, int]) -> None:
+    """One decode step of a selecting layer: the tokens it read are the right ones, and the answer is theirs.
+
+    ``ends``: tokens read without selection at the beginning, and at the end besides the query's own.
+    """
+    segment, reader = layer.segment, layer.method.read
+    assert segment is not None
+    assert segment.rope is not None
+    watched = Watched(reader)
+    layer.method = Method(read=watched)
+    asked, n = geometry.step(layer.seen), layer.seen
+    layer.attend(geometry.step(n))
+    layer.crop(1)
+    mine = layer.attend(asked)
+    layer.method = Method(read=reader)
+    assert watched.read_last is not None
+    key, value = segment.decode([0], 0, n + 1)
+    raw = segment.rope.undo(asked.query, segment.rope.angles(asked.positions, geometry.dtype)).float()
+    index = watched.read_last
+    angles = segment.rope.contiguous(max(len(index), window + 1), raw.device)
+    scoring = turned(raw, angles, slice(window, window + 1))
+    first, last = ends
+    # A sketch that only nominates leaves the last word to the keys.
+    law = votes(scoring, key[:, :, first : n - last], 0 if getattr(reader, "nominated", 0) else bits)
+    found(name, index[first : len(index) - last - 1] - first, law)
+    placed = turned(key[:, :, index].float(), angles, slice(0, len(index)))
+    query = turned(raw, angles, slice(len(index) - 1, len(index)))
+    close(name, mine, attention(query, placed, value[:, :, index], geometry.scale))
+    layer.crop(1)
+
+
+def answers(name: str, run: Callable[[Tensor], Tensor], geometry: Geometry, law: Callable[[Tensor], Tensor]) -> None:
+    """Raises WrongAnswerError unless ``run`` of a query is attention as the ``law`` has it."""
+    run(geometry.query())
+    query = geometry.query()
+    close(name, run(query), law(query))
+
+
+def turned(x: Tensor, angles: tuple[Tensor, Tensor], at: slice) -> Tensor:
+    """The law's rotation of ``x`` [..., n, dim] by some rows of ``angles``."""
+    return reference.rotate(x, angles[0][at], angles[1][at])

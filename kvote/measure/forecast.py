@@ -1,0 +1,188 @@
+"""What a method gains: arithmetic on a model's config and what a machine was measured to do. Nothing is timed here."""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvote.errors import InputError, UnsupportedModelError
+from kvote.kernels import cpu
+from kvote.measure.shape import Shape, shape
+from kvote.method import Method, parse
+
+# A context in which attention reads next to nothing, and the longest that break-even is looked for in.
+FEW, LONGEST = 64, 1 << 24
+DEFAULT = "default"
+_STEPS_PER_OCTAVE = 16
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds at some lengths, ascending, and on straight lines between and behind them."""
+
+    points: tuple[tuple[int, float], ...]
+
+    def at(self, tokens: int) -> float:
+        """Seconds at a length. Behind the last point as steep as before it, or as all the way if that is flatter: a
+        copy that outgrows what the allocator keeps gets dearer once, not with every token."""
+        lengths, (first, least) = [length for length, _ in self.points], self.points[0]
+        if len(lengths) == 1 or tokens <= lengths[0]:
+            return self.points[0][1]
+        right = min(bisect_left(lengths, tokens), len(lengths) - 1)
+        (a, start), (b, stop) = self.points[right - 1 : right + 1]
+        slope = (stop - start) / (b - a)
+        if tokens <= b:
+            return start + slope * (tokens - a)
+        return stop + max(0.0, min(slope, (stop - least) / (b - first))) * (tokens - b)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine was measured to do for layers of one geometry and batches of one size.
+
+    ``bandwidth``: bytes per second that it reads at best; ``weights``: bytes of this model's weights per second in
+    torch's products; ``step``: seconds of a token outside the layers. ``caches``: seconds of one layer besides its
+    weights, by the tokens held, for ``"default"`` (transformers' cache and sdpa) and for methods by their spec.
+    ``copy``: those that the default cache takes of it to copy itself. ``compiled``: whether kvote's kernels ran.
+    """
+
+    bandwidth: float
+    weights: float
+    step: float
+    caches: Mapping[str, Curve]
+    copy: Curve
+    compiled: bool = True
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """A generated token with one cache: seconds, how many of them go to reading (and copying) what is cached, and the
+    bytes that the cache holds."""
+
+    cache: str
+    seconds: float
+    reading_seconds: float
+    held_bytes: int
+
+    @property
+    def reading_share(self) -> float:
+        return self.reading_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``default``: transformers' cache as it comes; ``dense``: kvote's, reading everything; ``method``: the one asked
+    for. ``break_even``: the shortest context from which the method is faster than the default, None where none is."""
+
+    model: str
+    context: int
+    batch: int
+    full_layers: int
+    other_layers: int
+    weight_bytes: float
+    weights_seconds: float
+    copy_seconds: float
+    default: Step
+    dense: Step
+    method: Step
+    break_even: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def speedup(self) -> float:
+        return self.default.seconds / self.method.seconds
+
+
+def predict(config: Any, context: int, method: Method | str, machine: Machine) -> Prediction:
+    """What a token of the model costs with ``context`` tokens in the cache. ``config``: transformers', or a ``Shape``.
+
+    Raises InputError for a context without a token, and for a method that ``machine`` was not measured with.
+    """
+    method = parse(method) if isinstance(method, str) else method
+    model = config if isinstance(config, Shape) else shape(config, machine.batch)
+    refuse(model, method)
+    if context < 1:
+        raise InputError(f"A context holds at least one token; got {context}.")
+    for name in (DEFAULT, "dense", method.spec):
+        if name not in machine.caches:
+            raise InputError(f"This machine was not measured with {name}.")
+    weights = model.weight_bytes / machine.weights
+
+    def step(name: str, held: int) -> Step:
+        reading = model.full * (machine.caches[name].at(context) - machine.caches[name].at(FEW))
+        return Step(name, _seconds(model, machine, name, context) + weights, max(0.0, reading), held)
+
+    default = machine.caches[DEFAULT]
+    return Prediction(
+        model=model.name,
+        context=context,
+        batch=machine.batch,
+        full_layers=model.full,
+        other_layers=model.others,
+        weight_bytes=model.weight_bytes,
+        weights_seconds=weights,
+        copy_seconds=model.full * machine.copy.at(context),
+        default=step(DEFAULT, _held(model, machine, context, None)),
+        dense=step("dense", _held(model, machine, context, parse("dense"))),
+        method=step(method.spec, _held(model, machine, context, method)),
+        break_even=break_even(default, machine.caches[method.spec]),
+        notes=_notes(model, context, method, machine),
+    )
+
+
+def refuse(model: Shape, method: Method) -> None:
+    """Raises UnsupportedModelError for a method that the model cannot be used with."""
+    if method.read.needs_raw_keys and not model.rotary:
+        raise UnsupportedModelError(f"{model.name} has no rotary positions that kvote can undo; use method 'dense'.")
+
+
+def break_even(default: Curve, method: Curve) -> int | None:
+    """The shortest length from which on ``method`` stays faster, to 5%; None where it is not, however long the text."""
+    grid = sorted({round(2 ** (i / _STEPS_PER_OCTAVE)) for i in range(_STEPS_PER_OCTAVE * LONGEST.bit_length())})
+    lengths = [length for length in grid if length <= LONGEST]
+    found = None
+    for length in reversed(lengths):
+        if method.at(length) >= default.at(length):
+            break
+        found = length
+    return found
+
+
+def _seconds(model: Shape, machine: Machine, name: str, context: int) -> float:
+    """Seconds of a token besides its weights. Layers that are not kvote's stay as they are."""
+    default = machine.caches[DEFAULT]
+    others = model.others * default.at(min(context, model.window or FEW))
+    return machine.step + others + model.full * machine.caches[name].at(context)
+
+
+def _held(model: Shape, machine: Machine, context: int, method: Method | None) -> int:
+    """Bytes that full-attention layers hold: keys and values, and kvote's positions and sketches."""
+    geometry, tokens, extra = model.geometry, context, 0.0
+    if method is not None:
+        if method.keep.drops:
+            kept = method.keep.survivors(context)
+            tokens = context if kept is None else len(kept)
+        bits = method.read.sketch_bits if machine.compiled else 0
+        sketch = cpu.sketch_bytes(geometry.dim, bits) / cpu.SKETCH_TOKENS if bits else 0.0
+        extra = geometry.kv_heads * (4 + sketch)
+    return int(model.full * machine.batch * tokens * (geometry.token_bytes + extra))
+
+
+def _notes(model: Shape, context: int, method: Method, machine: Machine) -> tuple[str, ...]:
+    notes = list(model.notes)
+    if method.read.new_memory() is not None:
+        notes.append("Every step is taken to select anew; those that reuse a selection are faster.")
+    if model.others:
+        notes.append(
+            f"{model.others} of {model.full + model.others} layers do not attend to everything; kvote leaves them as "
+            "they are, and they are the same for every cache."
+        )
+    if model.trained is not None and context > model.trained:
+        notes.append(f"The model was made for {model.trained:,} tokens; beyond, some methods answer and some do not.")
+    longest = max(length for length, _ in machine.caches[DEFAULT].points)
+    if context > longest:
+        notes.append(f"The default cache was measured up to {longest:,} tokens; its time grows in a straight line.")
+    if not machine.compiled:
+        notes.append("The compiled kernels do not run here; kvote was measured in plain torch (see kvote env).")
+    return tuple(notes)

@@ -1,0 +1,100 @@
+"""Attention of one layer in the geometry of a model, with random tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvote.layer import Layer, Step
+from kvote.method import Method
+from kvote.rope import Rope
+from kvote.store.segment import Logits
+
+_BASE = 500_000.0
+# Tokens stored at a time, so that nothing on the way is as large as what is stored.
+_PASS = 8192
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Heads and sizes of one attention layer; the defaults are those of Llama-3.1-8B."""
+
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def scale(self) -> float:
+        return float(self.dim**-0.5)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return 2 * self.kv_heads * self.dim * self.dtype.itemsize
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Llama's rotary embedding: cosines and sines [..., n, dim]."""
+        inverse = 1.0 / _BASE ** (torch.arange(0, self.dim, 2).float() / self.dim)
+        angles = positions[..., None].float() * inverse
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def tokens(self, count: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+        """Random keys and values [batch, kv_heads, count, dim] each."""
+        key, value = (torch.randn(batch, self.kv_heads, count, self.dim, dtype=self.dtype) for _ in range(2))
+        return key, value
+
+    def query(self, batch: int = 1) -> Tensor:
+        """A random query [batch, heads, 1, dim]."""
+        return torch.randn(batch, self.heads, 1, self.dim, dtype=self.dtype)
+
+    def filled(self, method: Method, key: Tensor, value: Tensor) -> Layer:
+        """A layer of ``method`` that holds ``key`` and ``value`` [batch, kv_heads, n, dim]."""
+        layer = Layer(0, method, Rope(self.rotary))
+        self.fill(layer, key, value)
+        return layer
+
+    def fill(self, layer: Layer, key: Tensor, value: Tensor) -> None:
+        """Puts tokens into an empty layer as if they had been prefilled, and drops those that its method drops.
+
+        They are stored as they are: where a method keeps keys at position 0, these are such keys.
+        """
+        batch, _, n, _ = key.shape
+        layer.expected = n
+        segment = layer.start(self.step(0, batch))
+        for start in range(0, n, _PASS):
+            stop = min(n, start + _PASS)
+            positions = torch.arange(start, stop).expand(batch, -1)
+            segment.append(list(range(batch)), key[:, :, start:stop], value[:, :, start:stop], positions)
+            layer.seen = stop
+            layer.drop()
+
+    def step(self, position: int, batch: int = 1) -> Step:
+        """A decode step of a random token at ``position``."""
+        key, value = self.tokens(1, batch)
+        positions = torch.full((batch, 1), position)
+        return Step(self.query(batch), key, value, positions, None, 1, Logits(self.scale), decode=True)
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+        """torch's sdpa, the strongest way to call it for one token: query heads of one key head as its rows."""
+        rows = query.reshape(query.shape[0], self.kv_heads, self.heads // self.kv_heads, self.dim)
+        sdpa, scale = torch.nn.functional.scaled_dot_product_attention, self.scale
+        return lambda: sdpa(rows, key, value, scale=scale)
+
+    def as_it_comes(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+        """torch's sdpa as transformers calls it."""
+        module = _Module(self.heads // self.kv_heads)
+        return lambda: sdpa_attention_forward(module, query, key, value, None, scaling=self.scale)[0]
+
+
+class _Module(torch.nn.Module):
+    """What sdpa_attention_forward asks of an attention module."""
+
+    is_causal = True
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
