@@ -13,7 +13,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kvote/kernel
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check format clean
+.PHONY: demo test check format sanitize clean
 
 demo: $(VENV)/.run
 	$(BIN)/kvote ask --compare
@@ -29,6 +29,13 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Not part of `make test`, and needs CMake: a program that calls every kernel, watched by the compiler's sanitizers.
+sanitize:
+	@for watch in address,undefined,float-cast-overflow thread; do \
+	  build=build/sanitize-$$watch; echo "Building $$build; this takes some minutes."; \
+	  cmake -S . -B $$build -DKVOTE_SANITIZE=$$watch >/dev/null && cmake --build $$build && $$build/sanitize || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

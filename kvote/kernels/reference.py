@@ -127,6 +127,24 @@ def forbid(values: Tensor, start: int, limits: list[int]) -> Tensor:
     return values.masked_fill(late if values.dim() == 3 else late[:, None], float("-inf"))
 
 
+def attention_mass(
+    query: Tensor, lse: Tensor, key: Tensor, start: int, limits: list[int], *, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention that each token received: its softmax weights, summed over the query rows of its key/value head.
+
+    ``query`` [b, h*g, t, d] with the ``lse`` [b, h*g, t] of its rows, of which row i sees tokens before ``limits[i]``;
+    ``key`` [b, h, n, d] holds tokens from ``start`` on. Returns [b, h, n] in float32. A row that saw nothing (lse -inf)
+    gives nothing.
+    """
+    b, _, t, _ = query.shape
+    logits = scores(query, key) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    lse = lse.float().masked_fill(lse == float("-inf"), float("inf"))
+    weights = torch.exp(forbid(logits, start, limits) - lse.transpose(1, 2)[..., None])
+    return weights.reshape(b, t, key.shape[1], -1, key.shape[2]).sum(dim=(1, 3))
+
+
 def max_pool(votes: Tensor, size: int) -> Tensor:
     """Spreads each vote to its neighbours: a running maximum of ``size`` tokens, stride 1, over [..., n].
 

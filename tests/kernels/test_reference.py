@@ -121,6 +121,22 @@ def test_votes_are_softmaxes_summed_and_sum_to_the_number_of_heads(heads):
     torch.testing.assert_close(votes.sum(-1), torch.full((2, 3), float(heads)))
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_attention_mass_is_what_each_token_got_from_all_queries_of_its_head(groups, softcap):
+    query, key, _ = qkv(2, groups, 4, 9, b=2)
+    start, limits = 2, [5, 2, 9, 7]
+    mask = torch.arange(9) < torch.tensor(limits)[:, None]
+    mask[:, :start] = False
+    # Values that are one for one token each: what comes out are the weights.
+    each = torch.eye(9).expand(2, 2, 9, 9)
+    weights, lse = reference.attend(query, key, each, scale=0.4, mask=mask, softcap=softcap)
+    got = reference.attention_mass(query, lse, key[:, :, start:], start, limits, scale=0.4, softcap=softcap)
+    expected = weights.reshape(2, 2, groups, 4, 9).sum(dim=(2, 3))
+    torch.testing.assert_close(got, expected[..., start:], atol=1e-5, rtol=1e-5)
+    assert bool((lse[:, :, 1] == float("-inf")).all())
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("n", [9, 10])
 def test_max_pool_is_a_running_maximum_with_the_published_padding(size, n):

@@ -231,7 +231,7 @@ void decode(const DecodeArgs& a) {
     int64_t share = (a.count * sequences / 32 + BLOCK - 1) / BLOCK * BLOCK;
     share = share < 2 * BLOCK ? 2 * BLOCK : share;
     const int64_t parts = (a.count + share - 1) / share, items = sequences * parts, slots = items * heads;
-    const int threads = items < a.threads ? int(items) : a.threads;
+    const int threads = std::max(1, items < a.threads ? int(items) : a.threads);
     Workspace space(Workspace::bytes<float>(slots * a.groups * (a.dim + 2)) + Workspace::bytes<Partial>(slots) +
                     threads * (Workspace::bytes<QueryRows>(heads) + Workspace::bytes<T>(BLOCK * a.dim)));
     float* memory = space.take<float>(slots * a.groups * (a.dim + 2));

@@ -4,11 +4,15 @@
 template <class T>
 void attention_mass(const MassArgs& a) {
     const T* keys = static_cast<const T*>(a.keys);
-    const int64_t padded = (a.rows + 3) / 4 * 4, tiles = (a.stop - a.start + TILE - 1) / TILE, n = a.stop - a.start;
+    // Scores begin at a multiple of four tokens, as pages do: a run's last four may reach into the next run's first, which
+    // are scored after them, but not beyond the tile.
+    const int64_t first = a.start / 4 * 4, n = a.stop - a.start;
+    const int64_t padded = (a.rows + 3) / 4 * 4, tiles = (a.stop - first + TILE - 1) / TILE;
     Workspace space(Workspace::bytes<float>(a.lanes_count * padded * a.dim) +
                     a.threads * Workspace::bytes<float>(padded * TILE));
     float* queries = space.take<float>(a.lanes_count * padded * a.dim);
     float* scratch = space.take<float>(0);
+    for (int i = 0; i < a.threads; ++i) space.take<float>(padded * TILE);
     parallel(a.threads, [&](const Team& team) {
         for (int64_t i = team.from(a.lanes_count * padded); i < team.to(a.lanes_count * padded); ++i) {
             const int64_t lane = i / padded, row = i % padded;
@@ -20,7 +24,7 @@ void attention_mass(const MassArgs& a) {
         team.barrier();
         float* scores = scratch + team.rank * int64_t(Workspace::bytes<float>(padded * TILE) / 4);
         for (int64_t item = team.from(a.lanes_count * tiles); item < team.to(a.lanes_count * tiles); ++item) {
-            const int64_t lane = item / tiles, from = a.start + item % tiles * TILE;
+            const int64_t lane = item / tiles, from = first + item % tiles * TILE;
             const int64_t to = from + TILE < a.stop ? from + TILE : a.stop;
             Lane::Cursor at;
             for (int64_t t = from; t < to;) {
@@ -29,7 +33,7 @@ void attention_mass(const MassArgs& a) {
                               padded, a.dim, scores + (t - from));
                 t = end;
             }
-            float* out = a.mass + lane * n + (from - a.start);
+            float* out = a.mass + lane * n - a.start;
             for (int64_t t = 0; t < to - from; t += W) {
                 vf total{};
                 for (int64_t row = 0; row < a.rows; ++row) {
@@ -43,7 +47,8 @@ void attention_mass(const MassArgs& a) {
                     const int64_t live = a.limits[row] - (from + t);
                     for (int i = 0; i < W; ++i) total[i] += i < live ? share[i] : 0.0f;
                 }
-                for (int64_t i = 0; i < W && t + i < to - from; ++i) out[t + i] = total[i];
+                for (int64_t token = std::max(from + t, a.start); token < to && token < from + t + W; ++token)
+                    out[token] = total[token - from - t];
             }
         }
     });

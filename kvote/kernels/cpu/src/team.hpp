@@ -21,6 +21,13 @@
 #include <omp.h>
 #endif
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, bytes) ((void)0)
+#define ASAN_UNPOISON_MEMORY_REGION(memory, bytes) ((void)0)
+#endif
+
 namespace KVOTE_ISA {
 
 struct Team {
@@ -78,6 +85,7 @@ class Workspace {
             kept().memory = memory, kept().size = rounded;
         }
         next_ = static_cast<char*>(kept().memory);
+        ASAN_POISON_MEMORY_REGION(kept().memory, kept().size);
     }
     ~Workspace() {
         if (kept().size > KEPT) kept().release();
@@ -90,19 +98,26 @@ class Workspace {
         static_assert(std::is_trivially_default_constructible<T>::value, "contents are undefined");
         T* mine = reinterpret_cast<T*>(next_);
         next_ += bytes<T>(count);
+        ASAN_UNPOISON_MEMORY_REGION(mine, std::size_t(count) * sizeof(T));
         return mine;
     }
     template <class T>
     static std::size_t bytes(std::int64_t count) {
-        return (std::size_t(count) * sizeof(T) + ALIGN - 1) / ALIGN * ALIGN;
+        return count ? (std::size_t(count) * sizeof(T) + ALIGN - 1) / ALIGN * ALIGN + GAP : 0;
     }
 
    private:
     static constexpr std::size_t ALIGN = 64;
+#ifdef __SANITIZE_ADDRESS__
+    static constexpr std::size_t GAP = ALIGN;  // forbidden, so that a step beyond one's room is seen
+#else
+    static constexpr std::size_t GAP = 0;
+#endif
     struct Kept {
         void* memory = nullptr;
         std::size_t size = 0;
         void release() {
+            ASAN_UNPOISON_MEMORY_REGION(memory, size);
             std::free(memory);
             memory = nullptr, size = 0;
         }
