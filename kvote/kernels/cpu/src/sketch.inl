@@ -23,10 +23,11 @@ void encode_slot(const T* keys, uint8_t* sketch, int64_t slot, int64_t dim, int6
     const float most = bits == 8 ? 127.0f : 7.5f, zero = bits == 8 ? 128.0f : 7.5f;
     // Beyond the range of half precision, codes saturate; an infinite scale would make every score NaN.
     const uint16_t half = float_to_half(std::min(65504.0f, max(peak) / most));
-    const float scale = half_to_float(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    const float scale = half_to_float(half);
     uint8_t codes[256];
     for (int64_t c = 0; c < dim; ++c) {
-        float x = row[c] * inverse;
+        // Divided as the law divides: a product with 1 / scale would round some halves the other way.
+        float x = scale > 0 ? row[c] / scale : 0.0f;
         x = x < most ? x : most;
         x = x > -most ? x : -most;
         codes[c] = uint8_t(x + zero + 0.5f);
@@ -54,10 +55,9 @@ struct CodedQuery {
         float peak = 0;
         for (int64_t c = 0; c < dim; ++c) peak = query[c] > peak ? query[c] : -query[c] > peak ? -query[c] : peak;
         scale = peak / 127.0f;
-        const float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;
         sum = 0;
         for (int64_t c = 0; c < dim; ++c) {
-            float x = query[c] * inverse;
+            float x = scale > 0 ? query[c] / scale : 0.0f;
             if (!(std::abs(x) < 127.5f)) x = 0;  // NaN has no code
             code[c] = int8_t(x + (x < 0 ? -0.5f : 0.5f));
             sum += code[c];
