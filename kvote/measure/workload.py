@@ -136,6 +136,13 @@ class Workload:
         keys = candidates * self.geometry.token_bytes // 2
         return sketch_bytes(self.geometry, candidates, bits) if bits else keys
 
+    def _selecting_bytes(self, layer: Layer, bits: int) -> int:
+        """Those of the scores, and of the keys that a sketch nominates; where that is half of them, of all keys."""
+        nominated = getattr(layer.method.read, "nominated", 0)
+        if 2 * nominated >= self.tokens - WINDOW - SINKS:
+            return self._scored_bytes(0)
+        return self._scored_bytes(bits) + nominated * self.geometry.token_bytes // 2
+
     def _votes(self, name: str) -> Kernel:
         bits = SKETCHES[name]
         said = f"votes, {bits}-bit sketch" if bits else "votes, exact"
@@ -162,8 +169,7 @@ class Workload:
         layer, bits = self.layers[name], SKETCHES[name]
         said = f"tokenselect step, {bits}-bit sketch" if bits else "tokenselect step"
         checked = partial(check.step, said, layer, self.geometry, bits, WINDOW, (SINKS, WINDOW))
-        nominated = getattr(layer.method.read, "nominated", 0) * self.geometry.token_bytes // 2
-        read = self._scored_bytes(bits) + nominated + len(self._list) * self.geometry.token_bytes
+        read = self._selecting_bytes(layer, bits) + len(self._list) * self.geometry.token_bytes
         return Kernel(said, stepping(layer, self.geometry), read, checked)
 
     def _store(self) -> Kernel:

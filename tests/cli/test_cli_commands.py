@@ -11,8 +11,10 @@ from kvote.cli import main
 from kvote.method import METHODS, parse
 from kvote.models.presets import PRESETS, preset, with_presets
 
+COMMANDS = ("ask", "methods", "env", "bench", "will-it-help", "train-embedded")
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["ask", "--help"], ["train-embedded", "--help"], ["--no"]])
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS), ["--no"]])
 def test_help_does_not_wait_for_torch(argv):
     code = (
         "import sys\nfrom kvote.cli import main\n"
