@@ -175,8 +175,8 @@ def measure(
         weights = _weights_per_second(shape, batch, sweep)
         lengths = _lengths(shape.geometry, context, batch, len(chosen), bench)
         bench.lengthen(max(lengths))
-        points, layer = _points(bench, chosen, lengths, say)
-        copies = {length: bench.copying(length) for length in _spread(lengths[0])}
+        points, layer = _points(bench, chosen, lengths, context, say)
+        copies = {length: bench.copying(length) for length in _spread(lengths[0], context)}
     step = max(0.0, points[DEFAULT][FEW] - layer)
     return Machine(
         bandwidth=sweep.bandwidth,
@@ -206,16 +206,17 @@ def _lengths(geometry: Geometry, context: int, batch: int, methods: int, bench: 
     return min(longest, quick), longest
 
 
-def _spread(longest: int) -> tuple[int, ...]:
-    return longest, longest // 4, FEW
+def _spread(longest: int, context: int) -> set[int]:
+    """Lengths to measure: the one asked for is among them, unless it is longer than the longest."""
+    return {longest, longest // 4, FEW, max(FEW, min(context, longest))}
 
 
 def _points(
-    bench: _Bench, methods: dict[str, Method], lengths: tuple[int, int], say: Callable[[str], None]
+    bench: _Bench, methods: dict[str, Method], lengths: tuple[int, int], context: int, say: Callable[[str], None]
 ) -> tuple[dict[str, dict[int, float]], float]:
     """Seconds of a token by cache and length, and those of one more layer that reads next to nothing."""
     caches: dict[str, Method | None] = {DEFAULT: None, **methods}
-    plan = {name: _spread(lengths[0] if name == DEFAULT else lengths[1]) for name in caches}
+    plan = {name: _spread(lengths[0] if name == DEFAULT else lengths[1], context) for name in caches}
     points: dict[str, dict[int, float]] = {name: {} for name in caches}
     knees: dict[str, int] = {}
     for length in sorted({length for spread in plan.values() for length in spread}, reverse=True):

@@ -63,6 +63,11 @@ def test_every_cache_is_measured_at_every_length():
     assert made.default.seconds > 0
 
 
+def test_the_length_asked_for_is_measured():
+    machine = probe.measure(MODEL, 700, METHODS[:1])
+    assert all(700 in [length for length, _ in curve.points] for curve in (*machine.caches.values(), machine.copy))
+
+
 def test_a_text_is_at_least_so_long_that_a_selection_leaves_something_out():
     machine = probe.measure(MODEL, 10, METHODS[:1])
     assert max(length for length, _ in machine.caches[DEFAULT].points) == 1200
