@@ -218,6 +218,7 @@ def _attention(
         valid=None if padding is None or padding.valid is None else padding.valid.to(query.device),
         solo=_solo(owner.layer, owner.turn, t),
         decode=t == 1 and seen >= owner.turn.end,
+        ahead=_ahead(owner.layer, owner.turn, t),
         past=None if padding is None or padding.past is None else padding.past.to(query.device),
         logits=Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
         sink_logits=kwargs.get("s_aux"),
@@ -234,6 +235,17 @@ def _solo(layer: Layer, turn: Turn, t: int) -> int:
         # Assisted decoding verifies drafts as the decode steps they stand for; its first pass has them behind a prompt.
         return t if layer.seen else min(t, tail + _DRAFTS)
     return t if t == 1 else min(t, tail)
+
+
+def _ahead(layer: Layer, turn: Turn, t: int) -> int | None:
+    """How many tokens of the prompt come after the next ``t`` columns; None if those are generated ones.
+
+    Without an announcement, the end of every pass is a prompt's end, unless it is a single token or verifies drafts.
+    """
+    if layer.seen < turn.end:
+        return turn.end - layer.seen - t
+    drafts = layer.record_past and t <= _DRAFTS
+    return None if layer.seen and (t == 1 or drafts) else 0
 
 
 def attach(model: PreTrainedModel) -> None:

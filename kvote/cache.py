@@ -35,7 +35,7 @@ class Cache(TransformersCache):
         ropes = attention.find_ropes(model, ours) if self.method.read.needs_raw_keys else {}
         for index, native in enumerate(native_layers):
             if index in ours:
-                layer = Layer(index, self.method, ropes.get(index))
+                layer = Layer(index, self.method, ropes.get(index), layers=len(ours))
                 native = previous = attention.CacheLayer(layer, self.turn, previous)
             layers.append(native)
         super().__init__(layers=layers)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.errors import CropError, InputError
+from kvote.errors import CropError, InputError, MethodError
+from kvote.keep.keeper import Held
+from kvote.keep.observation import Observation
+from kvote.keep.record import Record
 from kvote.method import Method
-from kvote.read.tokens import Activity, Memory, Queries, Reading
+from kvote.read.tokens import Activity, Memory, Queries, Reading, Span
 from kvote.rope import Rope
 from kvote.store.raw import RawSegment
 from kvote.store.segment import Logits
@@ -40,7 +43,9 @@ class Step:
     ``query`` [b, heads, t, d], ``key`` [b, h, t, d] and ``value`` [b, h, t, dv] are as the model made them;
     ``positions`` [b, t] are those of the rotation; ``valid`` [b, t] is False where a token is padding (None: none
     is); ``past`` [b, seen] is the same for the columns before, where padding is among them. ``solo``: how many of the
-    last tokens end a prompt or a turn. ``decode``: a single generated token. ``sink_logits`` [heads]: learned sinks.
+    last tokens end a prompt or a turn. ``decode``: a single generated token. ``ahead``: tokens of the prompt still to
+    come after this pass; negative where the pass goes on behind the prompt's end; None where all its tokens are
+    generated ones. ``sink_logits`` [heads]: learned sinks.
     """
 
     query: Tensor
@@ -53,6 +58,7 @@ class Step:
     sink_logits: Tensor | None = None
     past: Tensor | None = None
     decode: bool = False
+    ahead: int | None = 0
 
 
 @dataclass
@@ -62,6 +68,8 @@ class Layer:
     index: int
     method: Method
     rope: Rope | None
+    # Layers that share a budget of bytes.
+    layers: int = 1
     segment: RawSegment | None = None
     columns: Tensor | None = None
     seen: int = 0
@@ -73,6 +81,12 @@ class Layer:
     settled: int = 0
     # Tokens announced but not yet seen; memory for them is set aside in one piece.
     expected: int = 0
+    # Tokens of an announced prompt still to come.
+    ahead: int = 0
+    record: Record = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.record = Record(self.method.keep)
 
     @property
     def sequences(self) -> int:
@@ -80,7 +94,7 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        parts = [self.segment, self.memory]
+        parts = [self.segment, self.memory, self.record]
         columns = 0 if self.columns is None else self.columns.untyped_storage().nbytes()
         return columns + sum(part.nbytes for part in parts if part is not None)
 
@@ -94,8 +108,25 @@ class Layer:
             )
             self.segment.add_sequences(step.key.shape[0])
             self.memory = self.method.read.new_memory()
+            self.record.memory = self.method.keep.new_memory()
             self.reserve()
+            self.budget(0)
         return self.segment
+
+    def budget(self, row: int) -> int | None:
+        """How many tokens a sequence may hold now, or None for no limit. Raises MethodError if that is none at all."""
+        dial = self.method.keep.budget
+        if dial is None or self.segment is None:
+            return None
+        if dial.unit != "bytes":
+            return dial.tokens(self.seen if self.columns is None else int(self.columns[row].sum()))
+        tokens = self.segment.tokens_within(dial.amount / self.layers, self.method.keep.token_bytes)
+        if tokens < 1:
+            raise MethodError(
+                f"{self.method.spec}: {dial.amount:,.0f} bytes for {self.layers} layers and {self.sequences} sequences "
+                "leave no page of tokens to a key head; give a larger budget."
+            )
+        return tokens
 
     @_outside_inference
     def reserve(self) -> None:
@@ -142,7 +173,10 @@ class Layer:
                 activity=self.activity,
                 memory=self.memory,
             )
-            answer = self._answers(reading, step)
+            answer, lse, spans = self._answers(reading, step)
+            if self.method.keep.observes(step.ahead):
+                seen = Observation(reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
+                self.record.waiting.append(seen)
             if group.is_everything:
                 out = answer
                 break
@@ -150,21 +184,28 @@ class Layer:
                 out = answer.new_zeros(b, heads, t, answer.shape[3])
             group.put(out, answer)
         self.seen += t
+        self.ahead = max(0, step.ahead or 0)
         if self.method.keep.drops and not self.record_past:
             self.drop()
         out = step.value.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
         return out.transpose(1, 2)
 
-    def _answers(self, reading: Reading, step: Step) -> Tensor:
-        pieces = []
+    def _answers(self, reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
+        """What the queries answer [b, heads, t, dv], the log-sum-exp of what they read, and what that was."""
+        pieces, totals, spans = [], [], []
         for span in self.method.read.read(reading):
             queries = reading.queries.rows(span.start, span.stop)
             answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
             out, lse = kernels.merge(answers)
             if step.sink_logits is not None:
                 out = kernels.with_sink_logits(out, lse, step.sink_logits)
+                lse = torch.logaddexp(lse, step.sink_logits.float().reshape(1, -1, 1))
             pieces.append(out)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+            totals.append(lse)
+            spans.append(span)
+        if len(pieces) == 1:
+            return pieces[0], totals[0], spans
+        return torch.cat(pieces, dim=2), torch.cat(totals, dim=2), spans
 
     def _groups(self, valid: Tensor | None, b: int, t: int) -> list[tuple[list[int], Tensor | None]]:
         """Rows that can be computed together: equally many tokens held and added. With padding, their columns too."""
@@ -214,16 +255,25 @@ class Layer:
 
     @_outside_inference
     def drop(self) -> None:
-        """Lets go of the tokens that the method does not keep."""
+        """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep."""
         if self.segment is None:
             return
+        keeper, record = self.method.keep, self.record
+        if record.settle([self.segment.length(row) for row in range(self.sequences)]) and keeper.adds_up:
+            self.settled = self.seen
+        before = self.activity.dropped
         for row in range(self.sequences):
-            length = self.segment.length(row)
-            slots = self.method.keep.survivors(length)
+            length, budget = self.segment.length(row), self.budget(row)
+            slots = keeper.survivors(Held(row, length, length if budget is None else budget, self.ahead), record.memory)
             if slots is not None:
                 self.segment.keep(row, slots)
-                self.activity.dropped += length - len(slots)
+                if record.memory is not None:
+                    record.memory.keep(row, slots)
+                self.activity.dropped += length - slots.shape[-1]
                 self.settled = self.seen
+        if self.memory is not None and self.activity.dropped > before:
+            # What a reader remembers are slots, and other tokens stand there now.
+            self.memory.forget()
 
     @_outside_inference
     def crop(self, columns: int) -> None:
@@ -232,15 +282,18 @@ class Layer:
             return
         columns = min(columns, self.seen)
         if columns and self.seen - columns < self.settled:
+            what = "dropped tokens" if self.activity.dropped else "added up attention"
             raise CropError(
-                f"{self.method.spec} has dropped tokens that a rollback of {columns} would need; call "
+                f"{self.method.spec} has {what} that a rollback of {columns} would need back; call "
                 "cache.activate_past_recording() before the tokens that may be rolled back, or use a method that "
                 "keeps everything."
             )
+        lengths = []
         for row in range(self.sequences):
             gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
-            if gone:
-                self.segment.truncate(row, self.segment.length(row) - gone)
+            lengths.append(self.segment.length(row) - gone)
+        if columns:
+            self._take_back(lengths)
         self.seen -= columns
         if self.columns is not None:
             self.columns = self.columns[:, : self.seen].clone()
@@ -249,12 +302,27 @@ class Layer:
         self.segment.pool.trim()
         self.drop()
 
+    def _take_back(self, lengths: list[int]) -> None:
+        """Cuts sequences to ``lengths``, and what the keeper has seen of them: votes for a prompt that is no more are
+        forgotten, and passes that it has not been shown are cut."""
+        assert self.segment is not None
+        if not self.method.keep.adds_up:
+            self.record.memory = self.method.keep.new_memory()
+        # Before the tokens go: what remains of a pass may be listed together with them.
+        self.record.settle(lengths)
+        self.record.truncate(lengths)
+        for row, length in enumerate(lengths):
+            if length < self.segment.length(row):
+                self.segment.truncate(row, length)
+        self.ahead = 0
+
     @_outside_inference
     def select(self, index: list[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]`` (beams, several answers, a part of the batch)."""
         if self.segment is None or index == list(range(self.sequences)):
             return
         self.segment.select(index)
+        self.record.select(index)
         if self.columns is not None:
             self.columns = self.columns[index]
         if self.memory is not None:
@@ -264,7 +332,8 @@ class Layer:
     def reset(self) -> None:
         """Back to the state before the first token."""
         self.segment, self.columns, self.memory = None, None, None
-        self.seen = self.settled = self.expected = 0
+        self.record = Record(self.method.keep)
+        self.seen = self.settled = self.expected = self.ahead = 0
         self.record_past = False
         self.activity = Activity()
 

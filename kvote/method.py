@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
 
 from kvote.errors import MethodError
-from kvote.keep.policies import KeepAll, Keeper
+from kvote.keep.keeper import Keeper
+from kvote.keep.policies import KeepAll
 from kvote.read.tokens import Everything, Reader
 
 Parameters = ParamSpec("Parameters")
@@ -28,6 +29,13 @@ class Method:
     spec: str = "custom"
     keep: Keeper = field(default_factory=KeepAll)
     read: Reader = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        if self.keep.per_head and self.read.one_list:
+            raise MethodError(
+                f"{self.spec}: the tokens kept differ from head to head, but the reader takes one list of tokens for "
+                "all heads, in which the same place would mean other tokens in every head; write per_head=False."
+            )
 
     def __or__(self, other: "Method") -> "Method":
         for room, default in (("keep", KeepAll), ("read", Everything)):

@@ -8,7 +8,8 @@ from kvote.layer import Layer
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. ``tokens_held`` is the sum over sequences, ``tokens_read`` what the latest query read."""
+    """One layer. ``tokens_held`` is the sum over sequences, ``tokens_read`` what the latest query read; ``budget``:
+    tokens that the longest sequence may hold now, None for no limit."""
 
     layer: int
     tokens_seen: int
@@ -19,11 +20,13 @@ class LayerReport:
     dropped: int
     calls: int
     nbytes: int
+    budget: int | None
 
     @classmethod
     def of(cls, layer: Layer) -> "LayerReport":
         held = 0 if layer.segment is None else sum(layer.segment.length(row) for row in range(layer.sequences))
         act = layer.activity
+        budgets = [tokens for row in range(layer.sequences) if (tokens := layer.budget(row)) is not None]
         return cls(
             layer=layer.index,
             tokens_seen=layer.seen,
@@ -34,6 +37,7 @@ class LayerReport:
             dropped=act.dropped,
             calls=act.calls,
             nbytes=layer.nbytes,
+            budget=max(budgets) if budgets else None,
         )
 
 

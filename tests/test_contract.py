@@ -24,6 +24,11 @@ METHODS = {
     "tokenselect": f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "tokenselect-tail": f"tokenselect({_FEW}, chunk=16, tail=500, theta=2.0)",
     "random": f"random({_FEW}, chunk=16, tail=500)",
+    "h2o-all": "h2o(budget=500)",
+    "h2o": "h2o(budget=20)",
+    "snapkv-all": "snapkv(budget=500, window=6)",
+    "snapkv": "snapkv(budget=20, window=6)",
+    "snapkv-tokenselect": f"snapkv(budget=20, window=6, per_head=False) | tokenselect({_FEW}, chunk=1, theta=2.0)",
 }
 COLUMNS = 70
 

@@ -1,41 +1,59 @@
-"""Which tokens stay in memory after a forward pass."""
+"""Which tokens stay in memory after a forward pass, decided by their place in the text alone."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvote.keep.budget import Budget
+from kvote.keep.keeper import Held
+from kvote.keep.observation import Observation
 
-class Keeper(Protocol):
-    """Decides which tokens of a sequence stay. ``drops``: whether it ever lets one go."""
 
-    @property
-    def drops(self) -> bool: ...
-    def survivors(self, length: int) -> Tensor | None:
-        """Slots to keep out of ``length``, ascending; None keeps all."""
-        ...
+class _Blind:
+    """What keepers have in common that look at no attention."""
+
+    per_head = False
+    adds_up = False
+    token_bytes = 0
+
+    def new_memory(self) -> None:
+        return None
+
+    def observes(self, ahead: int | None) -> bool:
+        return False
+
+    def observe(self, seen: Observation, memory: None) -> None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class KeepAll:
+class KeepAll(_Blind):
     """Every token stays."""
 
     drops: bool = False
 
-    def survivors(self, length: int) -> None:
+    @property
+    def budget(self) -> None:
+        return None
+
+    def survivors(self, held: Held, memory: None) -> None:
         return None
 
 
 @dataclass(frozen=True)
-class KeepSinksAndRecent:
+class KeepSinksAndRecent(_Blind):
     """The first ``sinks`` tokens and the last ``window`` ones."""
 
     sinks: int
     window: int
     drops: bool = True
 
-    def survivors(self, length: int) -> Tensor | None:
-        if length <= self.sinks + self.window:
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.sinks + self.window)
+
+    def survivors(self, held: Held, memory: None) -> Tensor | None:
+        if held.length <= self.sinks + self.window:
             return None
-        return torch.cat([torch.arange(self.sinks), torch.arange(length - self.window, length)])
+        return torch.cat([torch.arange(self.sinks), torch.arange(held.length - self.window, held.length)])

@@ -16,6 +16,7 @@ from kvote.kernels.reference import forbid, max_pool, merge, scores, soft_votes,
 
 __all__ = [
     "attend",
+    "attention_mass",
     "backend",
     "compiled",
     "forbid",
@@ -107,3 +108,20 @@ def _in_rows(
     if len(answers) == 1:
         return answers[0]
     return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)
+
+
+def attention_mass(
+    query: Tensor,
+    lse: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """``reference.attention_mass`` [b, h, m] with the mask given as a rule, as in ``attend``; ``lse`` is that of all
+    tokens that a row reads, of which ``key`` may hold only some."""
+    t, m = query.shape[2], key.shape[2]
+    limits = list(range(m - t + 1, m + 1)) if causal else [m] * t
+    return reference.attention_mass(query, lse, key, 0, limits, scale=scale, softcap=softcap, window=window)

@@ -127,22 +127,50 @@ def forbid(values: Tensor, start: int, limits: list[int]) -> Tensor:
     return values.masked_fill(late if values.dim() == 3 else late[:, None], float("-inf"))
 
 
+# Float32 logits that ``attention_mass`` holds at a time (16 MiB), so that no matrix of queries by tokens ever exists.
+_MASS_HELD = 1 << 22
+
+
 def attention_mass(
-    query: Tensor, lse: Tensor, key: Tensor, start: int, limits: list[int], *, scale: float, softcap: float | None
+    query: Tensor,
+    lse: Tensor,
+    key: Tensor,
+    start: int,
+    limits: list[int],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention that each token received: its softmax weights, summed over the query rows of its key/value head.
 
-    ``query`` [b, h*g, t, d] with the ``lse`` [b, h*g, t] of its rows, of which row i sees tokens before ``limits[i]``;
-    ``key`` [b, h, n, d] holds tokens from ``start`` on. Returns [b, h, n] in float32. A row that saw nothing (lse -inf)
-    gives nothing.
+    ``query`` [b, h*g, t, d] with the ``lse`` [b, h*g, t] of its rows, of which row i sees tokens before ``limits[i]``,
+    and with ``window`` only the last of those; ``key`` [b, h, n, d] holds tokens from ``start`` on. Returns [b, h, n]
+    in float32. A row that saw nothing (lse -inf) gives nothing.
     """
-    b, _, t, _ = query.shape
-    logits = scores(query, key) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    lse = lse.float().masked_fill(lse == float("-inf"), float("inf"))
-    weights = torch.exp(forbid(logits, start, limits) - lse.transpose(1, 2)[..., None])
-    return weights.reshape(b, t, key.shape[1], -1, key.shape[2]).sum(dim=(1, 3))
+    b, heads, t, d = query.shape
+    h, n = key.shape[1], key.shape[2]
+    groups = heads // h
+    grouped = query.float().reshape(b, h, groups, t, d)
+    totals = lse.float().masked_fill(lse == float("-inf"), float("inf")).reshape(b, h, groups, t)
+    ends = torch.tensor(limits, device=key.device) - start
+    mass = torch.zeros(b, h, n, device=key.device)
+    rows = max(1, min(t, _MASS_HELD // (b * heads * 64)))
+    for row in range(0, t, rows):
+        part, total = grouped[:, :, :, row : row + rows], totals[:, :, :, row : row + rows].flatten(2)[..., None]
+        end = ends[row : row + rows].repeat(groups)[:, None]
+        wide = max(64, _MASS_HELD // (b * heads * part.shape[3]))
+        first = 0 if window is None else max(0, int(end.min()) - window)
+        for token in range(first, min(n, int(end.max())), wide):
+            some = key[:, :, token : token + wide].float()
+            logits = torch.matmul(part.flatten(2, 3), some.transpose(-1, -2)) * scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            at = torch.arange(token, token + some.shape[2], device=key.device)
+            unseen = at >= end if window is None else (at >= end) | (at < end - window)
+            weights = torch.exp(logits - total).masked_fill(unseen, 0.0)
+            mass[:, :, token : token + wide] += weights.sum(dim=2)
+    return mass
 
 
 def max_pool(votes: Tensor, size: int) -> Tensor:

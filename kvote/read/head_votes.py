@@ -71,6 +71,10 @@ class HeadVotes:
         return SKETCHES[self.sketch]
 
     @property
+    def one_list(self) -> bool:
+        return True
+
+    @property
     def needs_raw_keys(self) -> bool:
         return True
 

@@ -33,6 +33,18 @@ class TokenSet:
     def blocks(self) -> int:
         return 1 if isinstance(self.index, range) else self.index.shape[1]
 
+    def of_rows(self, count: int, start: int, stop: int) -> "TokenSet":
+        """What query rows ``start`` to ``stop`` read, where this is what ``count`` rows read."""
+        if isinstance(self.index, Tensor) and self.blocks == count:
+            return replace(self, index=self.index[:, start:stop])
+        if self.blocks > 1:
+            raise ValueError("Blocks of several rows cannot be cut.")
+        if not self.causal or stop == count:
+            return self
+        seen = len(self) - (count - stop)
+        index = self.index[:seen] if isinstance(self.index, range) else self.index[..., :seen]
+        return replace(self, index=index)
+
     def __len__(self) -> int:
         """Tokens that each query reads."""
         return len(self.index) if isinstance(self.index, range) else self.index.shape[-1]
@@ -111,8 +123,11 @@ class Memory(Protocol):
 class Reader(Protocol):
     """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``sketch_bits``:
     of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats
-    one by one."""
+    one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
+    tokens in every head."""
 
+    @property
+    def one_list(self) -> bool: ...
     @property
     def needs_raw_keys(self) -> bool: ...
     @property
@@ -127,6 +142,7 @@ class Reader(Protocol):
 class Everything:
     """Reads all tokens held, at their own positions: dense attention."""
 
+    one_list: bool = field(default=False, init=False)
     needs_raw_keys: bool = field(default=False, init=False)
     sketch_bits: int = field(default=0, init=False)
     tail: int = field(default=0, init=False)

@@ -11,6 +11,7 @@ which is the usual state: a lane then is a plain strided tensor and reading it c
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from kvote.kernels import cpu
 PAGE = 64
 # Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
 _ROOM = 8
+# Pages per lane that may lie unused besides that room.
+_UNUSED = 2
+# Bytes of tables per page at most: its owners, and a run of its own.
+_TABLES = 20
 _PARTS = ("keys", "values", "positions", "sketch")
 _NONE = np.empty(0, np.int64)
 
@@ -167,8 +172,16 @@ class PagePool:
     def trim(self) -> None:
         """Gives unused pages back if they are more than the usual room."""
         used = int((self.owners > 0).sum())
-        if len(self.owners) - used > used // _ROOM + 2 * len(self.lanes):
+        if len(self.owners) - used > used // _ROOM + _UNUSED * len(self.lanes):
             self.arrange([0] * len(self.lanes))
+
+    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
+        """Tokens that each lane may hold for the pool to take ``nbytes`` at most, unused pages included, and as many
+        times ``beside`` elsewhere."""
+        parts: list[Tensor] = [getattr(self, name) for name in _PARTS]
+        page = _TABLES + PAGE * beside + sum(prod(part.shape[1:]) * part.element_size() for part in parts)
+        pages = nbytes / page / max(1, len(self.lanes))
+        return max(0, int((pages - _UNUSED) * _ROOM / (_ROOM + 1))) * PAGE
 
     def select(self, index: Sequence[int]) -> None:
         """Makes ``lanes[i]`` a copy of the former ``lanes[index[i]]``; the pages are shared, not copied."""

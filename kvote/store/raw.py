@@ -13,6 +13,8 @@ from kvote.store.pages import PAGE, Lane, PagePool
 from kvote.store.segment import Logits
 
 _QUESTION = 8 * PAGE
+# Query rows per key head up to which the C++ kernel adds up attention.
+_COUNTED = 64
 
 
 class RawSegment:
@@ -137,6 +139,36 @@ class RawSegment:
             return outs[0][:, :, None], lses[0][:, :, None]
         return torch.stack(outs, dim=2), torch.stack(lses, dim=2)
 
+    def attention_mass(
+        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
+    ) -> Tensor:
+        b, heads, t, d = queries.rotated.shape
+        q = tokens.blocks
+        if isinstance(tokens.index, range) and self._counts(tokens, heads * t):
+            start, m = tokens.index.start, len(tokens)
+            limits = [start + (m - t + i + 1 if tokens.causal else m) for i in range(t)]
+            chosen = self.pool.table(self._lanes(rows))
+            scale, softcap, keys = logits.scale, logits.softcap, self.pool.keys
+            mass = cpu.attention_mass(queries.rotated, lse, keys, chosen, start, limits, scale=scale, softcap=softcap)
+            return mass[:, :, None]
+        query = self._place_queries(queries, tokens).reshape(b, heads, q, t // q, d).transpose(1, 2)
+        lse = lse.reshape(b, heads, q, t // q).transpose(1, 2)
+        mass = kernels.attention_mass(
+            query.reshape(b * q, heads, t // q, d),
+            lse.reshape(b * q, heads, t // q),
+            self._place(rows, tokens)[0],
+            scale=logits.scale,
+            softcap=logits.softcap,
+            causal=tokens.causal,
+            window=tokens.window,
+        )
+        return mass.reshape(b, q, self.heads, -1).transpose(1, 2)
+
+    def _counts(self, tokens: TokenSet, query_rows: int) -> bool:
+        """Whether the C++ kernel adds up the attention on a range faster than products of matrices: for few rows."""
+        few = query_rows <= _COUNTED * self.heads
+        return few and self.rope is None and tokens.window is None and len(tokens) > 0 and self._compiled
+
     def _angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
         """Angles [m, r] of the places that the tokens of a set take when they stand side by side."""
         if self.rope is None:
@@ -188,27 +220,35 @@ class RawSegment:
         return [self.pool.positions.view(-1)[self.pool.slots(lane, 0, lane.length)] for lane in lanes]
 
     def keep(self, row: int, slots: Tensor) -> None:
-        """Drops every token of the sequence but those in ``slots`` (ascending), in all its lanes."""
-        for i in self._lanes([row]):
-            lane = self.pool.lanes[i]
-            old = self.pool.slots(lane, 0, lane.length)[slots.to(self.pool.keys.device)]
-            pools = [p.view(PAGE * p.shape[0], -1) for p in (self.pool.keys, self.pool.values, self.pool.positions)]
-            kept = [pool[old] for pool in pools]
-            # Up to the first token that moves, pages stay as they are and stay shared.
-            moved = int((slots != torch.arange(len(slots))).int().argmax()) if len(slots) else 0
-            self.pool.truncate(lane, moved)
-            self._rewrite(i, [k[moved:] for k in kept])
-        self.pool.trim()
+        """Drops every token of the sequence but those in ``slots``, ascending: [m] for all its lanes, or [h, m]."""
+        pool, lanes = self.pool, [self.pool.lanes[i] for i in self._lanes([row])]
+        slots = slots.to(pool.keys.device).expand(self.heads, -1)
+        count = slots.shape[1]
+        # Up to the first token that moves in any lane, pages stay as they are and stay shared.
+        moving = (slots != torch.arange(count, device=slots.device)).any(dim=0)
+        moved = int(moving.int().argmax()) if bool(moving.any()) else count
+        old = torch.stack([pool.slots(lane, 0, lane.length) for lane in lanes]).gather(1, slots[:, moved:]).flatten()
+        held = [part.view(PAGE * part.shape[0], -1)[old] for part in (pool.keys, pool.values, pool.positions)]
+        for lane in lanes:
+            pool.truncate(lane, moved)
+        if len(old):
+            self._rewrite(lanes, held, count - moved)
+        pool.trim()
 
-    def _rewrite(self, index: int, rows: list[Tensor]) -> None:
-        lane, t = self.pool.lanes[index], len(rows[0])
-        self.pool.grow([lane.length + t * (i == index) for i, lane in enumerate(self.pool.lanes)])
-        slots = self.pool.slots(lane, lane.length, lane.length + t)
-        for pool, new in zip((self.pool.keys, self.pool.values, self.pool.positions), rows, strict=True):
-            pool.view(PAGE * pool.shape[0], -1).index_copy_(0, slots, new)
+    def _rewrite(self, lanes: list[Lane], held: list[Tensor], t: int) -> None:
+        """Adds ``t`` tokens to each lane: keys, values and positions [lanes * t, ...] in that order."""
+        pool, chosen = self.pool, {id(lane) for lane in lanes}
+        pool.grow([lane.length + t * (id(lane) in chosen) for lane in pool.lanes])
+        slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
+        for part, new in zip((pool.keys, pool.values, pool.positions), held, strict=True):
+            part.view(PAGE * part.shape[0], -1).index_copy_(0, slots, new)
         if self.sketch_bits:
-            cpu.sketch(self.pool.keys, self.pool.sketch, self.sketch_bits, slots)
-        lane.length += t
+            cpu.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
+        for lane in lanes:
+            lane.length += t
+
+    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
+        return self.pool.tokens_within(nbytes, beside)
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets the last tokens of a sequence, down to ``length``."""

@@ -26,6 +26,15 @@ class Segment(Protocol):
         """Softmax attention over ``tokens``: out [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
         ...
 
+    def attention_mass(
+        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
+    ) -> Tensor:
+        """Attention [b, h, q, m] that each token of each of the q lists of ``tokens`` received in every key head.
+
+        ``lse`` [b, heads, t]: that of all tokens that a query row read, of which ``tokens`` may be a part.
+        """
+        ...
+
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         """q.k of ``query`` [b, heads, r, d] with tokens ``start`` to ``stop`` at position 0: [b, r, heads, n]."""
         ...
@@ -42,6 +51,14 @@ class Segment(Protocol):
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The tokens themselves as stored, keys [b, h, n, d] and values [b, h, n, dv]."""
+        ...
+
+    def keep(self, row: int, slots: Tensor) -> None:
+        """Drops every token of a sequence but those in ``slots``, ascending: [m], or [h, m] to differ by key head."""
+        ...
+
+    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
+        """How many tokens of each sequence fit into ``nbytes``, with ``beside`` bytes per token and key head."""
         ...
 
     @property

@@ -51,13 +51,15 @@ class Fed:
         cos, sin = self.rope.angles(self.places[None, start:stop], torch.float32)
         return self.rope.apply(x[:, :, start:stop], (cos[:, None], sin[:, None]))
 
-    def feed(self, count: int, solo: int = 0) -> Tensor:
+    def feed(self, count: int, solo: int = 0, ahead: int | None = 0) -> Tensor:
         a, b = self.at, self.at + count
         self.at = b
         places = self.places[None, a:b].expand(len(self.query), -1)
         parts = (self.turned(self.query, a, b), self.turned(self.key, a, b), self.value[:, :, a:b], places)
-        solo = 1 if count == 1 else solo
-        return self.layer.attend(Step(*parts, valid=None, solo=solo, logits=Logits(DIM**-0.5), decode=count == 1))
+        solo, decode = 1 if count == 1 else solo, count == 1
+        ahead = None if decode else ahead
+        logits = Logits(DIM**-0.5)
+        return self.layer.attend(Step(*parts, valid=None, solo=solo, logits=logits, decode=decode, ahead=ahead))
 
     def dense(self, count: int) -> Tensor:
         """The last ``count`` rows of dense attention over all that was fed."""

@@ -1,0 +1,38 @@
+"""Budget: how much of a text may stay, as one dial. Whole numbers are tokens, fractions are of the tokens seen, and a
+text such as "512MiB" is bytes."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from kvote.errors import MethodError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_BYTES = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``amount`` tokens per sequence and key head, or that share of the tokens seen, or bytes over all layers that
+    kvote manages and all sequences."""
+
+    amount: float
+    unit: Literal["tokens", "fraction", "bytes"] = "tokens"
+
+    def tokens(self, seen: int) -> int:
+        """Tokens that a sequence of ``seen`` tokens may hold, at least one; bytes are for the store to translate."""
+        return max(1, int(self.amount * seen if self.unit == "fraction" else self.amount))
+
+
+def budget(value: object) -> Budget:
+    """Reads a budget: 1024, 0.25 or "512MiB". Raises MethodError for anything else."""
+    if isinstance(value, str) and (match := _BYTES.fullmatch(value)):
+        return Budget(float(match[1]) * _UNITS[match[2]], "bytes")
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return Budget(value)
+    if isinstance(value, float) and 0 < value <= 1:
+        return Budget(value, "fraction")
+    raise MethodError(
+        f"budget must be tokens such as 1024, a fraction of the tokens seen such as 0.25 (at most 1.0), or bytes such "
+        f'as "512MiB"; got {value!r}.'
+    )

@@ -1,0 +1,51 @@
+"""Keeps the tokens that have received the most attention so far, and the most recent ones."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.errors import MethodError
+from kvote.keep.budget import Budget
+from kvote.keep.keeper import Held
+from kvote.keep.mass import Mass
+from kvote.keep.observation import Observation
+
+
+@dataclass(frozen=True)
+class KeepHeavyHitters:
+    """Parameters as in ``methods/h2o.py``, which documents them."""
+
+    budget: Budget
+    recent: float
+    per_head: bool = True
+    drops: bool = field(default=True, init=False)
+    adds_up: bool = field(default=True, init=False)
+    token_bytes: int = field(default=4, init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recent, int | float) or isinstance(self.recent, bool) or not 0 < self.recent <= 1:
+            raise MethodError(f"recent must be a share of the budget, above 0 and at most 1; got {self.recent!r}.")
+        if not isinstance(self.per_head, bool):
+            raise MethodError(f"per_head must be True or False; got {self.per_head!r}.")
+
+    def new_memory(self) -> Mass:
+        return Mass()
+
+    def observes(self, ahead: int | None) -> bool:
+        return True
+
+    def observe(self, seen: Observation, memory: Mass) -> None:
+        for row, mass in zip(seen.rows, seen.mass(), strict=True):
+            memory.add(row, mass if self.per_head else mass.sum(dim=0, keepdim=True))
+
+    def survivors(self, held: Held, memory: Mass) -> Tensor | None:
+        if held.ahead > 0 or held.length <= held.budget:
+            return None
+        heavy = int(held.budget * (1 - self.recent))
+        edge = held.length - (held.budget - heavy)
+        mass = memory.rows[held.row]
+        recent = torch.arange(edge, held.length, device=mass.device).expand(len(mass), -1)
+        slots = torch.cat([kernels.top_k(mass[:, :edge], heavy), recent], dim=1) if heavy else recent
+        return slots if self.per_head else slots[0]

@@ -1,0 +1,88 @@
+"""Observation: what a keeper sees of one pass. Attention received is computed from it, never stored as a matrix."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvote.read.tokens import Queries, Span
+from kvote.store.segment import Logits, Segment
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One pass of equally long sequences. Query row i is slot ``first + i`` of each of the sequences ``rows``.
+
+    ``lse`` [b, heads, t]: log-sum-exp of all that each query row read, which was ``spans``. ``ahead``: tokens of the
+    prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None where the
+    tokens are generated ones.
+    """
+
+    queries: Queries
+    lse: Tensor
+    segment: Segment
+    rows: list[int]
+    first: int
+    spans: list[Span]
+    logits: Logits
+    ahead: int | None
+
+    @property
+    def count(self) -> int:
+        return self.lse.shape[2]
+
+    def mass(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Attention [b, h, n] that the tokens held received from query rows ``start`` to ``stop``, in float32.
+
+        The weights of one query row and head add up to 1, over whatever the method let it read.
+        """
+        stop = self.count if stop is None else stop
+        b, h = len(self.rows), self.segment.heads
+        mass = torch.zeros(b, h, self.first + self.count, device=self.lse.device)
+        for span in self.spans:
+            a, z = max(start, span.start), min(stop, span.stop)
+            if a >= z:
+                continue
+            queries, lse = self.queries.rows(a, z), self.lse[:, :, a:z].contiguous()
+            for read in span.reads:
+                tokens = read.of_rows(span.stop - span.start, a - span.start, z - span.start)
+                part = self.segment.attention_mass(queries, lse, self.rows, tokens, self.logits)
+                if isinstance(tokens.index, range):
+                    mass[:, :, tokens.index.start : tokens.index.stop] += part[:, :, 0]
+                else:
+                    places = tokens.index.flatten(1)[:, None].expand(-1, h, -1)
+                    mass.scatter_add_(2, places, part.flatten(2))
+        return mass
+
+    def of(self, row: int, length: int) -> "Observation | None":
+        """What is left of one sequence when it is cut to ``length`` tokens; None if that is nothing."""
+        i, count = self.rows.index(row), min(self.count, length - self.first)
+        if count <= 0:
+            return None
+        ahead = self.ahead if self.ahead is None or count == self.count else min(0, self.ahead + self.count - count)
+        spans = [_cut(span, i, count) for span in self.spans if span.start < count]
+        raw = self.queries.raw
+        queries = Queries(self.queries.rotated[i : i + 1], None if raw is None else raw[i : i + 1])
+        lse = self.lse[i : i + 1, :, :count]
+        return replace(self, queries=queries.rows(0, count), lse=lse, rows=[row], spans=spans, ahead=ahead)
+
+    def selected(self, index: list[int]) -> "list[Observation]":
+        """The same once sequence i is a copy of the former sequence ``index[i]``."""
+        length = self.first + self.count
+        parts = [(i, self.of(old, length)) for i, old in enumerate(index) if old in self.rows]
+        return [replace(part, rows=[i]) for i, part in parts if part is not None]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds on to."""
+        lists = [read.index for span in self.spans for read in span.reads]
+        own = [self.lse, self.queries.rotated, self.queries.raw, *lists]
+        return [tensor for tensor in own if isinstance(tensor, Tensor)]
+
+
+def _cut(span: Span, i: int, count: int) -> Span:
+    """The span as sequence i of its group alone reads it in its rows before ``count``."""
+    rows, stop = span.stop - span.start, min(span.stop, count)
+    reads = [read.of_rows(rows, 0, stop - span.start) for read in span.reads]
+    own = [replace(r, index=r.index[i : i + 1]) if isinstance(r.index, Tensor) else r for r in reads]
+    return Span(span.start, stop, own)

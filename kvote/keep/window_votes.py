@@ -1,0 +1,78 @@
+"""Keeps what the last queries of a prompt look at, and those last tokens themselves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from kvote import kernels
+from kvote.errors import MethodError
+from kvote.keep.budget import Budget
+from kvote.keep.keeper import Held
+from kvote.keep.mass import Mass
+from kvote.keep.observation import Observation
+
+_POOLS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {"avg": avg_pool1d, "max": max_pool1d}
+
+
+@dataclass(frozen=True)
+class KeepWindowVotes:
+    """Parameters as in ``methods/snapkv.py``, which documents them."""
+
+    budget: Budget
+    window: int
+    kernel: int
+    pooling: str
+    per_head: bool = True
+    drops: bool = field(default=True, init=False)
+    adds_up: bool = field(default=False, init=False)
+    token_bytes: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("window", "kernel"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise MethodError(f"{name} must be a whole number of at least 1; got {value!r}.")
+        if self.kernel % 2 == 0:
+            raise MethodError(f"kernel must be odd, so that a pooled vote stays at its token; got {self.kernel}.")
+        if self.pooling not in _POOLS:
+            raise MethodError(f"pooling must be 'avg' or 'max'; got {self.pooling!r}.")
+        if not isinstance(self.per_head, bool):
+            raise MethodError(f"per_head must be True or False; got {self.per_head!r}.")
+        if self.budget.unit == "tokens" and self.budget.amount <= self.window:
+            raise MethodError(
+                f"budget must exceed the window of {self.window}, which always stays; got {self.budget.amount}."
+            )
+
+    def new_memory(self) -> Mass:
+        return Mass()
+
+    def observes(self, ahead: int | None) -> bool:
+        return ahead is not None and ahead < self.window
+
+    def observe(self, seen: Observation, memory: Mass) -> None:
+        if seen.ahead is None:
+            return
+        end = seen.count + seen.ahead
+        start, stop = max(0, end - self.window), min(seen.count, end)
+        if start >= stop:
+            return
+        for row, mass in zip(seen.rows, seen.mass(start, stop), strict=True):
+            if end >= self.window:
+                memory.rows.pop(row, None)
+            memory.add(row, mass if self.per_head else mass.sum(dim=0, keepdim=True))
+
+    def survivors(self, held: Held, memory: Mass) -> Tensor | None:
+        if held.ahead > 0 or held.row not in memory.rows:
+            return None
+        # Votes serve once: tokens generated after the prompt stay until the next prompt votes anew.
+        votes = memory.rows.pop(held.row)
+        edge, chosen = held.length - self.window, max(held.budget, self.window) - self.window
+        if edge <= chosen:
+            return None
+        pooled = _POOLS[self.pooling](votes[:, :edge], self.kernel, 1, self.kernel // 2)
+        window = torch.arange(edge, held.length, device=votes.device).expand(len(votes), -1)
+        slots = torch.cat([kernels.top_k(pooled, chosen), window], dim=1) if chosen else window
+        return slots if self.per_head else slots[0]
