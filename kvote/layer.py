@@ -130,8 +130,9 @@ class Layer:
 
     @_outside_inference
     def reserve(self) -> None:
-        """Sets memory aside for the tokens expected, unless the method will drop most of them."""
-        if self.segment is not None and self.expected and not self.method.keep.drops:
+        """Sets memory aside for the tokens expected, unless the method drops most of them on the way."""
+        keep = self.method.keep
+        if self.segment is not None and self.expected and (keep.waits or not keep.drops):
             self.segment.reserve(self.expected)
             self.expected = 0
 
@@ -261,10 +262,12 @@ class Layer:
         keeper, record = self.method.keep, self.record
         if record.settle([self.segment.length(row) for row in range(self.sequences)]) and keeper.adds_up:
             self.settled = self.seen
+        if keeper.waits and self.ahead:
+            return
         before = self.activity.dropped
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
-            slots = keeper.survivors(Held(row, length, length if budget is None else budget, self.ahead), record.memory)
+            slots = keeper.survivors(Held(row, length, length if budget is None else budget), record.memory)
             if slots is not None:
                 self.segment.keep(row, slots)
                 if record.memory is not None:

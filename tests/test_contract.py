@@ -71,8 +71,13 @@ def more(rows: int, mask: Tensor | None, columns: int = 3, seed: int = 9) -> tup
 @pytest.mark.parametrize("passes", [1, 7, 64])
 def test_one_shot_equals_passes(net, method, batch, passes):
     tokens, mask = batch
-    whole = tiny.feed(net, tiny.cache(net, method), tokens, mask)
-    same(tiny.feed(net, tiny.cache(net, method), tokens, mask, passes), whole, mask)
+    whole, parts = tiny.cache(net, method), tiny.cache(net, method)
+    for cache in (whole, parts):
+        # A method that drops tokens has to know that the passes are one prompt.
+        cache.expect(COLUMNS)
+    expected = tiny.feed(net, whole, tokens, mask)
+    same(tiny.feed(net, parts, tokens, mask, passes), expected, mask)
+    assert all(held(parts, layer) == held(whole, layer) for layer in range(2))
 
 
 def test_crop_then_continue_equals_never_had_them(net, method, batch):
@@ -84,6 +89,9 @@ def test_crop_then_continue_equals_never_had_them(net, method, batch):
     kept = COLUMNS - 40
     tiny.feed(net, fresh, tokens[:, :kept], cut(mask, kept))
     assert cropped.get_seq_length() == kept
+    for cache in (cropped, fresh):
+        # Otherwise, where a rollback may follow, so few tokens are taken for drafts.
+        cache.expect(20)
     extra, longer = more(3, cut(mask, kept), 20)
     same(tiny.feed(net, cropped, extra, longer), tiny.feed(net, fresh, extra, longer), longer)
     for layer in range(2):
@@ -101,11 +109,13 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
     tokens, mask = batch
     cache = tiny.cache(net, method)
     tiny.feed(net, cache, tokens, mask)
-    if cache.is_croppable or sum(layer.dropped for layer in cache.report().layers) == 0:
+    dropped = sum(layer.dropped for layer in cache.report().layers)
+    if cache.is_croppable or (dropped == 0 and not cache.method.keep.adds_up):
         cache.crop(-40)
         assert cache.get_seq_length() == COLUMNS - 40
         return
-    with pytest.raises(CropError, match=r"streamingllm.*has dropped tokens.*activate_past_recording"):
+    what = "dropped tokens" if dropped else "added up attention"
+    with pytest.raises(CropError, match=rf"(streamingllm|h2o|snapkv).*has {what}.*activate_past_recording"):
         cache.crop(-1)
     assert cache.get_seq_length() == COLUMNS
 
@@ -258,7 +268,9 @@ def test_pads_never_enter_a_lane(net, method):
     assert bool(tiny.feed(net, cache, tokens, mask, 64).isfinite().all())
     for layer in range(2):
         for count, lanes in zip(pads, cache.positions(layer), strict=True):
-            assert all(lane[0] == 0 and lane[-1] == COLUMNS - count - 1 for lane in lanes)
+            by_attention = cache.report().layers[layer].dropped and cache.managed[layer].record.memory is not None
+            assert by_attention or all(lane[0] == 0 for lane in lanes)
+            assert all(lane[0] >= 0 and lane[-1] == COLUMNS - count - 1 for lane in lanes)
             assert all(len(lane) <= COLUMNS - count and bool((lane.diff() > 0).all()) for lane in lanes)
 
 

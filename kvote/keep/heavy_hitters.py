@@ -21,6 +21,7 @@ class KeepHeavyHitters:
     recent: float
     per_head: bool = True
     drops: bool = field(default=True, init=False)
+    waits: bool = field(default=True, init=False)
     adds_up: bool = field(default=True, init=False)
     token_bytes: int = field(default=4, init=False)
 
@@ -41,7 +42,7 @@ class KeepHeavyHitters:
             memory.add(row, mass if self.per_head else mass.sum(dim=0, keepdim=True))
 
     def survivors(self, held: Held, memory: Mass) -> Tensor | None:
-        if held.ahead > 0 or held.length <= held.budget:
+        if held.length <= held.budget:
             return None
         heavy = int(held.budget * (1 - self.recent))
         edge = held.length - (held.budget - heavy)

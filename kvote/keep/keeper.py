@@ -11,13 +11,11 @@ from kvote.keep.observation import Observation
 
 @dataclass(frozen=True)
 class Held:
-    """One sequence when something may be dropped: its ``row``, the tokens it holds, how many of them its budget
-    allows, and how many of an announced prompt are still to come (``ahead``)."""
+    """One sequence when something may be dropped: its ``row``, the tokens it holds, and how many its budget allows."""
 
     row: int
     length: int
     budget: int
-    ahead: int = 0
 
 
 class Remembered(Protocol):
@@ -42,16 +40,18 @@ class Remembered(Protocol):
 class Keeper(Protocol):
     """Decides which tokens of a sequence stay after a pass, all its key heads equally many.
 
-    ``budget``: how many at most, None for no limit. ``drops``: whether it ever lets one go. ``per_head``: whether
-    key heads may keep different tokens. ``adds_up``: whether what it has observed cannot be taken back, so that a
-    rollback must have been announced even where nothing was dropped. ``token_bytes``: what it remembers for good, in
-    bytes per token and key head.
+    ``budget``: how many at most, None for no limit. ``drops``: whether it ever lets one go; ``waits``: not before the
+    end of an announced prompt. ``per_head``: whether key heads may keep different tokens. ``adds_up``: whether what it
+    has observed cannot be taken back, so that a rollback must have been announced even where nothing was dropped.
+    ``token_bytes``: what it remembers for good, in bytes per token and key head.
     """
 
     @property
     def budget(self) -> Budget | None: ...
     @property
     def drops(self) -> bool: ...
+    @property
+    def waits(self) -> bool: ...
     @property
     def per_head(self) -> bool: ...
     @property

@@ -15,6 +15,7 @@ class _Blind:
 
     per_head = False
     adds_up = False
+    waits = False
     token_bytes = 0
 
     def new_memory(self) -> None:

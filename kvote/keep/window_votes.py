@@ -27,6 +27,7 @@ class KeepWindowVotes:
     pooling: str
     per_head: bool = True
     drops: bool = field(default=True, init=False)
+    waits: bool = field(default=True, init=False)
     adds_up: bool = field(default=False, init=False)
     token_bytes: int = field(default=0, init=False)
 
@@ -65,7 +66,7 @@ class KeepWindowVotes:
             memory.add(row, mass if self.per_head else mass.sum(dim=0, keepdim=True))
 
     def survivors(self, held: Held, memory: Mass) -> Tensor | None:
-        if held.ahead > 0 or held.row not in memory.rows:
+        if held.row not in memory.rows:
             return None
         # Votes serve once: tokens generated after the prompt stay until the next prompt votes anew.
         votes = memory.rows.pop(held.row)

@@ -1,6 +1,7 @@
 """What a keeper sees: the attention that tokens received, without a matrix of queries by tokens."""
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ def test_some_query_rows_give_what_they_alone_gave(reader):
     tiny.feed(net, cache, tiny.ids(2, 23, seed=1))
     for seen, whole in method.keep.seen:
         edges = [0, 1, 4, 13, seen.count]
-        parts = [seen.mass(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [seen.mass(a, b) for a, b in pairwise(edges)]
         torch.testing.assert_close(torch.stack(parts).sum(0), whole, atol=1e-4, rtol=1e-4)
         assert seen.mass(5, 5).sum() == 0
         assert bool((seen.mass(3, 4)[:, :, seen.first + 4 :] == 0).all())

@@ -23,7 +23,7 @@ def slow(fed: Fed, passes: list[int], heavy: int, recent: int, row: int = 0, sha
     history, at = [], 0
     for count in passes:
         for head, score in enumerate(scores):
-            score.update({token: 0.0 for token in range(at, at + count)})
+            score.update(dict.fromkeys(range(at, at + count), 0.0))
             for token in range(at, at + count):
                 seen = [other for other in score if other <= token]
                 for member in range(head * groups, (head + 1) * groups):
