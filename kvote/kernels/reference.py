@@ -127,8 +127,9 @@ def forbid(values: Tensor, start: int, limits: list[int]) -> Tensor:
     return values.masked_fill(late if values.dim() == 3 else late[:, None], float("-inf"))
 
 
-# Float32 logits that ``attention_mass`` holds at a time (16 MiB), so that no matrix of queries by tokens ever exists.
+# Float32 logits that ``attention_mass`` holds at a time (16 MiB), and query rows: no matrix of queries by tokens exists.
 _MASS_HELD = 1 << 22
+_MASS_ROWS = 256
 
 
 def attention_mass(
@@ -151,25 +152,25 @@ def attention_mass(
     b, heads, t, d = query.shape
     h, n = key.shape[1], key.shape[2]
     groups = heads // h
-    grouped = query.float().reshape(b, h, groups, t, d)
+    grouped = query.float().reshape(b, h, groups, t, d) * scale
     totals = lse.float().masked_fill(lse == float("-inf"), float("inf")).reshape(b, h, groups, t)
     ends = torch.tensor(limits, device=key.device) - start
     mass = torch.zeros(b, h, n, device=key.device)
-    rows = max(1, min(t, _MASS_HELD // (b * heads * 64)))
-    for row in range(0, t, rows):
-        part, total = grouped[:, :, :, row : row + rows], totals[:, :, :, row : row + rows].flatten(2)[..., None]
-        end = ends[row : row + rows].repeat(groups)[:, None]
-        wide = max(64, _MASS_HELD // (b * heads * part.shape[3]))
-        first = 0 if window is None else max(0, int(end.min()) - window)
-        for token in range(first, min(n, int(end.max())), wide):
+    for row in range(0, t, _MASS_ROWS):
+        part = grouped[:, :, :, row : row + _MASS_ROWS].flatten(2, 3)
+        total = totals[:, :, :, row : row + _MASS_ROWS].flatten(2)[..., None]
+        end = ends[row : row + _MASS_ROWS].repeat(groups)[:, None]
+        least, most, wide = int(end.min()), int(end.max()), max(16, _MASS_HELD // (b * h * part.shape[2]))
+        for token in range(0 if window is None else max(0, least - window), min(n, most), wide):
             some = key[:, :, token : token + wide].float()
-            logits = torch.matmul(part.flatten(2, 3), some.transpose(-1, -2)) * scale
+            logits = torch.matmul(part, some.transpose(-1, -2))
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            at = torch.arange(token, token + some.shape[2], device=key.device)
-            unseen = at >= end if window is None else (at >= end) | (at < end - window)
-            weights = torch.exp(logits - total).masked_fill(unseen, 0.0)
-            mass[:, :, token : token + wide] += weights.sum(dim=2)
+            if window is not None or token + wide > least:
+                at = torch.arange(token, token + some.shape[2], device=key.device)
+                unseen = at >= end if window is None else (at >= end) | (at < end - window)
+                logits.masked_fill_(unseen, float("-inf"))
+            mass[:, :, token : token + wide] += logits.sub_(total).exp_().sum(dim=2)
     return mass
 
 

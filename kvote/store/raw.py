@@ -228,7 +228,8 @@ class RawSegment:
         moving = (slots != torch.arange(count, device=slots.device)).any(dim=0)
         moved = int(moving.int().argmax()) if bool(moving.any()) else count
         old = torch.stack([pool.slots(lane, 0, lane.length) for lane in lanes]).gather(1, slots[:, moved:]).flatten()
-        held = [part.view(PAGE * part.shape[0], -1)[old] for part in (pool.keys, pool.values, pool.positions)]
+        parts = (pool.keys, pool.values, pool.positions)
+        held = [part.view(PAGE * part.shape[0], -1).index_select(0, old) for part in parts]
         for lane in lanes:
             pool.truncate(lane, moved)
         if len(old):
@@ -239,10 +240,16 @@ class RawSegment:
         """Adds ``t`` tokens to each lane: keys, values and positions [lanes * t, ...] in that order."""
         pool, chosen = self.pool, {id(lane) for lane in lanes}
         pool.grow([lane.length + t * (id(lane) in chosen) for lane in pool.lanes])
-        slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
         for part, new in zip((pool.keys, pool.values, pool.positions), held, strict=True):
-            part.view(PAGE * part.shape[0], -1).index_copy_(0, slots, new)
+            flat = part.view(PAGE * part.shape[0], -1)
+            for lane, own in zip(lanes, new.split(t), strict=True):
+                if len(lane.runs) == 1:
+                    first = lane.runs[0][0] * PAGE + lane.length
+                    flat[first : first + t] = own
+                else:
+                    flat.index_copy_(0, pool.slots(lane, lane.length, lane.length + t), own)
         if self.sketch_bits:
+            slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
             cpu.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
         for lane in lanes:
             lane.length += t

@@ -240,3 +240,36 @@ def test_scores_are_products_with_the_tokens_between():
     got = held.scores(torch.ones(1, HEADS, 1, DIM), [1], 60, 70)
     key, _ = content(list(range(160, 170)))
     torch.testing.assert_close(got[0, 0], key.sum(-1))
+
+
+@pytest.mark.parametrize("sketch_bits", [0, 4, 8])
+@pytest.mark.parametrize("seed", range(6))
+def test_heads_of_a_sequence_may_keep_different_tokens(seed, sketch_bits):
+    generator = torch.Generator().manual_seed(seed)
+    held = segment(1, sketch_bits=sketch_bits)
+    append(held, [0], [list(range(700))])
+    held.select([0, 0])
+    lanes = [list(range(700)) for _ in range(HEADS)]
+    for count, start in ((400, 1000), (399, 2000), (64, 3000), (1, 4000)):
+        picks = [sorted(torch.randperm(len(lane), generator=generator)[:count].tolist()) for lane in lanes]
+        held.keep(1, torch.tensor(picks))
+        append(held, [1], [list(range(start, start + 30))])
+        lanes = [
+            [lane[i] for i in pick] + list(range(start, start + 30)) for lane, pick in zip(lanes, picks, strict=True)
+        ]
+        assert [lane.tolist() for lane in held.positions(1)] == lanes
+        key, value = held.decode([1], 0, count + 30)
+        for head, lane in enumerate(lanes):
+            assert torch.equal(key[0, head], content(lane)[0][head])
+            assert torch.equal(value[0, head], content(lane)[1][head])
+        assert held.positions(0)[0].tolist() == list(range(700))
+        assert np.array_equal(owners(held.pool), held.pool.owners)
+        if held.sketch_bits:
+            again = held.pool.sketch.clone()
+            for lane in held.pool.lanes:
+                cpu.sketch(held.pool.keys, again, held.sketch_bits, held.pool.slots(lane, 0, lane.length))
+            assert torch.equal(again, held.pool.sketch)
+    before = held.nbytes
+    held.select([1])
+    held.pool.trim()
+    assert held.nbytes < before / 2
