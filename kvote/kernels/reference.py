@@ -127,7 +127,7 @@ def forbid(values: Tensor, start: int, limits: list[int]) -> Tensor:
     return values.masked_fill(late if values.dim() == 3 else late[:, None], float("-inf"))
 
 
-# Float32 logits that ``attention_mass`` holds at a time (16 MiB), and query rows: no matrix of queries by tokens exists.
+# Float32 logits (16 MiB) and query rows that ``attention_mass`` holds at a time, so that no matrix of both ever exists.
 _MASS_HELD = 1 << 22
 _MASS_ROWS = 256
 

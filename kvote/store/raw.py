@@ -242,7 +242,7 @@ class RawSegment:
         pool.grow([lane.length + t * (id(lane) in chosen) for lane in pool.lanes])
         for part, new in zip((pool.keys, pool.values, pool.positions), held, strict=True):
             flat = part.view(PAGE * part.shape[0], -1)
-            for lane, own in zip(lanes, new.split(t), strict=True):
+            for lane, own in zip(lanes, torch.split(new, t), strict=True):
                 if len(lane.runs) == 1:
                     first = lane.runs[0][0] * PAGE + lane.length
                     flat[first : first + t] = own
