@@ -159,14 +159,15 @@ def _seconds(model: Shape, machine: Machine, name: str, context: int) -> float:
 def _held(model: Shape, machine: Machine, context: int, method: Method | None) -> int:
     """Bytes that full-attention layers hold: keys and values, and kvote's positions and sketches."""
     geometry, tokens, extra = model.geometry, context, 0.0
+    budget = None if method is None else method.keep.budget
     if method is not None:
-        if method.keep.drops:
-            kept = method.keep.survivors(context)
-            tokens = context if kept is None else len(kept)
+        if budget is not None and budget.unit != "bytes":
+            tokens = min(context, budget.tokens(context))
         bits = method.read.sketch_bits if machine.compiled else 0
         sketch = cpu.sketch_bytes(geometry.dim, bits) / cpu.SKETCH_TOKENS if bits else 0.0
         extra = geometry.kv_heads * (4 + sketch)
-    return int(model.full * machine.batch * tokens * (geometry.token_bytes + extra))
+    held = int(model.full * machine.batch * tokens * (geometry.token_bytes + extra))
+    return min(held, int(budget.amount)) if budget is not None and budget.unit == "bytes" else held
 
 
 def _notes(model: Shape, context: int, method: Method, machine: Machine) -> tuple[str, ...]:
