@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvote.errors import InactiveCacheError, InputError, UnsupportedModelError
+from kvote.heads import HeadGroups
 from kvote.kernels import rotate
 from kvote.layer import Layer, Step
 from kvote.rope import Rope
@@ -51,7 +52,7 @@ class CacheLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, layer: Layer, turn: Turn, previous: "CacheLayer | None") -> None:
+    def __init__(self, layer: Layer | HeadGroups, turn: Turn, previous: "CacheLayer | None") -> None:
         super().__init__()
         self.layer, self.turn, self.previous = layer, turn, previous
         self.pending = False
@@ -201,7 +202,7 @@ def _attention(
     owner.pending = False
     t, seen = query.shape[2], owner.layer.seen
     positions = kwargs.get("position_ids")
-    if positions is None and owner.layer.rope is not None:
+    if positions is None and owner.layer.method.needs_raw_keys:
         raise UnsupportedModelError(f"{type(module).__name__} does not tell attention its positions; use 'dense'.")
     if positions is None:
         positions = torch.arange(seen, seen + t, device=query.device)[None]
@@ -226,7 +227,7 @@ def _attention(
     return owner.layer.attend(step), None
 
 
-def _solo(layer: Layer, turn: Turn, t: int) -> int:
+def _solo(layer: Layer | HeadGroups, turn: Turn, t: int) -> int:
     """How many of the next ``t`` columns belong to the tail of a prompt or turn, or come after it."""
     tail = layer.method.read.tail
     if layer.seen < turn.end:
@@ -237,7 +238,7 @@ def _solo(layer: Layer, turn: Turn, t: int) -> int:
     return t if t == 1 else min(t, tail)
 
 
-def _ahead(layer: Layer, turn: Turn, t: int) -> int | None:
+def _ahead(layer: Layer | HeadGroups, turn: Turn, t: int) -> int | None:
     """How many tokens of the prompt come after the next ``t`` columns; None if those are generated ones.
 
     Without an announcement, the end of every pass is a prompt's end, unless it is a single token or verifies drafts.
@@ -279,6 +280,12 @@ def native_layers(model: PreTrainedModel) -> list[Any]:
 def is_full_attention(layer: Any) -> bool:
     """Whether a native cache layer holds plain full attention (sliding, linear and shared ones stay native)."""
     return type(layer) is DynamicLayer
+
+
+def key_heads(model: PreTrainedModel) -> int:
+    """Key heads of a layer, as the model's config tells."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def find_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kvote import attention
 from kvote.errors import InactiveCacheError
+from kvote.heads import HeadGroups, in_groups
 from kvote.layer import Layer
 from kvote.method import Method, parse
 from kvote.report import LayerReport, Report
@@ -32,10 +33,12 @@ class Cache(TransformersCache):
         previous = None
         native_layers = attention.native_layers(model)
         ours = [index for index, native in enumerate(native_layers) if attention.is_full_attention(native)]
-        ropes = attention.find_ropes(model, ours) if self.method.read.needs_raw_keys else {}
+        ropes = attention.find_ropes(model, ours) if self.method.needs_raw_keys else {}
+        crew: list[Layer] = []
         for index, native in enumerate(native_layers):
             if index in ours:
-                layer = Layer(index, self.method, ropes.get(index), layers=len(ours))
+                groups = in_groups(index, self.method, ropes.get(index), len(ours), attention.key_heads(model))
+                layer = groups or Layer(index, self.method, ropes.get(index), len(ours), crew)
                 native = previous = attention.CacheLayer(layer, self.turn, previous)
             layers.append(native)
         super().__init__(layers=layers)
@@ -43,7 +46,12 @@ class Cache(TransformersCache):
 
     @property
     def managed(self) -> list[Layer]:
-        """The layers that kvote manages (all but the sliding and linear ones of hybrid models)."""
+        """The layers that kvote manages (all but the sliding and linear ones of hybrid models), each group of key heads
+        that is kept in a way of its own by itself."""
+        return [part for layer in self._own for part in layer.parts]
+
+    @property
+    def _own(self) -> list[Layer | HeadGroups]:
         return [layer.layer for layer in self.layers if isinstance(layer, attention.CacheLayer)]
 
     def expect(self, tokens: int, *, question_follows: bool = False) -> None:
@@ -54,9 +62,8 @@ class Cache(TransformersCache):
         """
         self.turn.end = self.get_seq_length() + tokens
         self.turn.question_follows = question_follows
-        for layer in self.managed:
-            layer.expected = tokens
-            layer.reserve()
+        for layer in self._own:
+            layer.expect(tokens)
 
     def reset(self) -> None:
         """Back to the state before the first token; memory is given back."""
@@ -74,10 +81,9 @@ class Cache(TransformersCache):
 
         Raises IndexError if kvote does not manage that layer.
         """
-        for candidate in self.managed:
+        for candidate in self._own:
             if candidate.index == layer:
-                segment = candidate.segment
-                return [] if segment is None else [segment.positions(row) for row in range(candidate.sequences)]
+                return [candidate.positions(row) for row in range(candidate.sequences)]
         raise IndexError(f"Layer {layer} is not managed by kvote (it is native to the model, or does not exist).")
 
     def report(self) -> Report:
@@ -88,7 +94,7 @@ class Cache(TransformersCache):
         self._check_active()
         if self.get_seq_length() == 0:
             raise InactiveCacheError("Nothing to report: no token has gone through this cache yet.")
-        layers = [LayerReport.of(layer) for layer in self.managed]
+        layers = [LayerReport.of(layer.index, layer.parts) for layer in self._own]
         return Report(self.method.spec, layers, self.nbytes())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":

@@ -1,4 +1,4 @@
-"""One layer's life: append the new tokens, read, attend, keep. Knows no transformers and no paper."""
+"""One layer's life: append the new tokens, read, attend, keep, seal. Knows no transformers and no paper."""
 
 import functools
 from collections.abc import Callable
@@ -16,8 +16,7 @@ from kvote.keep.record import Record
 from kvote.method import Method
 from kvote.read.tokens import Activity, Memory, Queries, Reading, Span
 from kvote.rope import Rope
-from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import Logits, Segment
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,14 +62,17 @@ class Step:
 
 @dataclass
 class Layer:
-    """The tokens of one model layer under one method. Sequences are rows; padding never becomes a token."""
+    """The tokens of one model layer (or of some of its key heads) under one method. Sequences are rows; padding never
+    becomes a token."""
 
     index: int
     method: Method
     rope: Rope | None
     # Layers that share a budget of bytes.
     layers: int = 1
-    segment: RawSegment | None = None
+    # All layers of the cache in their order, this one among them, for what spans layers.
+    crew: "list[Layer]" = field(default_factory=list, repr=False)
+    segment: Segment | None = None
     columns: Tensor | None = None
     seen: int = 0
     memory: Memory | None = None
@@ -87,10 +89,22 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.record = Record(self.method.keep)
+        self.number = len(self.crew)
+        self.crew.append(self)
+
+    @property
+    def parts(self) -> "list[Layer]":
+        """The layers that hold its tokens: itself."""
+        return [self]
 
     @property
     def sequences(self) -> int:
-        return 0 if self.segment is None else len(self.segment.pool.lanes) // self.segment.heads
+        return 0 if self.segment is None else self.segment.sequences
+
+    @property
+    def held(self) -> int:
+        """Tokens held, of all sequences together."""
+        return 0 if self.segment is None else sum(self.segment.length(row) for row in range(self.sequences))
 
     @property
     def nbytes(self) -> int:
@@ -98,13 +112,19 @@ class Layer:
         columns = 0 if self.columns is None else self.columns.untyped_storage().nbytes()
         return columns + sum(part.nbytes for part in parts if part is not None)
 
-    def start(self, step: Step) -> RawSegment:
+    def positions(self, row: int) -> list[Tensor]:
+        """Original positions of the tokens held, one int32 tensor per key head."""
+        return [] if self.segment is None else self.segment.positions(row)
+
+    def start(self, step: Step) -> Segment:
         """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
         if self.segment is None:
-            reader = self.method.read
-            rope = self.rope if reader.needs_raw_keys else None
-            self.segment = RawSegment(
-                step.key.shape[1], step.key, step.value.shape[3], rope, sketch_bits=reader.sketch_bits
+            self.segment = self.method.store.new_segment(
+                step.key.shape[1],
+                step.key,
+                step.value.shape[3],
+                self.rope if self.method.needs_raw_keys else None,
+                sketch_bits=self.method.read.sketch_bits,
             )
             self.segment.add_sequences(step.key.shape[0])
             self.memory = self.method.read.new_memory()
@@ -127,6 +147,11 @@ class Layer:
                 "leave no page of tokens to a key head; give a larger budget."
             )
         return tokens
+
+    def expect(self, tokens: int) -> None:
+        """Announces ``tokens`` columns."""
+        self.expected = tokens
+        self.reserve()
 
     @_outside_inference
     def reserve(self) -> None:
@@ -151,9 +176,10 @@ class Layer:
             self._pad_past(step.past)
         self._remember_columns(step.valid, b, t)
         raw_key, raw_query = step.key, None
-        if segment.rope is not None:
-            angles = segment.rope.angles(step.positions, step.key.dtype)
-            raw_key, raw_query = segment.rope.undo(step.key, angles), segment.rope.undo(step.query, angles)
+        rope = self.rope if self.method.needs_raw_keys else None
+        if rope is not None:
+            angles = rope.angles(step.positions, step.key.dtype)
+            raw_key, raw_query = rope.undo(step.key, angles), rope.undo(step.query, angles)
         queries = Queries(step.query, raw_query)
         groups = self._groups(step.valid, b, t)
         out = None
@@ -170,11 +196,14 @@ class Layer:
                 decode=step.decode,
                 layer=self.index,
                 sequences=b,
-                rope=segment.rope,
+                rope=rope,
                 activity=self.activity,
                 memory=self.memory,
+                memories=[layer.memory for layer in self.crew],
+                number=self.number,
             )
             answer, lse, spans = self._answers(reading, step)
+            segment.watch(reading.queries, rows, step.ahead)
             if self.method.keep.observes(step.ahead):
                 seen = Observation(reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
                 self.record.waiting.append(seen)
@@ -186,8 +215,9 @@ class Layer:
             group.put(out, answer)
         self.seen += t
         self.ahead = max(0, step.ahead or 0)
-        if self.method.keep.drops and not self.record_past:
+        if not self.record_past:
             self.drop()
+            self.seal()
         out = step.value.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
         return out.transpose(1, 2)
 
@@ -197,6 +227,7 @@ class Layer:
         for span in self.method.read.read(reading):
             queries = reading.queries.rows(span.start, span.stop)
             answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
+            answers += self._asides(queries, reading.rows, step.logits)
             out, lse = kernels.merge(answers)
             if step.sink_logits is not None:
                 out = kernels.with_sink_logits(out, lse, step.sink_logits)
@@ -207,6 +238,13 @@ class Layer:
         if len(pieces) == 1:
             return pieces[0], totals[0], spans
         return torch.cat(pieces, dim=2), torch.cat(totals, dim=2), spans
+
+    def _asides(self, queries: Queries, rows: list[int], logits: Logits) -> list[tuple[Tensor, Tensor]]:
+        """What tokens answer that have no slot and that every query reads."""
+        assert self.segment is not None
+        held = self.segment.aside(queries, rows, logits)
+        gone = self.method.keep.aside(queries, rows, logits, self.record.memory)
+        return [answer for answer in (held, gone) if answer is not None]
 
     def _groups(self, valid: Tensor | None, b: int, t: int) -> list[tuple[list[int], Tensor | None]]:
         """Rows that can be computed together: equally many tokens held and added. With padding, their columns too."""
@@ -229,7 +267,7 @@ class Layer:
         """Which columns of the batch were tokens. Nothing is stored until a padded column appears."""
         if valid is None and self.columns is None:
             return
-        device = self.segment.pool.keys.device if self.segment else None
+        device = self.segment.device if self.segment else None
         if self.columns is None:
             self.columns = torch.ones(b, self.seen, dtype=torch.bool, device=device)
         new = torch.ones(b, t, dtype=torch.bool, device=device) if valid is None else valid
@@ -238,7 +276,7 @@ class Layer:
     def _pad_past(self, past: Tensor | None) -> None:
         """Takes tokens out that the mask now calls padding (rows that ended before others, in a later turn)."""
         assert self.segment is not None
-        everything = torch.ones(self.sequences, self.seen, dtype=torch.bool, device=self.segment.pool.keys.device)
+        everything = torch.ones(self.sequences, self.seen, dtype=torch.bool, device=self.segment.device)
         known = everything if self.columns is None else self.columns
         past = everything if past is None else past
         if torch.equal(known, past):
@@ -256,33 +294,49 @@ class Layer:
 
     @_outside_inference
     def drop(self) -> None:
-        """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep."""
-        if self.segment is None:
+        """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep, here and in the
+        layers before whose share of a budget that has changed."""
+        keeper = self.method.keep
+        if self.segment is None or not keeper.drops:
             return
-        keeper, record = self.method.keep, self.record
-        if record.settle([self.segment.length(row) for row in range(self.sequences)]) and keeper.adds_up:
+        if self.record.settle([self.segment.length(row) for row in range(self.sequences)]) and keeper.adds_up:
             self.settled = self.seen
         if keeper.waits and self.ahead:
             return
+        for layer in self.crew[: self.number + 1] if keeper.cascades else [self]:
+            layer.drop_own()
+
+    def drop_own(self) -> None:
+        """Lets go of the tokens of this layer that the keeper does not keep, by what it has been shown."""
+        if self.segment is None:
+            return
         before = self.activity.dropped
+        memories = [layer.record.memory for layer in self.crew]
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
-            slots = keeper.survivors(Held(row, length, length if budget is None else budget), record.memory)
-            if slots is not None:
-                self.segment.keep(row, slots)
-                if record.memory is not None:
-                    record.memory.keep(row, slots)
-                self.activity.dropped += length - slots.shape[-1]
+            held = Held(row, length, length if budget is None else budget, self.segment, memories, self.number)
+            kept = self.method.keep.survivors(held, self.record.memory)
+            if kept is not None:
+                self.segment.keep(row, kept.slots, kept.content)
+                if self.record.memory is not None:
+                    self.record.memory.keep(row, kept.slots)
+                self.activity.dropped += length - kept.slots.shape[-1]
                 self.settled = self.seen
         if self.memory is not None and self.activity.dropped > before:
             # What a reader remembers are slots, and other tokens stand there now.
             self.memory.forget()
 
     @_outside_inference
-    def crop(self, columns: int) -> None:
-        """Forgets the last ``columns`` columns. Raises CropError if the method has dropped tokens that must return."""
+    def seal(self) -> None:
+        """Lets the store encode what is old enough."""
         if self.segment is None:
             return
+        self.segment.seal(self.ahead)
+        self.method.store.after_layer([layer.segment for layer in self.crew], self.number, self.ahead)
+
+    def check_crop(self, columns: int) -> None:
+        """Raises CropError if the last ``columns`` columns cannot be forgotten: if that needs tokens back that are
+        dropped."""
         columns = min(columns, self.seen)
         if columns and self.seen - columns < self.settled:
             what = "dropped tokens" if self.activity.dropped else "added up attention"
@@ -291,6 +345,14 @@ class Layer:
                 "cache.activate_past_recording() before the tokens that may be rolled back, or use a method that "
                 "keeps everything."
             )
+
+    @_outside_inference
+    def crop(self, columns: int) -> None:
+        """Forgets the last ``columns`` columns. Raises CropError as ``check_crop``."""
+        if self.segment is None:
+            return
+        columns = min(columns, self.seen)
+        self.check_crop(columns)
         lengths = []
         for row in range(self.sequences):
             gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
@@ -302,8 +364,9 @@ class Layer:
             self.columns = self.columns[:, : self.seen].clone()
         if columns and self.memory is not None:
             self.memory.forget()
-        self.segment.pool.trim()
+        self.segment.trim()
         self.drop()
+        self.seal()
 
     def _take_back(self, lengths: list[int]) -> None:
         """Cuts sequences to ``lengths``, and what the keeper has seen of them: votes for a prompt that is no more are
@@ -330,7 +393,7 @@ class Layer:
             self.columns = self.columns[index]
         if self.memory is not None:
             self.memory.select(index)
-        self.segment.pool.trim()
+        self.segment.trim()
 
     def reset(self) -> None:
         """Back to the state before the first token."""

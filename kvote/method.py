@@ -11,43 +11,52 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
 
+from kvote.composition import conflict
 from kvote.errors import MethodError
 from kvote.keep.keeper import Keeper
 from kvote.keep.policies import KeepAll
 from kvote.read.tokens import Everything, Reader
+from kvote.store.raw import Raw
+from kvote.store.segment import Store
 
 Parameters = ParamSpec("Parameters")
+# The part of each room that leaves the decision to whatever a method is composed with.
+_NO_OPINION = {"keep": KeepAll, "store": Raw, "read": Everything}
 
 
 @dataclass(frozen=True)
 class Method:
-    """What stays (``keep``) and what a query reads (``read``); tokens are stored as the model made them.
+    """What stays (``keep``), in which form (``store``), and what a query reads (``read``).
 
-    ``spec`` is what the user would write to get it. Every layer gets the same parts.
+    ``spec`` is what the user would write to get it. Raises MethodError for parts that make no sense together.
     """
 
     spec: str = "custom"
     keep: Keeper = field(default_factory=KeepAll)
+    store: Store = field(default_factory=Raw)
     read: Reader = field(default_factory=Everything)
 
     def __post_init__(self) -> None:
-        if self.keep.per_head and self.read.one_list:
-            raise MethodError(
-                f"{self.spec}: the tokens kept differ from head to head, but the reader takes one list of tokens for "
-                "all heads, in which the same place would mean other tokens in every head; write per_head=False."
-            )
+        reason = conflict(self.keep, self.store, self.read)
+        if reason is not None:
+            raise MethodError(f"{self.spec}: {reason}.")
+
+    @property
+    def needs_raw_keys(self) -> bool:
+        """Whether keys are held at position 0 and rotated when they are read."""
+        return self.read.needs_raw_keys or self.store.needs_raw_keys
 
     def __or__(self, other: "Method") -> "Method":
-        for room, default in (("keep", KeepAll), ("read", Everything)):
+        parts: dict[str, Any] = {}
+        for room, default in _NO_OPINION.items():
             mine, theirs = getattr(self, room), getattr(other, room)
             if not isinstance(mine, default) and not isinstance(theirs, default):
                 raise MethodError(
                     f"{self.spec} and {other.spec} both decide what to {room}; compose methods that answer "
                     "different questions."
                 )
-        keep = other.keep if isinstance(self.keep, KeepAll) else self.keep
-        read = other.read if isinstance(self.read, Everything) else self.read
-        return replace(self, spec=f"{self.spec} | {other.spec}", keep=keep, read=read)
+            parts[room] = theirs if isinstance(mine, default) else mine
+        return Method(f"{self.spec} | {other.spec}", **parts)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a cache did and holds, for people and for JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,20 +24,20 @@ class LayerReport:
     budget: int | None
 
     @classmethod
-    def of(cls, layer: Layer) -> "LayerReport":
-        held = 0 if layer.segment is None else sum(layer.segment.length(row) for row in range(layer.sequences))
-        act = layer.activity
-        budgets = [tokens for row in range(layer.sequences) if (tokens := layer.budget(row)) is not None]
+    def of(cls, index: int, parts: Sequence[Layer]) -> "LayerReport":
+        """Of a layer, or of all groups of its key heads: of tokens the largest count, of what they did the sum."""
+        acts = [part.activity for part in parts]
+        budgets = [b for part in parts for row in range(part.sequences) if (b := part.budget(row)) is not None]
         return cls(
-            layer=layer.index,
-            tokens_seen=layer.seen,
-            tokens_held=held,
-            tokens_read=act.tokens_read,
-            selections=act.selections,
-            reused=act.reused,
-            dropped=act.dropped,
-            calls=act.calls,
-            nbytes=layer.nbytes,
+            layer=index,
+            tokens_seen=parts[0].seen,
+            tokens_held=max(part.held for part in parts),
+            tokens_read=max(act.tokens_read for act in acts),
+            selections=sum(act.selections for act in acts),
+            reused=sum(act.reused for act in acts),
+            dropped=sum(act.dropped for act in acts),
+            calls=max(act.calls for act in acts),
+            nbytes=sum(part.nbytes for part in parts),
             budget=max(budgets) if budgets else None,
         )
 

@@ -3,18 +3,18 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.keep.budget import Budget
-from kvote.keep.keeper import Held
+from kvote.keep.keeper import Held, Kept
 from kvote.keep.mass import Mass
 from kvote.keep.observation import Observation
+from kvote.keep.policies import Plain
 
 
 @dataclass(frozen=True)
-class KeepHeavyHitters:
+class KeepHeavyHitters(Plain):
     """Parameters as in ``methods/h2o.py``, which documents them."""
 
     budget: Budget
@@ -41,7 +41,7 @@ class KeepHeavyHitters:
         for row, mass in zip(seen.rows, seen.mass(), strict=True):
             memory.add(row, mass if self.per_head else mass.sum(dim=0, keepdim=True))
 
-    def survivors(self, held: Held, memory: Mass) -> Tensor | None:
+    def survivors(self, held: Held, memory: Mass) -> Kept | None:
         if held.length <= held.budget:
             return None
         heavy = int(held.budget * (1 - self.recent))
@@ -49,4 +49,4 @@ class KeepHeavyHitters:
         mass = memory.rows[held.row]
         recent = torch.arange(edge, held.length, device=mass.device).expand(len(mass), -1)
         slots = torch.cat([kernels.top_k(mass[:, :edge], heavy), recent], dim=1) if heavy else recent
-        return slots if self.per_head else slots[0]
+        return Kept(slots if self.per_head else slots[0])

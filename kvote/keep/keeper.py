@@ -1,5 +1,6 @@
 """Keeper: decides which tokens stay. What it may look at, and what it may remember."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -7,15 +8,30 @@ from torch import Tensor
 
 from kvote.keep.budget import Budget
 from kvote.keep.observation import Observation
+from kvote.read.tokens import Queries
+from kvote.store.segment import Logits, Segment
 
 
 @dataclass(frozen=True)
 class Held:
-    """One sequence when something may be dropped: its ``row``, the tokens it holds, and how many its budget allows."""
+    """One sequence when something may be dropped: its ``row`` in the ``segment``, the tokens it holds, and how many its
+    budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer``."""
 
     row: int
     length: int
     budget: int
+    segment: Segment
+    memories: Sequence[Any]
+    layer: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """``slots`` that stay, ascending: [m] for all key heads, or [h, m]. ``content``: keys [h, m, d] and values
+    [h, m, dv] that they hold from now on, where dropped tokens were merged into them."""
+
+    slots: Tensor
+    content: tuple[Tensor, Tensor] | None = None
 
 
 class Remembered(Protocol):
@@ -43,7 +59,10 @@ class Keeper(Protocol):
     ``budget``: how many at most, None for no limit. ``drops``: whether it ever lets one go; ``waits``: not before the
     end of an announced prompt. ``per_head``: whether key heads may keep different tokens. ``adds_up``: whether what it
     has observed cannot be taken back, so that a rollback must have been announced even where nothing was dropped.
-    ``token_bytes``: what it remembers for good, in bytes per token and key head.
+    ``token_bytes``: what it remembers for good, in bytes per token and key head. ``while_generating``: whether
+    generated tokens, too, make it drop some. ``per_layer``: whether layers may keep different tokens. ``cascades``:
+    whether what it observes in a layer changes what earlier layers may hold. ``needs_plain_keys``: whether it works
+    with keys as the model rotated them.
     """
 
     @property
@@ -58,6 +77,18 @@ class Keeper(Protocol):
     def adds_up(self) -> bool: ...
     @property
     def token_bytes(self) -> int: ...
+    @property
+    def while_generating(self) -> bool: ...
+    @property
+    def per_layer(self) -> bool: ...
+    @property
+    def cascades(self) -> bool: ...
+    @property
+    def needs_plain_keys(self) -> bool: ...
+
+    def split(self, layer: int, heads: int) -> "Sequence[tuple[tuple[int, ...], Keeper]] | None":
+        """Keepers for groups of the ``heads`` key heads of a layer, every head in one of them; None: one for all."""
+        ...
 
     def new_memory(self) -> Any:
         """What it remembers (``Remembered``), or None."""
@@ -69,6 +100,10 @@ class Keeper(Protocol):
 
     def observe(self, seen: Observation, memory: Any) -> None: ...
 
-    def survivors(self, held: Held, memory: Any) -> Tensor | None:
-        """Slots to keep, ascending, [m] for all key heads or [h, m]; None keeps all."""
+    def survivors(self, held: Held, memory: Any) -> Kept | None:
+        """What stays; None keeps all."""
+        ...
+
+    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
+        """What dropped tokens still answer together, as ``Segment.attend`` does: out and log-sum-exp; None: nothing."""
         ...

@@ -6,17 +6,35 @@ import torch
 from torch import Tensor
 
 from kvote.keep.budget import Budget
-from kvote.keep.keeper import Held
+from kvote.keep.keeper import Held, Kept
 from kvote.keep.observation import Observation
+from kvote.read.tokens import Queries
+from kvote.store.segment import Logits
 
 
-class _Blind:
-    """What keepers have in common that look at no attention."""
+class Plain:
+    """What keepers answer unless they have something special to say."""
 
     per_head = False
     adds_up = False
     waits = False
     token_bytes = 0
+    while_generating = True
+    per_layer = True
+    cascades = False
+    needs_plain_keys = False
+
+    def split(self, layer: int, heads: int) -> None:
+        return None
+
+    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: object) -> tuple[Tensor, Tensor] | None:
+        return None
+
+
+class Blind(Plain):
+    """Those that look at no attention, so that all layers keep the same."""
+
+    per_layer = False
 
     def new_memory(self) -> None:
         return None
@@ -29,7 +47,7 @@ class _Blind:
 
 
 @dataclass(frozen=True)
-class KeepAll(_Blind):
+class KeepAll(Blind):
     """Every token stays."""
 
     drops: bool = False
@@ -43,7 +61,7 @@ class KeepAll(_Blind):
 
 
 @dataclass(frozen=True)
-class KeepSinksAndRecent(_Blind):
+class KeepSinksAndRecent(Blind):
     """The first ``sinks`` tokens and the last ``window`` ones."""
 
     sinks: int
@@ -54,7 +72,7 @@ class KeepSinksAndRecent(_Blind):
     def budget(self) -> Budget:
         return Budget(self.sinks + self.window)
 
-    def survivors(self, held: Held, memory: None) -> Tensor | None:
+    def survivors(self, held: Held, memory: None) -> Kept | None:
         if held.length <= self.sinks + self.window:
             return None
-        return torch.cat([torch.arange(self.sinks), torch.arange(held.length - self.window, held.length)])
+        return Kept(torch.cat([torch.arange(self.sinks), torch.arange(held.length - self.window, held.length)]))

@@ -10,15 +10,16 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.keep.budget import Budget
-from kvote.keep.keeper import Held
+from kvote.keep.keeper import Held, Kept
 from kvote.keep.mass import Mass
 from kvote.keep.observation import Observation
+from kvote.keep.policies import Plain
 
 _POOLS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {"avg": avg_pool1d, "max": max_pool1d}
 
 
 @dataclass(frozen=True)
-class KeepWindowVotes:
+class KeepWindowVotes(Plain):
     """Parameters as in ``methods/snapkv.py``, which documents them."""
 
     budget: Budget
@@ -28,8 +29,7 @@ class KeepWindowVotes:
     per_head: bool = True
     drops: bool = field(default=True, init=False)
     waits: bool = field(default=True, init=False)
-    adds_up: bool = field(default=False, init=False)
-    token_bytes: int = field(default=0, init=False)
+    while_generating: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         for name in ("window", "kernel"):
@@ -65,7 +65,7 @@ class KeepWindowVotes:
                 memory.rows.pop(row, None)
             memory.add(row, mass if self.per_head else mass.sum(dim=0, keepdim=True))
 
-    def survivors(self, held: Held, memory: Mass) -> Tensor | None:
+    def survivors(self, held: Held, memory: Mass) -> Kept | None:
         if held.row not in memory.rows:
             return None
         # Votes serve once: tokens generated after the prompt stay until the next prompt votes anew.
@@ -76,4 +76,4 @@ class KeepWindowVotes:
         pooled = _POOLS[self.pooling](votes[:, :edge], self.kernel, 1, self.kernel // 2)
         window = torch.arange(edge, held.length, device=votes.device).expand(len(votes), -1)
         slots = torch.cat([kernels.top_k(pooled, chosen), window], dim=1) if chosen else window
-        return slots if self.per_head else slots[0]
+        return Kept(slots if self.per_head else slots[0])

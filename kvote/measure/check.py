@@ -104,7 +104,7 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     """
     segment, reader = layer.segment, layer.method.read
     assert segment is not None
-    assert segment.rope is not None
+    assert layer.rope is not None
     watched = Watched(reader)
     layer.method = Method(read=watched)
     asked, n = geometry.step(layer.seen), layer.seen
@@ -114,9 +114,9 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     layer.method = Method(read=reader)
     assert watched.read_last is not None
     key, value = segment.decode([0], 0, n + 1)
-    raw = segment.rope.undo(asked.query, segment.rope.angles(asked.positions, geometry.dtype)).float()
+    raw = layer.rope.undo(asked.query, layer.rope.angles(asked.positions, geometry.dtype)).float()
     index = watched.read_last
-    angles = segment.rope.contiguous(max(len(index), window + 1), raw.device)
+    angles = layer.rope.contiguous(max(len(index), window + 1), raw.device)
     scoring = turned(raw, angles, slice(window, window + 1))
     first, last = ends
     # A sketch that only nominates leaves the last word to the keys.

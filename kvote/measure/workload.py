@@ -73,7 +73,7 @@ class Workload:
 
     def _segment(self, sketch: str = "none") -> RawSegment:
         segment = self.layers[sketch].segment
-        assert segment is not None
+        assert isinstance(segment, RawSegment)
         return segment
 
     def _lanes(self, segment: RawSegment) -> cpu.Lanes:

@@ -75,6 +75,14 @@ class HeadVotes:
         return True
 
     @property
+    def lists(self) -> bool:
+        return True
+
+    @property
+    def crosses_layers(self) -> bool:
+        return False
+
+    @property
     def needs_raw_keys(self) -> bool:
         return True
 

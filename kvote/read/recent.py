@@ -19,6 +19,8 @@ class SinksAndRecent:
     sinks: int
     window: int
     one_list: bool = field(default=False, init=False)
+    lists: bool = field(default=False, init=False)
+    crosses_layers: bool = field(default=False, init=False)
     needs_raw_keys: bool = field(default=True, init=False)
     sketch_bits: int = field(default=0, init=False)
     tail: int = field(default=0, init=False)

@@ -1,6 +1,6 @@
 """TokenSet: what a block of queries reads. The only thing that readers produce and segments consume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -87,7 +87,8 @@ class Reading:
     """All that a reader may look at for one group of equally long sequences in one forward pass.
 
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
-    a prompt or a turn; ``decode`` marks a single generated token.
+    a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
+    of the cache, of which this is ``number``; those before it have already read for the same tokens.
     """
 
     queries: Queries
@@ -101,6 +102,8 @@ class Reading:
     rope: "Rope | None"
     activity: Activity
     memory: "Memory | None" = None
+    memories: "Sequence[Memory | None]" = ()
+    number: int = 0
 
     def of(self, rows: list[int]) -> "Reading":
         """The same for some of the sequences only."""
@@ -124,10 +127,15 @@ class Reader(Protocol):
     """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``sketch_bits``:
     of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats
     one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
-    tokens in every head."""
+    tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
+    what it picked in another, so all layers must hold the same tokens."""
 
     @property
     def one_list(self) -> bool: ...
+    @property
+    def lists(self) -> bool: ...
+    @property
+    def crosses_layers(self) -> bool: ...
     @property
     def needs_raw_keys(self) -> bool: ...
     @property
@@ -143,6 +151,8 @@ class Everything:
     """Reads all tokens held, at their own positions: dense attention."""
 
     one_list: bool = field(default=False, init=False)
+    lists: bool = field(default=False, init=False)
+    crosses_layers: bool = field(default=False, init=False)
     needs_raw_keys: bool = field(default=False, init=False)
     sketch_bits: int = field(default=0, init=False)
     tail: int = field(default=0, init=False)

@@ -1,6 +1,7 @@
 """Raw pages: keys and values as the model made them, in the model's dtype."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from kvote.kernels import cpu
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.pages import PAGE, Lane, PagePool
-from kvote.store.segment import Logits
+from kvote.store.segment import Logits, Segment
 
 _QUESTION = 8 * PAGE
 # Query rows per key head up to which the C++ kernel adds up attention.
@@ -33,6 +34,14 @@ class RawSegment:
         self.sketch_bits = sketch_bits if self._compiled else 0
         sketch_bytes = PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(dim, sketch_bits) if self.sketch_bits else 0
         self.pool = PagePool(dim, value_dim, like.dtype, like.device, sketch_bytes)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.pool.lanes) // self.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.keys.device
 
     def length(self, row: int) -> int:
         return self.pool.lanes[row * self.heads].length
@@ -78,6 +87,15 @@ class RawSegment:
                 held.view(PAGE * held.shape[0], -1).index_copy_(0, slots, new.reshape(-1, new.shape[-1]))
         for i in chosen:
             pool.lanes[i].length += t
+
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
+        pass
+
+    def seal(self, ahead: int) -> None:
+        pass
+
+    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> None:
+        return None
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         b, heads, t, d = queries.rotated.shape
@@ -219,17 +237,19 @@ class RawSegment:
         lanes = [self.pool.lanes[i] for i in self._lanes([row])]
         return [self.pool.positions.view(-1)[self.pool.slots(lane, 0, lane.length)] for lane in lanes]
 
-    def keep(self, row: int, slots: Tensor) -> None:
-        """Drops every token of the sequence but those in ``slots``, ascending: [m] for all its lanes, or [h, m]."""
+    def keep(self, row: int, slots: Tensor, content: tuple[Tensor, Tensor] | None = None) -> None:
         pool, lanes = self.pool, [self.pool.lanes[i] for i in self._lanes([row])]
         slots = slots.to(pool.keys.device).expand(self.heads, -1)
         count = slots.shape[1]
         # Up to the first token that moves in any lane, pages stay as they are and stay shared.
         moving = (slots != torch.arange(count, device=slots.device)).any(dim=0)
         moved = int(moving.int().argmax()) if bool(moving.any()) else count
+        moved = 0 if content is not None else moved
         old = torch.stack([pool.slots(lane, 0, lane.length) for lane in lanes]).gather(1, slots[:, moved:]).flatten()
         parts = (pool.keys, pool.values, pool.positions)
         held = [part.view(PAGE * part.shape[0], -1).index_select(0, old) for part in parts]
+        if content is not None:
+            held[:2] = [new.to(part.dtype).flatten(0, 1) for new, part in zip(content, parts, strict=False)]
         for lane in lanes:
             pool.truncate(lane, moved)
         if len(old):
@@ -265,6 +285,9 @@ class RawSegment:
     def select(self, index: list[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]``; pages are shared until one of them writes."""
         self.pool.select(self._lanes(index))
+
+    def trim(self) -> None:
+        self.pool.trim()
 
     def _bases(self, rows: list[int]) -> list[int] | None:
         """First slot of each lane, if each lies in one run."""
@@ -338,3 +361,20 @@ class RawSegment:
         key, value, at = (p.reshape(-1, p.shape[-1]).index_select(0, slots) for p in pools)
         shape = (b * q, self.heads, m)
         return key.reshape(*shape, -1), value.reshape(*shape, -1), at.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Tokens are held as the model made them."""
+
+    needs_raw_keys: bool = False
+    lists: bool = True
+    regroups: bool = False
+
+    def new_segment(
+        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
+    ) -> RawSegment:
+        return RawSegment(heads, like, value_dim, rope, sketch_bits=sketch_bits)
+
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
+        pass

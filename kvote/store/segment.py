@@ -1,11 +1,17 @@
-"""Segment: some tokens of one layer in one form. The one storage abstraction; readers and layers see only this."""
+"""Segment: the tokens of some key heads of one layer, in the form that a store gives them. The one storage abstraction:
+readers, keepers and layers see only this."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from kvote.read.tokens import Queries, TokenSet
+
+if TYPE_CHECKING:
+    from kvote.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,36 @@ class Segment(Protocol):
 
     heads: int
 
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
     def length(self, row: int) -> int: ...
+    def add_sequences(self, count: int) -> None:
+        """Adds ``count`` sequences without tokens."""
+        ...
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more tokens of every sequence in one piece, where that helps."""
+        ...
+
+    def append(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Adds tokens: ``key`` [b, h, t, d], ``value`` [b, h, t, dv], original ``positions`` [b, t]."""
+        ...
+
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
+        """Sees the queries of the pass whose tokens were just added; ``ahead`` as in ``keep.Observation``."""
+        ...
+
+    def seal(self, ahead: int) -> None:
+        """May encode what is old enough. Called after every pass, once nothing can be rolled back any more without a
+        crop; ``ahead`` tokens of an announced prompt are still to come."""
+        ...
+
+    def aside(self, queries: Queries, rows: list[int], logits: "Logits") -> tuple[Tensor, Tensor] | None:
+        """What tokens answer that every query reads although they have no slot; None if there are none."""
+        ...
+
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         """Softmax attention over ``tokens``: out [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
         ...
@@ -53,8 +88,28 @@ class Segment(Protocol):
         """The tokens themselves as stored, keys [b, h, n, d] and values [b, h, n, dv]."""
         ...
 
-    def keep(self, row: int, slots: Tensor) -> None:
-        """Drops every token of a sequence but those in ``slots``, ascending: [m], or [h, m] to differ by key head."""
+    def positions(self, row: int) -> list[Tensor]:
+        """Original positions of the tokens held, one int32 tensor per key head."""
+        ...
+
+    def keep(self, row: int, slots: Tensor, content: tuple[Tensor, Tensor] | None = None) -> None:
+        """Drops every token of a sequence but those in ``slots``, ascending: [m], or [h, m] to differ by key head.
+
+        ``content``: what these tokens hold from now on, keys [h, m, d] and values [h, m, dv], where others have been
+        merged into them.
+        """
+        ...
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets the last tokens of a sequence, down to ``length``."""
+        ...
+
+    def select(self, index: list[int]) -> None:
+        """Makes sequence i a copy of the former sequence ``index[i]``."""
+        ...
+
+    def trim(self) -> None:
+        """Gives back memory that is no longer used."""
         ...
 
     def tokens_within(self, nbytes: float, beside: int = 0) -> int:
@@ -63,3 +118,29 @@ class Segment(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+class Store(Protocol):
+    """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
+    be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
+    with prompts and not with every generated token."""
+
+    @property
+    def needs_raw_keys(self) -> bool: ...
+    @property
+    def lists(self) -> bool: ...
+    @property
+    def regroups(self) -> bool: ...
+    def new_segment(
+        self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None", *, sketch_bits: int = 0
+    ) -> Segment:
+        """An empty segment for keys like ``like`` in size, dtype and device; with a ``rope``, they come at position 0.
+
+        ``sketch_bits``: of a coarse copy of the keys that a reader scores with; a store that cannot have one scores
+        with what it holds.
+        """
+        ...
+
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
+        """After the pass of layer ``index`` among the ``segments`` of all layers, None where no token has come yet."""
+        ...

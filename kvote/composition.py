@@ -1,0 +1,29 @@
+"""Which answers of the three rooms make sense together. The table in the docs is made from this, by trying."""
+
+from kvote.keep.keeper import Keeper
+from kvote.read.tokens import Reader
+from kvote.store.segment import Store
+
+
+def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
+    """Why these parts cannot work together, as a clause without a full stop; None if they can."""
+    if keep.per_head and read.one_list:
+        return (
+            "the tokens kept differ from head to head, but the reader takes one list of tokens for all heads, in which "
+            "the same place would mean other tokens in every head; write per_head=False"
+        )
+    if read.lists and not store.lists:
+        return "the reader picks single tokens, but what is stored can only be read as a whole"
+    if store.regroups and keep.drops and keep.while_generating:
+        return (
+            "tokens would be dropped with every generated token, and every time what is stored would have to be "
+            "decoded and encoded again; use a method that drops tokens with prompts only"
+        )
+    if keep.needs_plain_keys and (read.needs_raw_keys or store.needs_raw_keys):
+        return (
+            "what is kept of dropped tokens needs keys as the model rotated them, but the method it is joined with "
+            "holds keys without rotation"
+        )
+    if read.crosses_layers and keep.drops and keep.per_layer:
+        return "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens"
+    return None

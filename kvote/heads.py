@@ -1,0 +1,120 @@
+"""A layer whose key heads are kept in different ways: one ``Layer`` per group of heads, each with its own tokens."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvote.errors import UnsupportedModelError
+from kvote.layer import Layer, Step
+from kvote.method import Method
+from kvote.rope import Rope
+
+
+@dataclass
+class HeadGroup:
+    """A ``layer`` of its own for ``heads``, key heads of the model's layer in ascending order."""
+
+    heads: tuple[int, ...]
+    layer: Layer
+
+    def step(self, step: Step) -> Step:
+        """What a step asks of these heads."""
+        kv_heads = list(self.heads)
+        heads = self.query_heads(step.query.shape[1] // step.key.shape[1])
+        sinks = None if step.sink_logits is None else step.sink_logits.reshape(-1)[heads]
+        key, value = step.key[:, kv_heads], step.value[:, kv_heads]
+        return replace(step, query=step.query[:, heads], key=key, value=value, sink_logits=sinks)
+
+    def query_heads(self, each: int) -> list[int]:
+        """The query heads of these key heads, of which each has as many."""
+        return [head * each + i for head in self.heads for i in range(each)]
+
+
+@dataclass
+class HeadGroups:
+    """Offers what ``Layer`` does, and hands it on to the groups."""
+
+    index: int
+    method: Method
+    groups: list[HeadGroup] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Layer]:
+        return [group.layer for group in self.groups]
+
+    @property
+    def seen(self) -> int:
+        return self.groups[0].layer.seen
+
+    @property
+    def sequences(self) -> int:
+        return self.groups[0].layer.sequences
+
+    @property
+    def record_past(self) -> bool:
+        return self.groups[0].layer.record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        for layer in self.parts:
+            layer.record_past = value
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.parts)
+
+    def attend(self, step: Step) -> Tensor:
+        """As ``Layer.attend``. Raises UnsupportedModelError if the layer has other key heads than the model's config
+        tells."""
+        b, heads, t, _ = step.query.shape
+        kv_heads = sum(len(group.heads) for group in self.groups)
+        if step.key.shape[1] != kv_heads:
+            raise UnsupportedModelError(
+                f"Layer {self.index} has {step.key.shape[1]} key heads and not the {kv_heads} of the model's config "
+                f"that {self.method.spec} goes by."
+            )
+        out = step.value.new_empty(b, t, heads, step.value.shape[3])
+        for group in self.groups:
+            out[:, :, group.query_heads(heads // kv_heads)] = group.layer.attend(group.step(step))
+        return out
+
+    def expect(self, tokens: int) -> None:
+        for layer in self.parts:
+            layer.expect(tokens)
+
+    def crop(self, columns: int) -> None:
+        # All or none.
+        for layer in self.parts:
+            layer.check_crop(columns)
+        for layer in self.parts:
+            layer.crop(columns)
+
+    def select(self, index: list[int]) -> None:
+        for layer in self.parts:
+            layer.select(index)
+
+    def reset(self) -> None:
+        for layer in self.parts:
+            layer.reset()
+
+    def positions(self, row: int) -> list[Tensor]:
+        """Original positions of the tokens held, one int32 tensor per key head of the layer."""
+        held: dict[int, Tensor] = {}
+        for group in self.groups:
+            segment = group.layer.segment
+            none = torch.empty(0, dtype=torch.int32)
+            each = [none] * len(group.heads) if segment is None else segment.positions(row)
+            held |= dict(zip(group.heads, each, strict=True))
+        return [held[head] for head in sorted(held)]
+
+
+def in_groups(index: int, method: Method, rope: Rope | None, layers: int, kv_heads: int) -> HeadGroups | None:
+    """The layer as groups of heads that ``method`` keeps differently; None where it keeps all in one way."""
+    split = method.keep.split(index, kv_heads)
+    if split is None:
+        return None
+    groups = [
+        HeadGroup(heads, Layer(index, replace(method, keep=keep), rope, layers)) for heads, keep in split if heads
+    ]
+    return HeadGroups(index, method, groups)
