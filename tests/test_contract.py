@@ -28,6 +28,9 @@ METHODS = {
     "h2o": "h2o(budget=20)",
     "snapkv-all": "snapkv(budget=500, window=6)",
     "snapkv": "snapkv(budget=20, window=6)",
+    "randomkeep-all": "randomkeep(budget=500, window=6)",
+    "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
+    "randomkeep-tokenselect": f"randomkeep(budget=20, sinks=2, window=6) | tokenselect({_FEW}, chunk=1, theta=2.0)",
     "snapkv-tokenselect": f"snapkv(budget=20, window=6, per_head=False) | tokenselect({_FEW}, chunk=1, theta=2.0)",
 }
 COLUMNS = 70
@@ -115,7 +118,7 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
         assert cache.get_seq_length() == COLUMNS - 40
         return
     what = "dropped tokens" if dropped else "added up attention"
-    with pytest.raises(CropError, match=rf"(streamingllm|h2o|snapkv).*has {what}.*activate_past_recording"):
+    with pytest.raises(CropError, match=rf"(streamingllm|h2o|snapkv|randomkeep).*has {what}.*activate_past_recording"):
         cache.crop(-1)
     assert cache.get_seq_length() == COLUMNS
 

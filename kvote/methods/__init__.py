@@ -3,8 +3,9 @@
 from kvote.methods.dense import dense
 from kvote.methods.h2o import h2o
 from kvote.methods.random import random
+from kvote.methods.randomkeep import randomkeep
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.tokenselect import tokenselect
 
-__all__ = ["dense", "h2o", "random", "snapkv", "streamingllm", "tokenselect"]
+__all__ = ["dense", "h2o", "random", "randomkeep", "snapkv", "streamingllm", "tokenselect"]
