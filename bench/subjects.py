@@ -40,6 +40,10 @@ class Subject:
     stepwise: bool = False
     weights: Weights = (1.0,)
 
+    def at(self, tokens: int) -> str:
+        """``large`` for a text of so many tokens."""
+        return self.large.replace("{quarter}", str(tokens // 4 - 4))
+
     @property
     def names(self) -> list[str]:
         """The methods that it is made of."""
@@ -67,7 +71,7 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject(
         "streamingllm",
         dial(lambda s, n: f"streamingllm(sinks=4, window={n - 4})"),
-        "streamingllm(sinks=4, window=32764)",
+        "streamingllm(sinks=4, window={quarter})",
     ),
     Subject("h2o", dial(lambda s, n: f"h2o(budget={s})"), "h2o(budget=0.25)"),
     Subject("snapkv", dial(lambda s, n: f"snapkv(budget={s})"), "snapkv(budget=0.25)"),
