@@ -4,8 +4,8 @@ Geometry of Llama-3.1-8B: 32 query heads, 8 key heads, head size 128, bfloat16. 
 tokens as after a prompt, whose last 64 tokens went through it as a real pass, so that it has dropped or encoded what it
 would. Its answer is checked against the law first; if that fails there are no figures for it. Then rounds alternate:
 sdpa in the strongest way to call it (query heads of a key head packed as rows), kvote dense, and the method, all of the
-caches evicted before each call; sdpa as transformers calls it is timed once per method. Steps are real ones: the token stays,
-and a method that drops one per step does. Where layers differ (tidaldecode, xkv), a step is their weighted mean.
+caches evicted before each call; sdpa as transformers calls it is timed once per method. Steps are real ones: the token
+stays, and a method that drops one per step does. Where layers differ (tidaldecode, xkv), a step is their weighted mean.
 
 A stopped run goes on where it was (results/methods.json).
 

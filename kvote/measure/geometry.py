@@ -76,8 +76,8 @@ class Geometry:
             layer.drop()
 
     def prefilled(self, method: Method, key: Tensor, value: Tensor, layers: int = 1) -> list[Layer | HeadGroups]:
-        """Neighbouring layers of ``method``, each with ``key`` and ``value`` [1, kv_heads, n, dim] as after a prompt: its
-        end went through them as a real pass, so that they have dropped or encoded what they would."""
+        """Neighbouring layers of ``method``, each with ``key`` and ``value`` [1, kv_heads, n, dim] as after a prompt:
+        its end went through them as a real pass, so that they have dropped or encoded what they would."""
         crew: list[Layer] = []
         rope = Rope(self.rotary)
         made = [
