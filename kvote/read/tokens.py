@@ -1,7 +1,7 @@
 """TokenSet: what a block of queries reads. The only thing that readers produce and segments consume."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
@@ -146,26 +146,50 @@ class Reader(Protocol):
     def read(self, reading: Reading) -> Iterator[Span]: ...
 
 
-@dataclass(frozen=True)
-class Everything:
-    """Reads all tokens held, at their own positions: dense attention."""
+class PlainReader:
+    """What a reader is unless it says otherwise: it remembers nothing, and takes keys as the model rotated them."""
 
-    one_list: bool = field(default=False, init=False)
-    lists: bool = field(default=False, init=False)
-    crosses_layers: bool = field(default=False, init=False)
-    needs_raw_keys: bool = field(default=False, init=False)
-    sketch_bits: int = field(default=0, init=False)
-    tail: int = field(default=0, init=False)
+    @property
+    def one_list(self) -> bool:
+        return False
 
-    def new_memory(self) -> None:
+    @property
+    def lists(self) -> bool:
+        return False
+
+    @property
+    def crosses_layers(self) -> bool:
+        return False
+
+    @property
+    def needs_raw_keys(self) -> bool:
+        return False
+
+    @property
+    def sketch_bits(self) -> int:
+        return 0
+
+    @property
+    def tail(self) -> int:
+        return 0
+
+    def new_memory(self) -> Memory | None:
         return None
 
+
+def everything(reading: Reading) -> Span:
+    """All tokens held, at their own positions: dense attention."""
+    first, stop = reading.first, reading.first + reading.count
+    reading.activity.tokens_read = stop
+    if reading.count == 1 or first == 0:
+        return Span(0, reading.count, [TokenSet(range(stop), causal=reading.count > 1)])
+    # Two answers merged by their log-sum-exp: neither part needs a mask of queries x tokens.
+    return Span(0, reading.count, [TokenSet(range(first), causal=False), TokenSet(range(first, stop))])
+
+
+@dataclass(frozen=True)
+class Everything(PlainReader):
+    """Reads all tokens held, at their own positions: dense attention."""
+
     def read(self, reading: Reading) -> Iterator[Span]:
-        first, stop = reading.first, reading.first + reading.count
-        own = TokenSet(range(first, stop))
-        reading.activity.tokens_read = stop
-        if reading.count == 1 or first == 0:
-            yield Span(0, reading.count, [TokenSet(range(stop), causal=reading.count > 1)])
-        else:
-            # Two answers merged by their log-sum-exp: neither part needs a mask of queries x tokens.
-            yield Span(0, reading.count, [TokenSet(range(first), causal=False), own])
+        yield everything(reading)
