@@ -16,8 +16,11 @@ from kvote.read.tokens import PlainReader, Reading, Span, everything
 KIND = "channels"
 
 
-def order_of(calibration: Calibration) -> dict[int, Tensor]:
-    """By layer: int64 [kv_heads, head_dim], the channels of each key head, most important first.
+Order = tuple[tuple[int, ...], ...]
+
+
+def order_of(calibration: Calibration) -> dict[int, Order]:
+    """By layer: [kv_heads][head_dim], the channels of each key head, most important first.
 
     Raises InputError unless every one is an order of all channels.
     """
@@ -32,7 +35,7 @@ def order_of(calibration: Calibration) -> dict[int, Tensor]:
             whole = isinstance(order, list) and len(order) == model.head_dim and all(type(i) is int for i in order)
             if not whole or sorted(order) != list(range(model.head_dim)):
                 raise InputError(f"{calibration.name}: layer {name} is not an order of {model.head_dim} channels.")
-        found[int(name)] = torch.tensor(heads)
+        found[int(name)] = tuple(tuple(order) for order in heads)
     return found
 
 

@@ -17,10 +17,11 @@ Positions = Literal["original", "contiguous"]
 class TokenSet:
     """Tokens, and where they stand for the queries that read them.
 
-    ``index``: slots within the lane, ascending; int64 [b, q, m] for q blocks of queries of equal size, or a range of
-    neighbours that all queries share. ``causal``: the last rows of the list are the queries themselves, row i of r
-    sees list entries up to m - r + i, and with ``window`` only the last ``window`` of those. ``positions``: the
-    tokens' own, or 0 .. m - 1 in list order with the queries at the end of the list, or all at ``query_at``.
+    ``index``: slots within the lane, ascending; int64 [b, q, m] for q blocks of queries of equal size, [b, heads, q, m]
+    where every query head has a list of its own, or a range of neighbours that all queries share. ``causal``: the last
+    rows of the list are the queries themselves, row i of r sees list entries up to m - r + i, and with ``window`` only
+    the last ``window`` of those. ``positions``: the tokens' own, or 0 .. m - 1 in list order with the queries at the
+    end of the list, or all at ``query_at``.
     """
 
     index: Tensor | range
@@ -31,12 +32,17 @@ class TokenSet:
 
     @property
     def blocks(self) -> int:
-        return 1 if isinstance(self.index, range) else self.index.shape[1]
+        return 1 if isinstance(self.index, range) else self.index.shape[-2]
+
+    @property
+    def by_head(self) -> bool:
+        """Whether query heads read different tokens."""
+        return isinstance(self.index, Tensor) and self.index.dim() == 4
 
     def of_rows(self, count: int, start: int, stop: int) -> "TokenSet":
         """What query rows ``start`` to ``stop`` read, where this is what ``count`` rows read."""
         if isinstance(self.index, Tensor) and self.blocks == count:
-            return replace(self, index=self.index[:, start:stop])
+            return replace(self, index=self.index[..., start:stop, :])
         if self.blocks > 1:
             raise ValueError("Blocks of several rows cannot be cut.")
         if not self.causal or stop == count:
@@ -128,7 +134,8 @@ class Reader(Protocol):
     of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats
     one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
-    what it picked in another, so all layers must hold the same tokens."""
+    what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores
+    keys as the model rotated them."""
 
     @property
     def one_list(self) -> bool: ...
@@ -138,6 +145,8 @@ class Reader(Protocol):
     def crosses_layers(self) -> bool: ...
     @property
     def needs_raw_keys(self) -> bool: ...
+    @property
+    def needs_plain_keys(self) -> bool: ...
     @property
     def sketch_bits(self) -> int: ...
     @property
@@ -163,6 +172,10 @@ class PlainReader:
 
     @property
     def needs_raw_keys(self) -> bool:
+        return False
+
+    @property
+    def needs_plain_keys(self) -> bool:
         return False
 
     @property

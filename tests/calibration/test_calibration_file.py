@@ -142,8 +142,8 @@ def test_orders_that_are_none_are_refused(made, layers):
 
 def test_orders_are_those_of_the_file(made):
     order = order_of(made)
-    assert order[0].tolist() == [[3, 1, 0, 2], [0, 1, 2, 3]]
-    assert order[1].tolist() == [[0, 1, 2, 3], [3, 1, 0, 2]]
+    assert order[0] == ((3, 1, 0, 2), (0, 1, 2, 3))
+    assert order[1] == ((0, 1, 2, 3), (3, 1, 0, 2))
 
 
 def test_a_model_is_recognised_in_any_precision_and_no_other_model_is():

@@ -21,7 +21,9 @@ def test_the_embedded_model_is_calibrated_with_its_own_texts(capsys, tmp_path):
     assert 512 < told["tokens"] <= 1000
     made = load(told["file"], "channels")
     assert made.data["tokens"] == told["tokens"]
-    assert {layer: tuple(order.shape) for layer, order in order_of(made).items()} == dict.fromkeys(range(4), (2, 32))
+    order = order_of(made)
+    assert list(order) == [0, 1, 2, 3]
+    assert all([len(head) for head in heads] == [32, 32] for heads in order.values())
 
 
 def test_a_text_is_read(capsys, tmp_path):
