@@ -48,14 +48,14 @@ class LabelWinners(ReadsLists):
         segment = reading.segment
         if not isinstance(segment, Labelled):
             raise MethodError(
-                "doublesparsity keeps labels beside plain keys; compose it with methods that store tokens as they are."
+                "Labels are kept beside plain keys only; compose this method with those that store tokens as they are."
             )
         if segment.labels is None:
             order = torch.tensor(self.order.get(reading.layer, ()))
             if len(order) != segment.heads:
                 raise MethodError(
                     f"The calibration knows {len(order)} key heads of layer {reading.layer}, and {segment.heads} are "
-                    "held together; doublesparsity needs all key heads of a layer kept alike, and a calibration of it."
+                    "held together; labels need all key heads of a layer kept alike, and a calibration of it."
                 )
             segment.label(order[:, : max(1, round(self.share * order.shape[1]))])
         return segment

@@ -64,12 +64,12 @@ class PersistentPositions(ReadsLists):
         if self.first >= layers - 1:
             raise MethodError(
                 f"There are {layers} layers with full attention, so none would read what layer {self.first} chooses; "
-                f"tidaldecode needs first to be less than {layers - 1}."
+                f"first must be less than {layers - 1}."
             )
         if self.correction is not None and self.correction >= layers:
             raise MethodError(
                 f"There are {layers} layers with full attention, so there is no correction layer {self.correction}; "
-                "give tidaldecode a smaller one, or 0 for none."
+                "give a smaller one, or 0 for none."
             )
         correction = self.correction
         if correction is None:

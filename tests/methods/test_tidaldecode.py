@@ -224,7 +224,7 @@ def test_parameters_that_make_no_sense_are_refused(spec, sentence):
     ("spec", "sentence"),
     [
         ("tidaldecode", "There are 3 layers with full attention, so none would read what layer 2 chooses"),
-        ("tidaldecode(first=0, correction=3)", "so there is no correction layer 3; give tidaldecode a smaller one"),
+        ("tidaldecode(first=0, correction=3)", "so there is no correction layer 3; give a smaller one"),
     ],
 )
 def test_models_with_too_few_layers_are_refused(spec, sentence):
