@@ -33,6 +33,10 @@ class Calibration:
     def __repr__(self) -> str:
         return f"<{self.kind} of a {self.model.model_type}>"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":
+        # Never changed, and as large as the model has channels: copies of a cache share it.
+        return self
+
     def check(self, model: Any) -> None:
         """Raises InputError unless it was made for ``model``, a ``PreTrainedModel``."""
         mine, other = asdict(self.model), asdict(Fingerprint.of(model))
