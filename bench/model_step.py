@@ -11,6 +11,9 @@ one kvote cache after the other, because not all fit into memory at once; ``rati
 cache. Before anything is timed, what the model was fed is checked, and the first logits of every cache that is exact;
 if they are wrong there are no figures. The same with 64 tokens in the cache shows what the rest of the model costs.
 
+What ``kvote will-it-help`` predicts from the config and some seconds of measuring stands beside each cache that it
+speaks of; it is measured in the same run, between transformers' caches and kvote's.
+
 ``theta=2.0`` selects anew for every token; ``theta=-1.0`` reuses one selection for all that are timed. Real texts lie
 between the two; how often random weights would reuse a selection says nothing.
 
@@ -49,6 +52,10 @@ from transformers.masking_utils import sdpa_mask
 import kvote
 from kvote.errors import MethodError
 from kvote.layer import Step
+from kvote.measure.forecast import DEFAULT, predict
+from kvote.measure.probe import measure as measure_machine
+from kvote.measure.shape import shape
+from kvote.method import Method
 from kvote.methods import dense, tokenselect
 from kvote.store.segment import Logits
 
@@ -286,6 +293,15 @@ def methods() -> list[Any]:
     return [dense(), *found.values(), select(theta=-1.0, sketch=list(found)[-1])]
 
 
+def predictions(config: Any, tokens: int, asked: list[Method]) -> dict[str, float]:
+    """Milliseconds per token that ``kvote will-it-help`` predicts, by the spec of a method or ``DEFAULT``."""
+    model = shape(config)
+    machine = measure_machine(model, tokens, [method for method in asked if method.spec != "dense"], 1, say)
+    predicted = [predict(model, tokens, method, machine) for method in asked]
+    found = {each.method.cache: 1000 * each.method.seconds for each in predicted}
+    return {DEFAULT: 1000 * predicted[0].default.seconds, **found}
+
+
 def activity(cache: kvote.Cache) -> dict[str, int]:
     """What a layer read for the last token, and how often layers selected and reused a selection."""
     layers = cache.report().layers
@@ -315,6 +331,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         result.update(ratio=best_ms / result["ms"], ratio_as_it_comes=default_ms / result["ms"])
     # Memory for one kvote cache beside the source of all numbers and the strongest baseline.
     del dynamic, packed, baselines, full
+    # A step that reuses its selection is not what will-it-help predicts: it speaks of one that selects.
+    expected_ms = predictions(config, options.tokens, methods()[:-1])
+    results[0]["predicted_ms"] = expected_ms[DEFAULT]
     for method in methods():
         say(f"filling and timing {method.spec}")
         mine, mine_few = (kvote_cache(method, model, source) for source in static)
@@ -330,6 +349,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         result["ratio"] = result["baseline_ms"] / result["ms"]
         # The default is too slow to run beside every cache: its ratio goes through the strongest baseline.
         result["ratio_as_it_comes"] = result["ratio"] * default_ms / best_ms
+        if method.spec in expected_ms:
+            result["predicted_ms"] = expected_ms[method.spec]
         results.append(result)
         del mine, mine_few
     return results
@@ -354,11 +375,12 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         results = measure(options)
-    header = ["cache", "ms/token", "spread", f"with {FEW} tokens", "ratio", "as it comes", "MiB", "reads"]
+    header = ["cache", "ms/token", "predicted", "spread", f"with {FEW} tokens", "ratio", "as it comes", "MiB", "reads"]
     rows = [
         [
             r["cache"],
             f"{r['ms']:.1f}",
+            f"{r['predicted_ms']:.1f} ({r['predicted_ms'] / r['ms'] - 1:+.0%})" if "predicted_ms" in r else "",
             "{:.1f} to {:.1f}".format(*r["spread_ms"]),
             f"{r['ms_with_few_tokens']:.1f}",
             f"{r['ratio']:.2f}x",

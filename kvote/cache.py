@@ -28,6 +28,8 @@ class Cache(TransformersCache):
 
     def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:
         self.method = parse(method) if isinstance(method, str) else method
+        for calibration in self.method.calibrations:
+            calibration.check(model)
         self.turn = attention.Turn()
         layers: list[Any] = []
         previous = None

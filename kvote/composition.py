@@ -24,6 +24,8 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
             "what is kept of dropped tokens needs keys as the model rotated them, but the method it is joined with "
             "holds keys without rotation"
         )
+    if read.needs_plain_keys and store.needs_raw_keys:
+        return "the reader scores keys as the model rotated them, but the store holds keys without rotation"
     if read.crosses_layers and keep.drops and keep.per_layer:
         return "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens"
     return None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
 
+from kvote.calibration.file import Calibration
 from kvote.composition import conflict
 from kvote.errors import MethodError
 from kvote.keep.keeper import Keeper
@@ -28,13 +29,15 @@ _NO_OPINION = {"keep": KeepAll, "store": Raw, "read": Everything}
 class Method:
     """What stays (``keep``), in which form (``store``), and what a query reads (``read``).
 
-    ``spec`` is what the user would write to get it. Raises MethodError for parts that make no sense together.
+    ``spec`` is what the user would write to get it, ``calibrations`` are those it was built from. Raises MethodError
+    for parts that make no sense together.
     """
 
     spec: str = "custom"
     keep: Keeper = field(default_factory=KeepAll)
     store: Store = field(default_factory=Raw)
     read: Reader = field(default_factory=Everything)
+    calibrations: tuple[Calibration, ...] = ()
 
     def __post_init__(self) -> None:
         reason = conflict(self.keep, self.store, self.read)
@@ -56,7 +59,7 @@ class Method:
                     "different questions."
                 )
             parts[room] = theirs if isinstance(mine, default) else mine
-        return Method(f"{self.spec} | {other.spec}", **parts)
+        return Method(f"{self.spec} | {other.spec}", **parts, calibrations=self.calibrations + other.calibrations)
 
 
 @dataclass(frozen=True)

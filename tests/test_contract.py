@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from calibrated import double_sparsity
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvote import CropError
+from kvote.method import parse
 
 _ALL = "top_k=500, sinks=2, window=6, chunk=4"
 _FEW = "top_k=5, sinks=2, window=6"
@@ -31,6 +33,11 @@ METHODS = {
     "randomkeep-all": "randomkeep(budget=500, window=6)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
     "randomkeep-tokenselect": f"randomkeep(budget=20, sinks=2, window=6) | tokenselect({_FEW}, chunk=1, theta=2.0)",
+    "tidaldecode-all": "tidaldecode(top_k=500, first=0)",
+    "tidaldecode": "tidaldecode(top_k=5, first=0)",
+    "doublesparsity-all": double_sparsity(top_k=500, dense_layers=0),
+    "doublesparsity": double_sparsity(top_k=5, share=0.5, dense_layers=1),
+    "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "snapkv-tokenselect": f"snapkv(budget=20, window=6, per_head=False) | tokenselect({_FEW}, chunk=1, theta=2.0)",
 }
 COLUMNS = 70

@@ -49,6 +49,10 @@ class Observation:
                 part = self.segment.attention_mass(queries, lse, self.rows, tokens, self.logits)
                 if isinstance(tokens.index, range):
                     mass[:, :, tokens.index.start : tokens.index.stop] += part[:, :, 0]
+                elif tokens.by_head:
+                    own = torch.zeros(b, lse.shape[1], mass.shape[2], device=mass.device)
+                    own.scatter_add_(2, tokens.index.flatten(2), part.flatten(2))
+                    mass += own.reshape(b, h, -1, mass.shape[2]).sum(dim=2)
                 else:
                     places = tokens.index.flatten(1)[:, None].expand(-1, h, -1)
                     mass.scatter_add_(2, places, part.flatten(2))

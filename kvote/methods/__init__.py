@@ -1,11 +1,23 @@
 """Published KV-cache systems, one file each. A call such as ``tokenselect(top_k=512)`` gives a ``Method``."""
 
 from kvote.methods.dense import dense
+from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.h2o import h2o
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
+from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
 
-__all__ = ["dense", "h2o", "random", "randomkeep", "snapkv", "streamingllm", "tokenselect"]
+__all__ = [
+    "dense",
+    "doublesparsity",
+    "h2o",
+    "random",
+    "randomkeep",
+    "snapkv",
+    "streamingllm",
+    "tidaldecode",
+    "tokenselect",
+]

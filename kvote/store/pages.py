@@ -26,7 +26,7 @@ _ROOM = 8
 _UNUSED = 2
 # Bytes of tables per page at most: its owners, and a run of its own.
 _TABLES = 20
-_PARTS = ("keys", "values", "positions", "sketch")
+_PARTS = ("keys", "values", "positions", "sketch", "labels")
 _NONE = np.empty(0, np.int64)
 
 
@@ -55,7 +55,8 @@ class Lane:
 class PagePool:
     """Keys [pages, PAGE, d], values [pages, PAGE, dv], positions [pages, PAGE] int32, and how many lanes own a page.
 
-    With ``sketch_bytes``, also a sketch of each page's keys, uint8 [pages, sketch_bytes].
+    With ``sketch_bytes``, also a sketch of each page's keys, uint8 [pages, sketch_bytes]. ``labels`` [pages, r, PAGE]
+    hold some channels of the keys once more, a page of each in a row.
     """
 
     def __init__(
@@ -65,10 +66,16 @@ class PagePool:
         self.values = torch.empty(0, PAGE, value_dim, dtype=dtype, device=device)
         self.positions = torch.empty(0, PAGE, dtype=torch.int32, device=device)
         self.sketch = torch.empty(0, sketch_bytes, dtype=torch.uint8, device=device)
+        self.labels = torch.empty(0, 0, PAGE, dtype=dtype, device=device)
         self.owners = np.zeros(0, np.int32)
         self.lanes: list[Lane] = []
         # Tables for the kernels, until a page changes hands.
         self._tables: dict[tuple[int, ...], cpu.Lanes] = {}
+
+    def set_labels(self, channels: int) -> None:
+        """Makes room, not yet written, for labels of so many channels."""
+        self.labels = self.keys.new_empty(len(self.keys), channels, PAGE)
+        cpu.use_large_pages(self.labels)
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,7 @@ readers, keepers and layers see only this."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class Segment(Protocol):
     def attention_mass(
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
     ) -> Tensor:
-        """Attention [b, h, q, m] that each token of each of the q lists of ``tokens`` received in every key head.
+        """Attention [b, h, q, m] that each token of each of the q lists of ``tokens`` received in every key head,
+        [b, heads, q, m] where query heads have lists of their own.
 
         ``lse`` [b, heads, t]: that of all tokens that a query row read, of which ``tokens`` may be a part.
         """
@@ -118,6 +119,21 @@ class Segment(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class Labelled(Segment, Protocol):
+    """A segment that can keep some channels of its keys apart, for readers that score with those."""
+
+    labels: Tensor | None
+
+    def label(self, channels: Tensor) -> None:
+        """Keeps ``channels`` [h, r] of each key head apart from now on, of the tokens held and of those to come."""
+        ...
+
+    def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        """``scores`` over these channels alone, of ``query`` [b, heads, r, d]."""
+        ...
 
 
 class Store(Protocol):

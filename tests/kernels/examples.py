@@ -35,6 +35,8 @@ def examples(case: Case) -> dict[str, Check]:
         "decode capped": partial(c.decode_equals_the_reference, case, half, pairs=8, interleaved=True, softcap=3.0),
         "mass": partial(c.mass_equals_the_reference, case, start, limits),
         "mass capped": partial(c.mass_equals_the_reference, case, start, limits, softcap=3.0),
+        "scores": partial(c.scores_equal_the_reference, case, start, case.n - 2),
+        "label scores": partial(c.scores_equal_the_reference, case, start, case.n - 2, labels=11),
         "turn": partial(c.turn_equals_the_reference, case, case.d // 2),
         "turn strided": partial(c.turn_equals_the_reference, case, 8, interleaved=True, strided=True),
         "gather": partial(c.gather_fetches_and_turns, case, half, case.d // 2),

@@ -223,6 +223,17 @@ void try_all(const Kernels& kernels) {
         keep(answer, mass);
         return answer;
     });
+    for (const bool labels : {false, true})
+        try_threads(kernels, labels ? "label_scores" : "scores", [&](int threads) {
+            const int64_t rows = groups * selections;
+            std::vector<float> out(lanes * rows * (stop - start));
+            const auto run = labels ? kernels.label_scores : kernels.scores;
+            run({query.data(), keys.data(), type, pages.lanes.data(), lanes, rows, dim, start, stop, out.data(),
+                 threads});
+            Bytes answer;
+            keep(answer, out);
+            return answer;
+        });
     try_threads(kernels, "read_all", [&](int threads) {
         kernels.read_all(reinterpret_cast<const char*>(keys.data()), int64_t(keys.size()), threads);
         return Bytes{};

@@ -133,6 +133,8 @@ def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(UnsupportedModelError, match="no rotary positions"):
         predict(replace(MODEL, rotary=False), 1000, METHOD, machine())
     assert predict(replace(MODEL, rotary=False), 1000, "dense", machine()).speedup > 0
+    with pytest.raises(UnsupportedModelError, match="tidaldecode cannot be predicted: one layer is measured for all"):
+        predict(MODEL, 1000, "tidaldecode", machine())
 
 
 def test_notes_say_what_was_not_measured():

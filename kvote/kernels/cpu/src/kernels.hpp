@@ -113,6 +113,16 @@ struct MassArgs {
     int threads;
 };
 
+struct ScoreArgs {
+    const float* query;  // [lanes, rows, dim]
+    const void* keys;    // pool [pages, PAGE, dim], of labels [pages, dim, PAGE]
+    Type type;
+    const Lane* lanes;
+    std::int64_t lanes_count, rows, dim, start, stop;
+    float* out;  // [lanes, rows, stop - start]
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     void (*votes)(const VotesArgs&);
@@ -124,6 +134,8 @@ struct Kernels {
     void (*turn)(const TurnArgs&);
     void (*append)(const AppendArgs&);
     void (*attention_mass)(const MassArgs&);
+    void (*scores)(const ScoreArgs&);
+    void (*label_scores)(const ScoreArgs&);
     std::int64_t (*read_all)(const char* memory, std::int64_t bytes, int threads);  // to measure the bandwidth
 };
 

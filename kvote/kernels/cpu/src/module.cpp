@@ -156,6 +156,22 @@ NB_MODULE(_cpu, m) {
                                 table.lanes.data(), lanes, rows, dim, start, stop, limits.data(),
                                 scale, softcap, at<float>(mass), threads});
     });
+    m.def("scores", [](Address query, Address keys, int type, Address runs, Address begins, std::int64_t lanes,
+                       std::int64_t rows, std::int64_t dim, std::int64_t start, std::int64_t stop, Address out,
+                       int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        active->scores({at<const float>(query), at<const void>(keys), Type(type), table.lanes.data(), lanes, rows,
+                        dim, start, stop, at<float>(out), threads});
+    });
+    m.def("label_scores", [](Address query, Address keys, int type, Address runs, Address begins, std::int64_t lanes,
+                       std::int64_t rows, std::int64_t dim, std::int64_t start, std::int64_t stop, Address out,
+                       int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        active->label_scores({at<const float>(query), at<const void>(keys), Type(type), table.lanes.data(), lanes, rows,
+                        dim, start, stop, at<float>(out), threads});
+    });
     m.def("read_all", [](Address memory, std::int64_t bytes, int threads) {
         nb::gil_scoped_release release;
         return active->read_all(at<const char>(memory), bytes, threads);
