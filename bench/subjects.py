@@ -214,6 +214,8 @@ class MadeUp:
     heads: int
     kv_heads: int
     dim: int
+    # The one whose calibrations they shall pass for.
+    model: Any = None
     written: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, kind: str) -> str:
@@ -229,20 +231,12 @@ class MadeUp:
         return repr(self.written[kind])
 
     def made(self, kind: str) -> Any:
-        """As many heads of a layer matter as the method keeps by default, and each layer has its share of them."""
-        from kvote.calibration.file import Calibration
+        from kvote.calibration.example import example
         from kvote.calibration.fingerprint import Fingerprint
 
-        model = Fingerprint("made-up", self.layers, self.heads, self.kv_heads, self.dim, "0" * 32)
-        falling = [1 - head / self.kv_heads for head in range(self.kv_heads)]
-        orders = [[(channel * 37 + head) % self.dim for channel in range(self.dim)] for head in range(self.kv_heads)]
-        each: Any = {
-            "channels": orders,
-            "razor": {"echo": falling, "induction": falling},
-            "duo": {"gate": falling},
-        }[kind]
-        layers = {str(layer): each for layer in range(self.layers)}
-        return Calibration(kind, model, {"tokens": 1, "layers": layers})
+        shape = (self.layers, self.heads, self.kv_heads, self.dim)
+        model = Fingerprint("made-up", *shape, "0" * 32) if self.model is None else Fingerprint.of(self.model)
+        return example(kind, model)
 
 
 def built(spec: str, calibrations: Callable[[str], str] = calibration) -> Method | str:

@@ -88,8 +88,7 @@ class Geometry:
         if n < 1:
             raise ValueError(f"A prompt of {key.shape[2]} tokens has nothing before its last {_PROMPT_END}.")
         for layer in made:
-            for part, heads in _parts(layer, self.kv_heads):
-                self._store(part, key[:, heads, :n], value[:, heads, :n], key.shape[2])
+            self.begin(layer, key[:, :, :n], value[:, :, :n], key.shape[2])
         positions = torch.arange(n, n + _PROMPT_END)[None]
         query = torch.randn(1, self.heads, _PROMPT_END, self.dim, dtype=self.dtype)
         for layer in made:
@@ -97,17 +96,19 @@ class Geometry:
             layer.attend(Step(query, key[:, :, n:], value[:, :, n:], positions, None, solo, Logits(self.scale)))
         return made
 
-    def _store(self, layer: Layer, key: Tensor, value: Tensor, announced: int) -> None:
+    def begin(self, layer: Layer | HeadGroups, key: Tensor, value: Tensor, announced: int) -> None:
         """Puts the first tokens of an announced prompt into an empty layer; no query is asked."""
-        step = self.step(0)
-        layer.expected = announced
-        segment = layer.start(replace(step, key=step.key[:, : key.shape[1]], value=step.value[:, : key.shape[1]]))
-        for start in range(0, key.shape[2], _PASS):
-            stop = min(key.shape[2], start + _PASS)
-            segment.append([0], key[:, :, start:stop], value[:, :, start:stop], torch.arange(start, stop)[None])
-            layer.seen, layer.ahead = stop, announced - stop
-            layer.drop()
-            layer.seal()
+        for part, heads in _parts(layer, self.kv_heads):
+            first = self.step(0)
+            part.expected = announced
+            segment = part.start(replace(first, key=first.key[:, heads], value=first.value[:, heads]))
+            for start in range(0, key.shape[2], _PASS):
+                stop = min(key.shape[2], start + _PASS)
+                own = key[:, heads, start:stop], value[:, heads, start:stop]
+                segment.append([0], *own, torch.arange(start, stop)[None])
+                part.seen, part.ahead = stop, announced - stop
+                part.drop()
+                part.seal()
 
     def step(self, position: int, batch: int = 1) -> Step:
         """A decode step of a random token at ``position``."""
