@@ -3,10 +3,11 @@
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.h2o import h2o
+from kvote.methods.kivi import kivi
 from kvote.methods.random import random
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
 
-__all__ = ["dense", "doublesparsity", "h2o", "random", "snapkv", "streamingllm", "tidaldecode", "tokenselect"]
+__all__ = ["dense", "doublesparsity", "h2o", "kivi", "random", "snapkv", "streamingllm", "tidaldecode", "tokenselect"]

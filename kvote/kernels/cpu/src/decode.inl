@@ -137,12 +137,14 @@ inline void add(const Rows<T>& rows, const float* weight, float* out, int64_t di
 }
 
 // Turns the scores of a block of tokens into weights, in place, relative to the peak so far; where that rises, what was
-// summed up before (`out` of `width`, `mass`) shrinks. Scores up to the next multiple of W are written, as nothing.
-inline void soften(float* s, int64_t live, float softcap, float* out, float& peak_so_far, float& mass_so_far,
-                   int64_t width) {
+// summed up before (`out` of `width`, `mass`) shrinks. Tokens from .. live count; the others, up to the next multiple of
+// W, weigh nothing.
+inline void soften(float* s, int64_t from, int64_t live, float softcap, float* out, float& peak_so_far,
+                   float& mass_so_far, int64_t width) {
     const int64_t padded = (live + W - 1) / W * W;
     if (softcap > 0)
         for (int64_t t = 0; t < live; ++t) s[t] = softcap * std::tanh(s[t] / softcap);
+    for (int64_t t = 0; t < from; ++t) s[t] = -INFINITY;
     for (int64_t t = live; t < padded; ++t) s[t] = -INFINITY;
     vf best = splat(-INFINITY);
     for (int64_t t = 0; t < padded; t += W) best = vmax(load<vf>(s + t), best);
@@ -178,7 +180,7 @@ void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs&
             store_quarters(scores + g * BLOCK + t, BLOCK, four_by_four(four, query, g, a.dim) * a.scale);
     }
     for (int64_t g = 0; g < a.groups; ++g)
-        soften(scores + g * BLOCK, live, a.softcap, part.out + g * a.dim, part.peak[g], part.mass[g], a.dim);
+        soften(scores + g * BLOCK, 0, live, a.softcap, part.out + g * a.dim, part.peak[g], part.mass[g], a.dim);
     int64_t g = 0;
     for (; g + 4 <= a.groups; g += 4) add<4>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
     for (; g < a.groups; ++g) add<1>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);

@@ -14,14 +14,16 @@ constexpr int64_t ROW = 64;
 template <int BITS, class U>
 constexpr float ZERO = std::is_same<U, float>::value ? 0.0f : float((1 << BITS) - 1) / 2;
 
-// sums[q][i] += products of tile i with weights[q * stride + step], over `rows` rows.
+// sums[q][i] += products of tile i with weights[q * stride + step], over `rows` rows. What lies `ahead` bytes further is
+// asked for from memory on the way.
 template <int BITS, int Q>
 inline void multiply(const uint8_t* a, const uint8_t* b, int64_t rows, const float* weights, int64_t stride,
-                     vf (&sums)[Q][2]) {
+                     vf (&sums)[Q][2], int64_t ahead) {
     constexpr uint32_t MASK = (1u << BITS) - 1;
     for (int64_t row = 0; row < rows; ++row, a += ROW, b += ROW, weights += STEPS<BITS>) {
         const vu x = load<vu>(a), y = load<vu>(b);
-#pragma GCC unroll 8
+        __builtin_prefetch(a + ahead, 0, 2);
+        __builtin_prefetch(b + ahead, 0, 2);
         for (int k = 0; k < 16 / BITS; ++k)
             for (int half = 0; half < 2; ++half) {
                 const int shift = BITS * k + 16 * half;
@@ -37,12 +39,12 @@ inline void multiply(const uint8_t* a, const uint8_t* b, int64_t rows, const flo
 }
 
 #if defined(__AVX512BF16__)
-// Codes about zero in bfloat16, by the lowest five bits of a 16-bit index, of which only BITS count.
+// Codes about zero in bfloat16, by the lowest five bits of a 16-bit index, of which only the BITS from `from` on count.
 template <int BITS>
-inline __m512i code_table() {
+inline __m512i code_table(int from) {
     alignas(64) uint16_t table[32];
     for (int i = 0; i < 32; ++i) {
-        const float x = float(i % (1 << BITS)) - ZERO<BITS, bf16>;
+        const float x = float((i >> from) % (1 << BITS)) - ZERO<BITS, bf16>;
         uint32_t bits;
         std::memcpy(&bits, &x, 4);
         table[i] = uint16_t(bits >> 16);
@@ -52,10 +54,11 @@ inline __m512i code_table() {
 
 template <int BITS, int Q>
 inline void multiply(const uint8_t* a, const uint8_t* b, int64_t rows, const bf16* weights, int64_t stride,
-                     vf (&sums)[Q][2]) {
+                     vf (&sums)[Q][2], int64_t ahead) {
     // Enough independent sums to hide the latency of an addition.
     constexpr int CHAINS = Q >= 3 ? 1 : 4 / Q;
-    const __m512i table = code_table<BITS>();
+    // Two codes of 2 bits lie within five bits, which saves to shift every other one.
+    const __m512i tables[2] = {code_table<BITS>(0), code_table<BITS>(BITS == 2 ? 2 : 0)};
     __m512 acc[CHAINS][Q][2];
     for (int q = 0; q < Q; ++q)
         for (int i = 0; i < 2; ++i) {
@@ -64,10 +67,13 @@ inline void multiply(const uint8_t* a, const uint8_t* b, int64_t rows, const bf1
         }
     for (int64_t row = 0; row < rows; ++row, a += ROW, b += ROW, weights += STEPS<BITS>) {
         const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+        __builtin_prefetch(a + ahead, 0, 2);
+        __builtin_prefetch(b + ahead, 0, 2);
 #pragma GCC unroll 8
         for (int k = 0; k < 16 / BITS; ++k) {
-            const __m512bh u = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(x, BITS * k), table);
-            const __m512bh v = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(y, BITS * k), table);
+            const int shift = BITS == 2 ? BITS * (k & ~1) : BITS * k;
+            const __m512bh u = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(x, shift), tables[k % 2]);
+            const __m512bh v = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(y, shift), tables[k % 2]);
             for (int q = 0; q < Q; ++q) {
                 int32_t pair;
                 std::memcpy(&pair, weights + q * stride + 2 * k, 4);

@@ -10,6 +10,7 @@ template <class T>
 struct PackedPage {
     const uint8_t* codes;
     const T *scale, *minimum;
+    int64_t ahead = 0;  // bytes from here to the page that is read next
 };
 
 // Where things lie in pages of keys or values.
@@ -29,7 +30,7 @@ struct Form {
     PackedPage<T> page(uint8_t* pool, const Lane& lane, int64_t token, Lane::Cursor& at) const {
         uint8_t* start = pool + lane.slot(token / PACKED * PAGE, at) / PAGE * bytes<T>();
         const T* scale = reinterpret_cast<const T*>(start + codes());
-        return {start, scale, scale + params};
+        return {start, scale, scale + params, 0};
     }
 };
 
@@ -200,6 +201,13 @@ template <class T, int BITS>
 using Weight = float;
 #endif
 
+// Asks for two vectors of numbers `ahead` bytes further.
+template <class T>
+inline void ask_for(const T* p, int64_t ahead) {
+    for (int64_t i = 0; i < 2 * W * int64_t(sizeof(T)); i += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + i, 0, 2);
+}
+
 // One thread's scratch: queries times scales of each group of a page, or weights times scales of each group of channels.
 template <class U>
 struct Folded {
@@ -222,6 +230,7 @@ void score_page(const PackedPage<T>& page, const Form& form, const float* query,
         for (int64_t c = 0; c < dim; c += 2 * W) {
             const bool two = c + W < dim;
             const vf s0 = get(scale + c), s1 = two ? get(scale + c + W) : vf{};
+            ask_for(scale + c, page.ahead), ask_for(minimum + c, page.ahead);
             const vf m0 = get(minimum + c) + s0 * zero, m1 = two ? get(minimum + c + W) + s1 * zero : vf{};
             for (int q = 0; q < Q; ++q) {
                 const vf x0 = load<vf>(query + q * dim + c), x1 = two ? load<vf>(query + q * dim + c + W) : vf{};
@@ -239,7 +248,8 @@ void score_page(const PackedPage<T>& page, const Form& form, const float* query,
         const uint8_t* codes = page.codes + t / W * tile;
         vf sums[Q][2];
         for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = splat(constant[g * Q + q]);
-        multiply<BITS, Q>(codes, codes + tile, dim / STEPS<BITS>, folded.weights + g * 4 * MAX_DIM, MAX_DIM, sums);
+        multiply<BITS, Q>(codes, codes + tile, dim / STEPS<BITS>, folded.weights + g * 4 * MAX_DIM, MAX_DIM, sums,
+                          page.ahead);
         for (int q = 0; q < Q; ++q) {
             store(scores + q * stride + t, sums[q][0]);
             store(scores + q * stride + t + W, sums[q][1]);
@@ -263,6 +273,7 @@ void add_page(const PackedPage<T>& page, const Form& form, const float* weight, 
         for (int q = 0; q < Q; ++q) sum[q] = load<vf>(out + q * width + dim + g * W);
         for (int64_t t = first; t < to; t += 2 * W) {
             const T *scale = page.scale + g * PACKED + t, *minimum = page.minimum + g * PACKED + t;
+            ask_for(scale, page.ahead), ask_for(minimum, page.ahead);
             vf s0 = get(scale), s1 = get(scale + W), m0 = get(minimum), m1 = get(minimum + W);
             if (t < from || to < t + 2 * W) {  // what is not stored may be anything, even NaN
                 const vi t0 = lanes + int32_t(t), t1 = t0 + W;
@@ -290,7 +301,7 @@ void add_page(const PackedPage<T>& page, const Form& form, const float* weight, 
             sums[q][1] = two ? load<vf>(out + q * width + c + W) : vf{};
         }
         multiply<BITS, Q>(codes, two ? codes + tile : codes, rows, folded.weights + c / G * 4 * PACKED + first, PACKED,
-                          sums);
+                          sums, page.ahead);
         for (int q = 0; q < Q; ++q) {
             store(out + q * width + c, sums[q][0]);
             if (two) store(out + q * width + c + W, sums[q][1]);
@@ -308,23 +319,24 @@ void attend_page(const PackedPage<T>& key, const PackedPage<T>& value, const For
     const int64_t first = from / W * W;
     for (int q = 0; q < Q; ++q) {
         float* s = scores + q * PACKED;
-        for (int64_t t = 0; t < from; ++t) s[t] = -INFINITY;
         for (int64_t t = first; t < to; t += W) store(s + t, load<vf>(s + t) * a.scale);
-        soften(s + first, to - first, a.softcap, part.out + q * width, part.peak[q], part.mass[q], width);
+        soften(s + first, from - first, to - first, a.softcap, part.out + q * width, part.peak[q], part.mass[q], width);
         for (int64_t t = from / (2 * W) * 2 * W; t < first; ++t) s[t] = 0;
         for (int64_t t = (to + W - 1) / W * W; t < (to + 2 * W - 1) / (2 * W) * 2 * W; ++t) s[t] = 0;
     }
     add_page<T, BITS, Q>(value, values, scores, from, to, folded, part.out, width);
 }
 
-// Calls `body` with the number of queries, as a constant, for 4 of them at a time and then the rest.
+// Calls `body` with the number of queries, as a constant: as many at a time as there are registers for their sums.
 template <class Body>
-inline void by_four(int64_t count, Body&& body) {
+inline void by_few(int64_t count, Body&& body) {
     int64_t q = 0;
+#if defined(__AVX512F__)
     for (; q + 4 <= count; q += 4) body(q, std::integral_constant<int, 4>{});
-    if (count - q == 3) body(q, std::integral_constant<int, 3>{});
-    if (count - q == 2) body(q, std::integral_constant<int, 2>{});
-    if (count - q == 1) body(q, std::integral_constant<int, 1>{});
+    if (count - q == 3) return body(q, std::integral_constant<int, 3>{});
+#endif
+    for (; q + 2 <= count; q += 2) body(q, std::integral_constant<int, 2>{});
+    if (q < count) body(q, std::integral_constant<int, 1>{});
 }
 
 template <class T, int BITS>
@@ -351,18 +363,23 @@ void packed_attend_of(const PackedAttendArgs& a) {
             std::memset(rows, 0, 4 * groups * width);
             for (int64_t g = 0; g < groups; ++g) part.peak[g] = -INFINITY, part.mass[g] = 0;
             const int64_t lane = item / parts, begin = first + item % parts * share;
+            const int64_t end = std::min(begin + share, first + pages);
             Lane::Cursor key_at, value_at;
-            for (int64_t page = begin; page < std::min(begin + share, first + pages); ++page) {
-                const int64_t token = page * PACKED;
-                const auto key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], token, key_at);
-                const auto value = values.page<T>(a.values.pages, a.values.lanes[lane], token, value_at);
+            auto key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], begin * PACKED, key_at);
+            auto value = values.page<T>(a.values.pages, a.values.lanes[lane], begin * PACKED, value_at);
+            for (int64_t page = begin; page < end; ++page) {
+                const int64_t token = page * PACKED, after = std::min(page + 1, end - 1) * PACKED;
+                const auto next_key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], after, key_at);
+                const auto next_value = values.page<T>(a.values.pages, a.values.lanes[lane], after, value_at);
+                key.ahead = next_key.codes - key.codes, value.ahead = next_value.codes - value.codes;
                 const int64_t from = std::max<int64_t>(a.start - token, 0), to = std::min(a.stop - token, PACKED);
-                by_four(groups, [&](int64_t q, auto Q) {
+                by_few(groups, [&](int64_t q, auto Q) {
                     const Partial some{part.out + q * width, part.peak + q, part.mass + q};
                     attend_page<T, BITS, decltype(Q)::value>(key, value, keys, values, a,
                                                              a.query + (lane * groups + q) * dim, from, to, some, width,
                                                              folded[team.rank]);
                 });
+                key = next_key, value = next_value;
             }
             for (int64_t g = 0; g < groups; ++g)
                 for (int64_t c = 0; c < dim; c += W) {
@@ -392,7 +409,7 @@ void packed_scores_of(const PackedScoresArgs& a) {
             Lane::Cursor at;
             const auto page = keys.page<T>(a.keys.pages, a.keys.lanes[lane], token, at);
             const int64_t from = std::max<int64_t>(a.start - token, 0), to = std::min(a.stop - token, PACKED);
-            by_four(a.rows, [&](int64_t q, auto Q) {
+            by_few(a.rows, [&](int64_t q, auto Q) {
                 score_page<T, BITS, decltype(Q)::value>(page, keys, a.query + (lane * a.rows + q) * keys.dim, from, to,
                                                         mine, mine.scores, PACKED);
                 for (int64_t i = 0; i < Q; ++i)
