@@ -125,7 +125,8 @@ def pack(x: Tensor, pages: Tensor, form: Packing, slots: Tensor) -> None:
         row = (place // _LANES * rows)[:, None] + torch.arange(rows, device=x.device)
         words[page[:, None], row, (place % _LANES)[:, None]] = _as_words(steps.sum(-1))
         return
-    codes, scale, least = quantise_values(_filled(x, form), form.bits, form.group)
+    codes, scale, least = quantise_values(x, form.bits, form.group)
+    codes = _filled(codes, form)
     scales[page, :, place], minima[page, :, place] = scale, least
     tiles = torch.arange(form.width // _LANES, device=x.device) * (PACKED // form.steps)
     row = tiles + (place // form.steps)[:, None]

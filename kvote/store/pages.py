@@ -1,8 +1,8 @@
 """Pages: where the tokens of one layer lie in memory.
 
 A lane (one key/value head of one sequence) owns pages of ``PAGE`` tokens out of a pool that all lanes of the layer
-share. Raw pages hold keys, values and original positions side by side, so a token that moves takes its position with it.
-Sequences that start alike (beams, several answers to one prompt) own the same pages until one of them writes.
+share. Raw pages hold keys, values and original positions side by side, so a token that moves takes its position with
+it. Sequences that start alike (beams, several answers to one prompt) own the same pages until one of them writes.
 
 Each lane's pages are runs of neighbours in the pool. ``arrange`` lays every lane out in one run with room to grow,
 which is the usual state: a lane then is a plain strided tensor and reading it copies nothing.
@@ -91,7 +91,7 @@ class PagePool:
         return True
 
     def slots(self, lane: Lane, start: int, stop: int) -> Tensor:
-        """Pool slots (page * self.page + offset) of the lane's tokens ``start`` to ``stop``, int64 [stop - start]."""
+        """Pool slots (page * tokens in a page + offset) of the lane's tokens ``start`` to ``stop``, int64 [stop - start]."""
         device = self.device
         if len(lane.runs) == 1:
             base = lane.runs[0][0] * self.page
@@ -108,7 +108,9 @@ class PagePool:
         for lane, target in zip(self.lanes, targets, strict=True):
             if target > lane.length and lane.length % self.page and self.owners[self._last_page(lane)] > 1:
                 self._copy_last_page(lane, targets)
-        wanted = [max(0, -(-target // self.page) - lane.pages) for lane, target in zip(self.lanes, targets, strict=True)]
+        wanted = [
+            max(0, -(-target // self.page) - lane.pages) for lane, target in zip(self.lanes, targets, strict=True)
+        ]
         if sum(wanted) == 0:
             return
         cramped = any(not self._room_behind(lane, w) for lane, w in zip(self.lanes, wanted, strict=True) if w)

@@ -1,9 +1,9 @@
 """Quantised segments: a packed body and, behind it, the most recent tokens as the model made them.
 
 Of n tokens, keys are packed in whole runs of ``residual`` tokens, floor(n / residual) * residual of them, and values as
-soon as ``residual`` younger ones exist, max(0, n - residual) of them. Each token is packed once. Tokens whose values are
-packed are the body; all others lie in a raw segment, where a key that is packed already is replaced by what it decodes
-to. So there are two regions, and their answers are merged by their log-sum-exp.
+soon as ``residual`` younger ones exist, max(0, n - residual) of them. Each token is packed once. Tokens whose values
+are packed are the body; all others lie in a raw segment, where a key that is packed already is replaced by what it
+decodes to. So there are two regions, and their answers are merged by their log-sum-exp.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +59,7 @@ class QuantisedSegment:
 
     @property
     def nbytes(self) -> int:
-        before = {part.data_ptr(): part.untyped_storage().nbytes() for part in self._before}
+        before = {storage.data_ptr(): storage.nbytes() for storage in (x.untyped_storage() for x in self._before)}
         return sum(pool.nbytes for pool in self.pools) + sum(before.values())
 
     def length(self, row: int) -> int:
@@ -154,7 +154,9 @@ class QuantisedSegment:
             alike.setdefault(self._state(row), []).append(row)
         return list(alike.values())
 
-    def _by_body(self, rows: list[int], call: Callable[[list[int], slice | list[int]], tuple[Tensor, ...]]) -> list[Tensor]:
+    def _by_body(
+        self, rows: list[int], call: Callable[[list[int], slice | list[int]], tuple[Tensor, ...]]
+    ) -> list[Tensor]:
         """Joins, in the order of ``rows``, what ``call`` gives for rows alike and where they stand among all."""
         parts = self._bodies(rows)
         if len(parts) == 1:
@@ -285,7 +287,11 @@ class QuantisedSegment:
                 own, at = replace(tokens, index=index[:, j : j + 1]), slice(j * each, (j + 1) * each)
                 query = self.raw._place_queries(queries.rows(at.start, at.stop), own)
                 key = self._listed(rows, own)[0]
-                pieces.append(kernels.attention_mass(query, lse[:, :, at], key, causal=tokens.causal, window=tokens.window, **rule))
+                pieces.append(
+                    kernels.attention_mass(
+                        query, lse[:, :, at], key, causal=tokens.causal, window=tokens.window, **rule
+                    )
+                )
             return torch.stack(pieces, dim=2)
         if index.stop <= body or self.rope is not None or tokens.window is not None:
             key, _, positions = self._tokens(rows, index.start, index.stop)
@@ -352,8 +358,8 @@ class QuantisedSegment:
     # Taking tokens away.
 
     def keep(self, row: int, slots: Tensor, content: tuple[Tensor, Tensor] | None = None) -> None:
-        """As ``Segment.keep``. From the first token that moves on, what stays is decoded, and packed anew when the layer
-        seals."""
+        """As ``Segment.keep``. From the first token that moves on, what stays is decoded, and packed anew by the next
+        ``seal``."""
         slots = slots.to(self.device).expand(self.heads, -1)
         moving = (slots != torch.arange(slots.shape[1], device=self.device)).any(dim=0)
         start = int(moving.int().argmax()) if bool(moving.any()) else slots.shape[1]
@@ -381,7 +387,7 @@ class QuantisedSegment:
             self.raw.truncate(row, length - first)
         else:
             again = [part.clone() for part in self._tokens([row], kept_values, length)]
-            self._before[row] = torch.stack(self.positions(row))[:, :kept_values].contiguous()
+            self._before[row] = torch.stack(self.positions(row))[:, :kept_values].clone()
             self._first[row] = kept_values
             self.raw.truncate(row, 0)
             if length > kept_values:
@@ -414,7 +420,9 @@ def _joined(before: Tensor, more: Tensor) -> Tensor:
     """Positions [1 or heads, n] and [heads, m] side by side, once if they are the same in every head."""
     if bool((more == more[:1]).all()):
         more = more[:1]
-    rows = max(len(before), len(more)) if before.shape[1] else len(more)
+    if not before.shape[1]:
+        return more.clone()
+    rows = max(len(before), len(more))
     return torch.cat([before.expand(rows, -1), more.expand(rows, -1)], dim=1)
 
 
@@ -453,9 +461,7 @@ class Quantised:
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
     ) -> QuantisedSegment:
-        return QuantisedSegment(
-            heads, like, value_dim, rope, bits=self.bits, group=self.group, residual=self.residual
-        )
+        return QuantisedSegment(heads, like, value_dim, rope, bits=self.bits, group=self.group, residual=self.residual)
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
         pass

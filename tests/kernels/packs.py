@@ -20,7 +20,7 @@ LENGTHS = [1, 31, 32, 127, 128, 129, 300, 1000]
 class PackCase:
     """``case`` tells shapes and how pages lie; ``kind`` what the numbers are like."""
 
-    case: Case = Case()
+    case: Case
     bits: int = 2
     group: int = 32
     kind: str = "plain"
@@ -37,8 +37,8 @@ def pack_cases(draw: Any) -> PackCase:
 
 
 class Packs:
-    """Keys and values [sequences, heads, n, d] of a case and their packed pools. Keys fill whole groups, so there may be
-    more of them. Whatever of a pool holds no token is 255: NaN, where it is a scale."""
+    """Keys and values [lanes, n, d] of a case and their packed pools. Keys fill whole groups, so there may be more of
+    them. Whatever of a pool holds no token is 255: NaN, where it is a scale."""
 
     def __init__(self, pack: PackCase) -> None:
         case = pack.case
@@ -98,8 +98,8 @@ class Packs:
         return cpu.instruction_set() == "avx512_bf16" and not wide
 
     def logits(self, query: Tensor, tokens: range) -> tuple[Tensor, float]:
-        """q.k [sequences, heads, r, n] in float64, with the rounding that the kernel promises, and what float32 sums may
-        differ by."""
+        """q.k [sequences, heads, r, n] in float64, with the rounding that the kernel promises, and what float32 sums
+        may differ by."""
         codes, scale, least = (x.double() for x in self.parts(self.law(self.key_form), self.key_form, self.case.n))
         zero = ((1 << self.key_form.bits) - 1) / 2 if self.rounds else 0.0
         groups = query.shape[1] // self.case.heads

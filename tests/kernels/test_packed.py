@@ -73,7 +73,9 @@ def test_constant_groups_decode_to_their_number():
         codes, scale, least = quantise(x, 2, 32)
         assert bool((codes == 0).all())
         assert bool((scale == 0).all())
-        assert torch.equal(packing.dequantise(codes, scale, least), torch.full_like(codes, 0, dtype=x.dtype) + x[0, 0, 0])
+        assert torch.equal(
+            packing.dequantise(codes, scale, least), torch.full_like(codes, 0, dtype=x.dtype) + x[0, 0, 0]
+        )
 
 
 @pytest.mark.parametrize("dim", [8, 24, 64, 80])
@@ -196,11 +198,14 @@ def test_the_comparison_notices_a_fault(fault, monkeypatch):
     for name, call in (("of_keys", of_keys), ("of_values", of_values)):
 
         def spoiled(self, call=call):
-            pool, form, table = call(self)
+            _pool, form, table = call(self)
             return faulty(self, form), form, table
 
         monkeypatch.setattr(p.Packs, name, spoiled)
-    for call in (lambda: p.scores_equal_the_law(pack, range(300), 1), lambda: p.attend_equals_the_law(pack, range(200), None)):
+    for call in (
+        lambda: p.scores_equal_the_law(pack, range(300), 1),
+        lambda: p.attend_equals_the_law(pack, range(200), None),
+    ):
         with pytest.raises(AssertionError):
             call()
 
