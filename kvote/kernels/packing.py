@@ -83,7 +83,7 @@ def quantise_keys(keys: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, 
 def quantise_values(values: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., n, d], scales and minima [..., n, ceil(d / group)] of ``values`` [..., n, d]; the last group may be
     shorter."""
-    parts = [quantise(part, bits) for part in values.split(group, dim=-1)]
+    parts = [quantise(part, bits) for part in torch.split(values, group, dim=-1)]
     codes, scale, least = zip(*parts, strict=True)
     return torch.cat(codes, dim=-1), torch.cat(scale, dim=-1), torch.cat(least, dim=-1)
 

@@ -191,8 +191,7 @@ class QuantisedSegment:
 
     def _attend_body(self, query: Tensor, rows: list[int], tokens: range, logits: Logits) -> Answer:
         """Attention over packed tokens that all queries see."""
-        rule = {"scale": logits.scale, "softcap": logits.softcap}
-        answer = packed.attend(query, self.keys, self.values, rows, tokens, **rule)
+        answer = packed.attend(query, self.keys, self.values, rows, tokens, scale=logits.scale, softcap=logits.softcap)
         if answer is not None:
             return answer
 
@@ -200,7 +199,7 @@ class QuantisedSegment:
             for start in range(tokens.start, tokens.stop, BLOCK):
                 block = range(start, min(start + BLOCK, tokens.stop))
                 key, value = self.keys.unpack(rows, block), self.values.unpack(rows, block)
-                yield kernels.attend(query, key, value, causal=False, **rule)
+                yield kernels.attend(query, key, value, causal=False, scale=logits.scale, softcap=logits.softcap)
 
         return _merged(query, blocks())
 
@@ -240,9 +239,18 @@ class QuantisedSegment:
             own = replace(tokens, index=tokens.index[:, j : j + 1])
             some = queries.rows(j * each, (j + 1) * each)
             key, value = self._listed(rows, own)
-            rule = {"scale": logits.scale, "softcap": logits.softcap}
             query = self.raw._place_queries(some, own)
-            answers.append(kernels.attend(query, key, value, causal=tokens.causal, window=tokens.window, **rule))
+            answers.append(
+                kernels.attend(
+                    query,
+                    key,
+                    value,
+                    causal=tokens.causal,
+                    window=tokens.window,
+                    scale=logits.scale,
+                    softcap=logits.softcap,
+                )
+            )
         if len(answers) == 1:
             return answers[0]
         return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)
@@ -280,7 +288,6 @@ class QuantisedSegment:
 
     def _mass(self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Tensor:
         body, first, index = self.values.length(rows[0]), self._first[rows[0]], tokens.index
-        rule = {"scale": logits.scale, "softcap": logits.softcap}
         if isinstance(index, Tensor):
             each, pieces = queries.rotated.shape[2] // tokens.blocks, []
             for j in range(tokens.blocks):
@@ -289,7 +296,13 @@ class QuantisedSegment:
                 key = self._listed(rows, own)[0]
                 pieces.append(
                     kernels.attention_mass(
-                        query, lse[:, :, at], key, causal=tokens.causal, window=tokens.window, **rule
+                        query,
+                        lse[:, :, at],
+                        key,
+                        causal=tokens.causal,
+                        window=tokens.window,
+                        scale=logits.scale,
+                        softcap=logits.softcap,
                     )
                 )
             return torch.stack(pieces, dim=2)
@@ -302,12 +315,18 @@ class QuantisedSegment:
                     table = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.device)
                     angles = table[0][: len(tokens)], table[1][: len(tokens)]
                 key = self.rope.apply(key, angles)
-            mass = kernels.attention_mass(query, lse, key, causal=tokens.causal, window=tokens.window, **rule)
+            mass = kernels.attention_mass(
+                query, lse, key, causal=tokens.causal, window=tokens.window, scale=logits.scale, softcap=logits.softcap
+            )
             return mass[:, :, None]
         pieces = []
         for start in range(index.start, min(index.stop, body), BLOCK):
             key = self.keys.unpack(rows, range(start, min(start + BLOCK, index.stop, body)))
-            pieces.append(kernels.attention_mass(queries.rotated, lse, key, causal=False, **rule)[:, :, None])
+            pieces.append(
+                kernels.attention_mass(
+                    queries.rotated, lse, key, causal=False, scale=logits.scale, softcap=logits.softcap
+                )[:, :, None]
+            )
         recent = range(max(index.start, body) - first, index.stop - first)
         pieces.append(self.raw.attention_mass(queries, lse, rows, replace(tokens, index=recent), logits))
         return torch.cat(pieces, dim=-1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kvote.kernels import cpu
 from kvote.kernels.cpu import Lanes
 from kvote.kernels.packing import PACKED, Packing
+
+# Absent where it could not be compiled; nobody calls these functions then.
+_cpu: Any = getattr(cpu, "_cpu", None)
 
 
 def _check(holds: bool, what: str) -> None:
@@ -31,7 +36,7 @@ def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: list[int]
     _check(not form.are_keys or not any(n % form.group for n in (count, *first)), "keys come in whole groups")
     threads = torch.get_num_threads()
     pool = _pool(pages, form, lanes)
-    cpu._cpu.pack(pool, form.are_keys, x.data_ptr(), x.stride(0), x.stride(1), count, first, threads)
+    _cpu.pack(pool, form.are_keys, x.data_ptr(), x.stride(0), x.stride(1), count, first, threads)
 
 
 def unpack(pages: Tensor, form: Packing, lanes: Lanes, tokens: Tensor | range, sequences: int, out: Tensor) -> None:
@@ -46,7 +51,7 @@ def unpack(pages: Tensor, form: Packing, lanes: Lanes, tokens: Tensor | range, s
     _check(out.shape[1] >= count and out.shape[2] == form.dim, "out must have room for the tokens")
     _check(out.stride(1) == form.dim and out.stride(2) == 1, "out must be contiguous but for its lanes")
     each, threads = lanes.count // sequences, torch.get_num_threads()
-    cpu._cpu.unpack(
+    _cpu.unpack(
         _pool(pages, form, lanes), form.are_keys, index, each, start, count, out.data_ptr(), out.stride(0), threads
     )
 
@@ -76,7 +81,7 @@ def attend(
     _check(keys[1].are_keys and not values[1].are_keys, "keys must be keys and values values")
     query = query.float().contiguous()
     out, lse = torch.empty(sequences, heads, dim), torch.empty(sequences, heads)
-    cpu._cpu.packed_attend(
+    _cpu.packed_attend(
         query.data_ptr(),
         _pool(*keys),
         _pool(*values),
@@ -102,7 +107,7 @@ def scores(query: Tensor, keys: tuple[Tensor, Packing, Lanes], tokens: range) ->
     out = torch.empty(sequences, heads, r, len(tokens))
     threads = torch.get_num_threads()
     pool = _pool(*keys)
-    cpu._cpu.packed_scores(query.data_ptr(), pool, rows, tokens.start, tokens.stop, out.data_ptr(), threads)
+    _cpu.packed_scores(query.data_ptr(), pool, rows, tokens.start, tokens.stop, out.data_ptr(), threads)
     return out
 
 
