@@ -40,6 +40,7 @@ METHODS = {
     "kivi": "kivi(residual=32)",
     "kivi-4": "kivi(bits=4, group=32, residual=64)",
     "kivi-tokenselect": f"kivi(residual=32) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "kivi-tidaldecode": "kivi(residual=32) | tidaldecode(top_k=5, first=0)",
     "snapkv-kivi": "snapkv(budget=48, window=6) | kivi(residual=32)",
 }
 COLUMNS = 70

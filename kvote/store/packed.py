@@ -71,18 +71,24 @@ class PackedLanes:
             self.pool.lanes[i].length += x.shape[2]
 
     def unpack(self, rows: list[int], tokens: range | Tensor) -> Tensor:
-        """The tokens of a range, or of lists int64 [b, m], as they decode: [b, h, m, d]."""
-        pages, form, heads = self.pool.parts["pages"], self.form, self.heads
-        m = len(tokens) if isinstance(tokens, range) else tokens.shape[1]
+        """Tokens as they decode, [b, h, m, d]: a range, or lists int64 [b, m]; with a list for each of several query
+        heads per key head, [b, heads, m], as many heads as lists."""
+        pages, form, lanes = self.pool.parts["pages"], self.form, self._lanes(rows)
+        sequences, heads = len(rows), self.heads
+        m = len(tokens) if isinstance(tokens, range) else tokens.shape[-1]
+        if isinstance(tokens, Tensor) and tokens.dim() == 3:
+            # A head with a list of its own is a sequence of one head.
+            lanes = tuple(lane for lane in lanes for _ in range(tokens.shape[1] // heads))
+            sequences, heads, tokens = len(lanes), tokens.shape[1], tokens.reshape(-1, m)
         if self.compiled:
-            out = torch.empty(len(rows) * heads, m, form.dim, dtype=form.dtype, device=pages.device)
-            packed.unpack(pages, form, self.pool.table(self._lanes(rows)), tokens, len(rows), out)
-        elif isinstance(tokens, range):
-            out = packing.unpack(pages, form, self._slots(rows, tokens.start, tokens.stop).flatten())
+            out = torch.empty(len(lanes), m, form.dim, dtype=form.dtype, device=pages.device)
+            packed.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
         else:
-            slots = self._slots(rows, 0, self.length(rows[0]))
-            listed = tokens.repeat_interleave(heads, 0)
-            out = packing.unpack(pages, form, slots.gather(1, listed).flatten())
+            start, stop = (tokens.start, tokens.stop) if isinstance(tokens, range) else (0, self.length(rows[0]))
+            slots = torch.stack([self.pool.slots(self.pool.lanes[i], start, stop) for i in lanes])
+            if isinstance(tokens, Tensor):
+                slots = slots.gather(1, tokens.repeat_interleave(len(lanes) // sequences, 0))
+            out = packing.unpack(pages, form, slots.flatten())
         return out.view(len(rows), heads, m, form.dim)
 
     def held(self, rows: list[int]) -> tuple[Tensor, Packing, cpu.Lanes]:

@@ -236,7 +236,7 @@ class QuantisedSegment:
         each = queries.rotated.shape[2] // tokens.blocks
         answers = []
         for j in range(tokens.blocks):
-            own = replace(tokens, index=tokens.index[:, j : j + 1])
+            own = replace(tokens, index=tokens.index[..., j : j + 1, :])
             some = queries.rows(j * each, (j + 1) * each)
             key, value = self._listed(rows, own)
             query = self.raw._place_queries(some, own)
@@ -256,22 +256,25 @@ class QuantisedSegment:
         return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)
 
     def _listed(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor]:
-        """Keys, where they stand for the queries, and values [b, h, m, c] of one list [b, 1, m] per sequence."""
+        """Keys, where they stand for the queries, and values [b, h, m, c] of one list [b, 1, m] per sequence, or
+        [b, heads, 1, m] per query head, which makes h as many heads."""
         assert isinstance(tokens.index, Tensor)
-        index = tokens.index[:, 0].contiguous()
+        index = tokens.index[..., 0, :].contiguous()
         body, first = self.values.length(rows[0]), self._first[rows[0]]
         recent = (index - first).clamp(min=0)
-        key, value, _ = self.raw._read(rows, TokenSet(recent[:, None]))
-        packed_ones = index < body
-        if bool(packed_ones.any()):
-            old, where = index.clamp(max=body - 1), packed_ones[:, None, :, None]
+        key, value, _ = self.raw._read(rows, TokenSet(recent[..., None, :]))
+        each = index if tokens.by_head else index[:, None]
+        if bool((index < body).any()):
+            old, where = index.clamp(max=body - 1), (each < body)[..., None]
             key = torch.where(where, self.keys.unpack(rows, old), key)
             value = torch.where(where, self.values.unpack(rows, old), value)
         if self.rope is None:
             return key, value
         if tokens.positions == "original":
             held = torch.stack([torch.stack(self.positions(row)) for row in rows])
-            positions = held.gather(2, index[:, None].expand(-1, self.heads, -1))
+            heads = key.shape[1]
+            held = held.repeat_interleave(heads // self.heads, dim=1)
+            positions = held.gather(2, each.expand(-1, heads, -1))
             return self.rope.apply(key, self.rope.angles(positions, torch.float32)), value
         cos, sin = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.device)
         return self.rope.apply(key, (cos[: len(tokens)], sin[: len(tokens)])), value
@@ -291,7 +294,7 @@ class QuantisedSegment:
         if isinstance(index, Tensor):
             each, pieces = queries.rotated.shape[2] // tokens.blocks, []
             for j in range(tokens.blocks):
-                own, at = replace(tokens, index=index[:, j : j + 1]), slice(j * each, (j + 1) * each)
+                own, at = replace(tokens, index=index[..., j : j + 1, :]), slice(j * each, (j + 1) * each)
                 query = self.raw._place_queries(queries.rows(at.start, at.stop), own)
                 key = self._listed(rows, own)[0]
                 pieces.append(

@@ -115,6 +115,27 @@ def test_attention_within_a_window_and_over_lists():
         torch.testing.assert_close(out[:, :, j : j + 1], law[0], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_every_query_head_may_read_a_list_of_its_own(backend, monkeypatch):
+    if backend:
+        monkeypatch.setenv("KVOTE_BACKEND", backend)
+    keys, values = randn(HEADS, 200, DIM), randn(HEADS, 200, DIM, seed=1)
+    held = segment()
+    feed(held, keys, values, 200)
+    key, value = held.decode([0], 0, 200)
+    query = Queries(2 * randn(1, 2 * HEADS, 3, DIM, seed=2))
+    index = torch.stack([torch.randperm(200)[:50].sort().values for _ in range(2 * HEADS * 3)]).view(1, 4, 3, 50)
+    out, lse = held.attend(query, [0], TokenSet(index, causal=False), LOGITS)
+    for head in range(2 * HEADS):
+        for j in range(3):
+            some = (x[:, head // 2, index[0, head, j]][:, None] for x in (key, value))
+            law = reference.attend(query.rotated[:, head, j][:, None, None], *some, scale=LOGITS.scale)
+            torch.testing.assert_close(out[:, head, j], law[0][:, 0, 0], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(lse[:, head, j], law[1][:, 0, 0], atol=2e-5, rtol=2e-5)
+    mass = held.attention_mass(query, lse, [0], TokenSet(index, causal=False), LOGITS)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2 * HEADS, 3), atol=1e-4, rtol=0)
+
+
 def test_a_loud_channel_or_token_spoils_no_other():
     keys, values = randn(HEADS, 128, DIM), randn(HEADS, 128, DIM, seed=1)
 
