@@ -91,7 +91,7 @@ class PagePool:
         return True
 
     def slots(self, lane: Lane, start: int, stop: int) -> Tensor:
-        """Pool slots (page * tokens in a page + offset) of the lane's tokens ``start`` to ``stop``, int64 [stop - start]."""
+        """Pool slots (page times its size, plus offset) of tokens ``start`` to ``stop``, int64 [stop - start]."""
         device = self.device
         if len(lane.runs) == 1:
             base = lane.runs[0][0] * self.page
