@@ -177,6 +177,9 @@ class QuantisedSegment:
 
     def _attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
         body, first, index = self.values.length(rows[0]), self._first[rows[0]], tokens.index
+        recent = self._recent(rows, tokens)
+        if recent is not None:
+            return self.raw.attend(queries, rows, recent, logits)
         if isinstance(index, Tensor):
             return self._attend_lists(queries, rows, tokens, logits)
         if self.rope is not None or (tokens.window is not None and tokens.window < len(tokens)):
@@ -185,9 +188,19 @@ class QuantisedSegment:
         if index.start < body:
             answers.append(self._attend_body(queries.rotated, rows, range(index.start, min(index.stop, body)), logits))
         if index.stop > body:
-            recent = range(max(index.start, body) - first, index.stop - first)
-            answers.append(self.raw.attend(queries, rows, replace(tokens, index=recent), logits))
+            rest = range(max(index.start, body) - first, index.stop - first)
+            answers.append(self.raw.attend(queries, rows, replace(tokens, index=rest), logits))
         return _merged(queries.rotated, iter(answers))
+
+    def _recent(self, rows: list[int], tokens: TokenSet) -> TokenSet | None:
+        """``tokens`` as the raw segment names them, if it holds them all: while a prompt goes on, and for a range that
+        the body has no part in."""
+        body, first = self.values.length(rows[0]), self._first[rows[0]]
+        if isinstance(tokens.index, Tensor):
+            return tokens if body == 0 else None
+        if tokens.index.start < body:
+            return None
+        return replace(tokens, index=range(tokens.index.start - first, tokens.index.stop - first))
 
     def _attend_body(self, query: Tensor, rows: list[int], tokens: range, logits: Logits) -> Answer:
         """Attention over packed tokens that all queries see."""
@@ -208,9 +221,11 @@ class QuantisedSegment:
         index, m, t = tokens.index, len(tokens), queries.rotated.shape[2]
         assert isinstance(index, range)
         query = self.raw._place_queries(queries, tokens)
-        last = m - t + torch.arange(t, device=self.device)[:, None] if tokens.causal else None
-        for start in range(0, m, BLOCK):
-            stop = min(start + BLOCK, m)
+        # The queries themselves, at the end of a causal list, are a block of their own.
+        past = m - t if tokens.causal else m
+        blocks = [(i, min(i + BLOCK, past)) for i in range(0, past, BLOCK)] + ([(past, m)] if tokens.causal else [])
+        last = past + torch.arange(t, device=self.device)[:, None]
+        for start, stop in blocks:
             key, value, positions = self._tokens(rows, index.start + start, index.start + stop)
             if self.rope is not None:
                 if tokens.positions == "contiguous":
@@ -218,17 +233,20 @@ class QuantisedSegment:
                     key = self.rope.apply(key, (angles[0][start:stop], angles[1][start:stop]))
                 else:
                     key = self.rope.apply(key, self.rope.angles(positions, torch.float32))
-            if last is None:
-                yield kernels.attend(query, key, value, scale=logits.scale, softcap=logits.softcap, causal=False)
+            if start == past or tokens.window is None:
+                yield kernels.attend(
+                    query,
+                    key,
+                    value,
+                    scale=logits.scale,
+                    softcap=logits.softcap,
+                    causal=start == past,
+                    window=tokens.window if start == past else None,
+                )
                 continue
-            entry = torch.arange(start, stop, device=self.device)
-            mask = entry <= last
-            if tokens.window is not None:
-                mask &= entry > last - tokens.window
-            if bool(mask.all()):
-                yield kernels.attend(query, key, value, scale=logits.scale, softcap=logits.softcap, causal=False)
-            elif bool(mask.any()):
-                yield _masked(query, key, value, mask, logits)
+            seen = torch.arange(start, stop, device=self.device) > last - tokens.window
+            if bool(seen.any()):
+                yield _masked(query, key, value, seen, logits)
 
     def _attend_lists(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
         """Every block of queries reads a list of its own; one list at a time is decoded."""
@@ -291,6 +309,9 @@ class QuantisedSegment:
 
     def _mass(self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Tensor:
         body, first, index = self.values.length(rows[0]), self._first[rows[0]], tokens.index
+        recent = self._recent(rows, tokens)
+        if recent is not None:
+            return self.raw.attention_mass(queries, lse, rows, recent, logits)
         if isinstance(index, Tensor):
             each, pieces = queries.rotated.shape[2] // tokens.blocks, []
             for j in range(tokens.blocks):
@@ -330,8 +351,8 @@ class QuantisedSegment:
                     queries.rotated, lse, key, causal=False, scale=logits.scale, softcap=logits.softcap
                 )[:, :, None]
             )
-        recent = range(max(index.start, body) - first, index.stop - first)
-        pieces.append(self.raw.attention_mass(queries, lse, rows, replace(tokens, index=recent), logits))
+        rest = range(max(index.start, body) - first, index.stop - first)
+        pieces.append(self.raw.attention_mass(queries, lse, rows, replace(tokens, index=rest), logits))
         return torch.cat(pieces, dim=-1)
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
@@ -346,12 +367,20 @@ class QuantisedSegment:
         return self._by_body(rows, some)[0]
 
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
+        if self._is_raw(rows):
+            return self.raw.votes(query, rows, start, limits)
         return kernels.soft_votes(kernels.forbid(self.scores(query, rows, start, max(limits)), start, limits))
 
     def winners(
         self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
     ) -> Tensor:
+        if self._is_raw(rows):
+            return self.raw.winners(query, rows, start, limits, k, nominate)
         return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
+
+    def _is_raw(self, rows: list[int]) -> bool:
+        """Whether nothing of these sequences is packed."""
+        return not any(self.values.length(row) for row in rows)
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         def some(part: list[int], at: slice | list[int]) -> tuple[Tensor, Tensor]:
