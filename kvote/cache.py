@@ -22,8 +22,8 @@ class Cache(TransformersCache):
     ``method`` is an object from ``kvote.methods`` or a spec such as ``"tokenselect(top_k=512)"``. Building the cache
     switches the model to kvote's attention, which leaves runs with other caches as they were.
 
-    Raises MethodError for a method that does not make sense and UnsupportedModelError for a model that asks something
-    of attention that the method cannot honour.
+    Raises MethodError for a method that does not make sense, UnsupportedModelError for a model that asks something of
+    attention that the method cannot honour, and InputError for a calibration that was made for another model.
     """
 
     def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:

@@ -68,8 +68,8 @@ class Layer:
     index: int
     method: Method
     rope: Rope | None
-    # Layers that share a budget of bytes.
-    layers: int = 1
+    # Layers of this size that share a budget of bytes.
+    layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
     crew: "list[Layer]" = field(default_factory=list, repr=False)
     segment: Segment | None = None
@@ -143,8 +143,8 @@ class Layer:
         tokens = self.segment.tokens_within(dial.amount / self.layers, self.method.keep.token_bytes)
         if tokens < 1:
             raise MethodError(
-                f"{self.method.spec}: {dial.amount:,.0f} bytes for {self.layers} layers and {self.sequences} sequences "
-                "leave no page of tokens to a key head; give a larger budget."
+                f"{self.method.spec}: {dial.amount:,.0f} bytes for {self.layers:g} layers and {self.sequences} "
+                "sequences leave no page of tokens to a key head; give a larger budget."
             )
         return tokens
 

@@ -34,6 +34,21 @@ class Kept:
     content: tuple[Tensor, Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Share:
+    """``heads``, key heads of a layer in ascending order, that ``keeper`` keeps in its own way.
+
+    ``apart``: they keep their tokens as the model made them and read all of them, whatever store and reader the method
+    is joined with: right where a few tokens are left, that come and go with every step. ``sharers``: how many shares of
+    this size a budget of bytes is for; None: as many as layers.
+    """
+
+    heads: tuple[int, ...]
+    keeper: "Keeper"
+    apart: bool = False
+    sharers: float | None = None
+
+
 class Remembered(Protocol):
     """What a keeper remembers of what it has observed, per sequence; follows the tokens that it is about."""
 
@@ -60,9 +75,9 @@ class Keeper(Protocol):
     end of an announced prompt. ``per_head``: whether key heads may keep different tokens. ``adds_up``: whether what it
     has observed cannot be taken back, so that a rollback must have been announced even where nothing was dropped.
     ``token_bytes``: what it remembers for good, in bytes per token and key head. ``while_generating``: whether
-    generated tokens, too, make it drop some. ``per_layer``: whether layers may keep different tokens. ``cascades``:
-    whether what it observes in a layer changes what earlier layers may hold. ``needs_plain_keys``: whether it works
-    with keys as the model rotated them.
+    generated tokens, too, make it drop some that the store holds. ``per_layer``: whether layers may keep different
+    tokens. ``cascades``: whether what it observes in a layer changes what earlier layers may hold.
+    ``needs_plain_keys``: whether it works with keys as the model rotated them.
     """
 
     @property
@@ -86,7 +101,7 @@ class Keeper(Protocol):
     @property
     def needs_plain_keys(self) -> bool: ...
 
-    def split(self, layer: int, heads: int) -> "Sequence[tuple[tuple[int, ...], Keeper]] | None":
+    def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         """Keepers for groups of the ``heads`` key heads of a layer, every head in one of them; None: one for all."""
         ...
 

@@ -2,12 +2,26 @@
 
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
+from kvote.methods.duoattention import duoattention
 from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
 from kvote.methods.random import random
+from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
 
-__all__ = ["dense", "doublesparsity", "h2o", "kivi", "random", "snapkv", "streamingllm", "tidaldecode", "tokenselect"]
+__all__ = [
+    "dense",
+    "doublesparsity",
+    "duoattention",
+    "h2o",
+    "kivi",
+    "random",
+    "razorattention",
+    "snapkv",
+    "streamingllm",
+    "tidaldecode",
+    "tokenselect",
+]
