@@ -81,13 +81,13 @@ def train_duo(
     gates = torch.ones(len(ours), attention.key_heads(model), device=model.device, requires_grad=True)
     optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
-    texts, longest = iter(examples), 0
+    texts, longest, tokens = iter(examples), 0, 0
     with _frozen(model):
         for step in range(steps):
             example = next(texts, None)
             if example is None:
                 raise InputError(f"{steps} steps need as many texts; there are {step}.")
-            longest = max(longest, example.ids.shape[1])
+            longest, tokens = max(longest, example.ids.shape[1]), tokens + example.ids.shape[1]
             with torch.no_grad():
                 gates.clamp_(0, 1)
             loss = distance(model, gates, ours, example, sinks, window) + PENALTY * gates.abs().mean()
@@ -100,7 +100,7 @@ def train_duo(
             f"No text is longer than the {sinks + window} tokens that streaming heads see; train with longer ones."
         )
     found = {layer: {"gate": row.tolist()} for layer, row in zip(ours, gates.detach().clamp(0, 1).cpu(), strict=True)}
-    held = {"steps": steps, "sinks": sinks, "window": window, "layers": as_data(found)}
+    held = {"tokens": tokens, "steps": steps, "sinks": sinks, "window": window, "layers": as_data(found)}
     return Calibration(DUO, Fingerprint.of(model), held)
 
 

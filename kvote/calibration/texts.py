@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from kvote.calibration.gates import Example
+from kvote.errors import InputError
 from kvote.models import world
 
-# As published: ten phrases of 32 words, in 50 lengths of text from 1,000 to 32,000 tokens, at depths from 5% to 95%.
+# As published: ten phrases of 32 words, in 50 lengths of text from 1,000 tokens on, at depths from 5% to 95%.
 SHORTEST, LONGEST = 1000, 32_000
 _LENGTHS, _PHRASES, _WORDS, _DEPTHS = 50, 10, 32, 1000
 _SPELLED = (
@@ -21,10 +22,10 @@ _FACTS = 4
 
 
 def phrases(tokenizer: Any, text: str, longest: int = LONGEST, seed: int = 0) -> Iterator[Example]:
-    """Without end: a piece of ``text`` of up to ``longest`` tokens, ten pass phrases in it, and ten questions for them.
+    """Without end: a piece of ``text``, ten pass phrases in it, and ten questions for them, up to ``longest`` tokens.
 
-    The text is begun anew where it is too short. Questions and answers are labelled. Phrases and questions come on top
-    of the text's length.
+    The text is begun anew where it is too short. Questions and answers are labelled. Raises InputError where the
+    phrases and questions alone are longer.
     """
     draw = np.random.default_rng(seed)
 
@@ -32,15 +33,23 @@ def phrases(tokenizer: Any, text: str, longest: int = LONGEST, seed: int = 0) ->
         return list(tokenizer(words, add_special_tokens=False).input_ids)
 
     hay, begin = ids(text), [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    lengths = np.linspace(min(SHORTEST, longest), longest, _LENGTHS).astype(int)
     while True:
         said = [" ".join(draw.choice(_SPELLED, _WORDS)) for _ in range(_PHRASES)]
         facts = [ids(f"\nRemember the {o} pass phrase: {p}.\n") for o, p in zip(_ORDINALS, said, strict=True)]
-        length, offset = int(draw.choice(lengths)), int(draw.integers(len(hay)))
-        piece = np.resize(np.roll(hay, -offset), length).tolist()
-        depths = sorted(draw.choice(np.linspace(0.05, 0.95, _DEPTHS), _PHRASES, replace=False))
         asked = [ids(f"\nWhat is the {o} pass phrase? {p}.") for o, p in zip(_ORDINALS, said, strict=True)]
         turns = [token for each in asked for token in each]
+        most = longest - len(begin) - len(turns) - sum(map(len, facts))
+        if most < 1:
+            raise InputError(
+                f"{longest:,} tokens do not hold ten pass phrases and the questions for them, which take "
+                f"{longest - most:,}; allow longer texts."
+            )
+        length, offset = (
+            int(draw.choice(np.linspace(min(SHORTEST, most), most, _LENGTHS))),
+            int(draw.integers(len(hay))),
+        )
+        piece = np.resize(np.roll(hay, -offset), length).tolist()
+        depths = sorted(draw.choice(np.linspace(0.05, 0.95, _DEPTHS), _PHRASES, replace=False))
         cuts = [0, *(int(depth * length) for depth in depths)]
         told: list[int] = [*begin]
         for start, stop, fact in zip(cuts, cuts[1:], facts, strict=False):
