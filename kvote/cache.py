@@ -35,7 +35,7 @@ class Cache(TransformersCache):
         previous = None
         native_layers = attention.native_layers(model)
         ours = [index for index, native in enumerate(native_layers) if attention.is_full_attention(native)]
-        ropes = attention.find_ropes(model, ours) if self.method.needs_raw_keys else {}
+        ropes = attention.find_ropes(model, ours) if self.method.needs_rope else {}
         crew: list[Layer] = []
         for index, native in enumerate(native_layers):
             if index in ours:

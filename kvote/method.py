@@ -49,6 +49,11 @@ class Method:
         """Whether keys are held at position 0 and rotated when they are read."""
         return self.read.needs_raw_keys or self.store.needs_raw_keys
 
+    @property
+    def needs_rope(self) -> bool:
+        """Whether the model's rotation has to be known."""
+        return self.needs_raw_keys or self.keep.needs_rope
+
     def __or__(self, other: "Method") -> "Method":
         parts: dict[str, Any] = {}
         for room, default in _NO_OPINION.items():

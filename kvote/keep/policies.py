@@ -25,6 +25,7 @@ class Plain:
     per_layer = True
     cascades = False
     needs_plain_keys = False
+    needs_rope = False
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         return None

@@ -1,5 +1,6 @@
 """Published KV-cache systems, one file each. A call such as ``tokenselect(top_k=512)`` gives a ``Method``."""
 
+from kvote.methods.cake import cake
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
@@ -13,6 +14,7 @@ from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
 
 __all__ = [
+    "cake",
     "dense",
     "doublesparsity",
     "duoattention",
