@@ -319,9 +319,8 @@ class Layer:
         rope = None if self.method.needs_raw_keys else self.rope
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
-            held = Held(
-                row, length, length if budget is None else budget, self.segment, memories, self.number, observed, rope
-            )
+            budget = length if budget is None else budget
+            held = Held(row, length, budget, self.segment, memories, self.number, observed, rope)
             kept = self.method.keep.survivors(held, self.record.memory)
             if kept is not None:
                 self.segment.keep(row, kept.slots, kept.content)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvote.kernels import end_aligned
+from kvote.kernels.masks import end_aligned
 from kvote.read.tokens import Queries, Span, TokenSet
 from kvote.store.segment import Logits, Segment
 
@@ -99,14 +99,10 @@ class Observation:
 
     def member(self, i: int) -> "Observation":
         """The same of the i-th query head of each key head alone."""
-        h = self.segment.heads
-        raw = self.queries.raw
-        own = [
-            None if x is None else x.unflatten(1, (h, -1))[:, :, i].contiguous() for x in (self.queries.rotated, raw)
-        ]
-        assert own[0] is not None
-        lse = self.lse.unflatten(1, (h, -1))[:, :, i].contiguous()
-        return replace(self, queries=Queries(own[0], own[1]), lse=lse)
+        groups, raw = self.lse.shape[1] // self.segment.heads, self.queries.raw
+        heads = slice(i, None, groups)
+        queries = Queries(self.queries.rotated[:, heads].contiguous(), None if raw is None else raw[:, heads])
+        return replace(self, queries=queries, lse=self.lse[:, heads].contiguous())
 
     def of(self, row: int, length: int) -> "Observation | None":
         """What is left of one sequence when it is cut to ``length`` tokens; None if that is nothing."""
