@@ -81,7 +81,9 @@ class Votes:
             self.cast[row] = replace(self.cast[row], worth=worth.gather(1, slots[:, :count]))
 
     def truncate(self, row: int, length: int) -> None:
-        self.latest.pop(row, None)
+        if row in self.latest and self.latest[row].shape[1] > length:
+            # Paid by a token that is gone.
+            del self.latest[row]
         worth = self.worth(row)
         if worth is not None:
             self.cast[row] = replace(self.cast[row], worth=worth[:, :length].clone())

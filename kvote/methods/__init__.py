@@ -4,6 +4,7 @@ from kvote.methods.cake import cake
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
+from kvote.methods.ems import ems
 from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
 from kvote.methods.random import random
@@ -18,6 +19,7 @@ __all__ = [
     "dense",
     "doublesparsity",
     "duoattention",
+    "ems",
     "h2o",
     "kivi",
     "random",
