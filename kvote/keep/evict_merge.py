@@ -125,7 +125,8 @@ class KeepMerged(Plain):
         if held.length <= stays:
             # When tokens are dropped next, these queries will not be among the last ones.
             memory.lately.rows.pop(row, None)
-        if held.length <= (stays if due else stays + self.window) or row not in memory.everywhere.rows:
+        most = stays if due else stays + self.window
+        if held.length <= most or row not in memory.everywhere.rows or not (due or self.evict_generated):
             return None
         score = memory.score(row)
         memory.lately.rows.pop(row, None)
@@ -151,6 +152,8 @@ class KeepMerged(Plain):
     ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
         """What the tokens kept hold from now on, None if nothing new, and their importance."""
         key, value = (x[0] for x in held.segment.decode([held.row], 0, held.length))
+        if not others.shape[1]:
+            return None, score.gather(1, kept).expand(len(key), -1)
         all_ = Tokens(key, value, score.expand(len(key), -1))
         kept, others = (slots.expand(len(key), -1) for slots in (kept, others))
         turns = held.rope if self.remove_positions else None

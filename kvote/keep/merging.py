@@ -8,6 +8,8 @@ from torch.nn.functional import normalize
 
 # Float32 similarities (16 MiB) that are held at a time.
 _SIMILAR_HELD = 1 << 22
+# Similarities that differ by less count as equal: a word that comes again differs from itself by rounding alone.
+_EQUAL = 2.0**-16
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ def assign(centres: Tokens, others: Tokens, threshold: float) -> Tensor:
     """The centre [h, n] that each other token is merged into, or -1 for none.
 
     A token goes to the centre with which its redundancy, the cosine of the keys times that of the values, is largest,
-    unless that is below ``threshold`` (above 0). Two negative cosines are no likeness.
+    unless that is below ``threshold`` (above 0). Two negative cosines are no likeness. Of
+    equally similar centres, the first takes the token.
     """
     centre_key, centre_value = normalize(centres.key, dim=-1), normalize(centres.value, dim=-1)
     h, n, _ = others.key.shape
@@ -40,7 +43,7 @@ def assign(centres: Tokens, others: Tokens, threshold: float) -> Tensor:
     for start in range(0, n, step):
         key, value = (normalize(x[:, start : start + step], dim=-1) for x in (others.key, others.value))
         alike = (key @ centre_key.mT).clamp_min_(0) * (value @ centre_value.mT)
-        most = alike.max(dim=-1)
+        most = alike.div_(_EQUAL).round_().mul_(_EQUAL).max(dim=-1)
         parts.append(most.indices.where(most.values >= threshold, -1))
     return torch.cat(parts, dim=1)
 
