@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--steps is for --what {DUO}; leave it out.")
     text = _text(args)
     loaded = load(args.model)
-    with progress() as bar:
+    with progress("texts" if args.what == DUO else "tokens") as bar:
         calibration, tokens = _MEASURES[args.what](loaded, text, args, bar)
     save(calibration, args.out)
     layers = len(calibration.data["layers"])
@@ -79,7 +79,6 @@ def _channels(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: P
 
 def _razor(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
     period = None if args.tokens is None else (min(args.tokens, loaded.trained or args.tokens) - 1) // TIMES
-    bar.add_task(args.what, total=None)
     calibration = measure_razor(loaded.model, period, loaded.tokenizer.all_special_ids)
     return calibration, calibration.data["tokens"]
 
