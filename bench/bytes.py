@@ -195,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", help="names as in bench/subjects.py; all by default")
     parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--dry", action="store_true", help="write no results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -210,7 +211,7 @@ def main() -> None:
         print(f"{subject.name}: {point['buffers'] / 2**20:.1f} MiB", flush=True)
         points.append(point)
         wrong += faults(point)
-    if options.methods is None:
+    if options.methods is None and not options.dry:
         save("bytes", {"points": points, "faults": wrong})
     print(render(points))
     if wrong:

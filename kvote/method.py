@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 
 from kvote.calibration.file import Calibration
 from kvote.composition import conflict
-from kvote.errors import MethodError
+from kvote.errors import KvoteError, MethodError
 from kvote.keep.keeper import Keeper
 from kvote.keep.policies import KeepAll
 from kvote.read.tokens import Everything, Reader
@@ -48,6 +48,11 @@ class Method:
     def needs_raw_keys(self) -> bool:
         """Whether keys are held at position 0 and rotated when they are read."""
         return self.read.needs_raw_keys or self.store.needs_raw_keys
+
+    @property
+    def needs_rope(self) -> bool:
+        """Whether the model's rotation has to be known."""
+        return self.needs_raw_keys or self.keep.needs_rope
 
     def __or__(self, other: "Method") -> "Method":
         parts: dict[str, Any] = {}
@@ -104,11 +109,11 @@ def parse(spec: str) -> Method:
     """Builds the method that a spec such as ``"tokenselect(top_k=512)"`` or ``"a | b(x=1)"`` describes.
 
     Only names of methods, literal keyword arguments and ``|`` are understood; nothing is evaluated. Raises
-    MethodError for anything else.
+    MethodError for anything else, and InputError for a file that a method cannot be built from.
     """
     try:
         return _build(ast.parse(spec.strip(), mode="eval").body, spec)
-    except MethodError:
+    except KvoteError:
         raise
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise MethodError(f"{spec!r} is not a method; write for example tokenselect(top_k=512).") from None

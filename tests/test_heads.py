@@ -7,6 +7,7 @@ import torch
 
 import kvote
 from kvote.errors import UnsupportedModelError
+from kvote.keep.keeper import Share
 from kvote.keep.policies import KeepAll, KeepSinksAndRecent
 from kvote.layer import Step
 from kvote.method import Method
@@ -25,7 +26,7 @@ class ByHead(KeepAll):
 
     def split(self, layer, heads):
         others = tuple(head for head in range(heads) if head not in self.whole)
-        return [(self.whole, KeepAll()), (others, KeepSinksAndRecent(2, 6))]
+        return [Share(self.whole, KeepAll()), Share(others, KeepSinksAndRecent(2, 6))]
 
 
 def split(*whole: int) -> Method:

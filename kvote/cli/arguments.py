@@ -10,7 +10,11 @@ from kvote.errors import InputError
 TOKENS = 65_536
 COMPARED = ("dense", "streamingllm", "random")
 # What can be calibrated.
-CALIBRATED = {"channels": "channels: key channels in the order of their weight in scores (doublesparsity)"}
+CALIBRATED = {
+    "channels": "channels: key channels in the order of their weight in scores (doublesparsity)",
+    "razor": "razor: how key heads attend to what they have seen before (razorattention)",
+    "duo": "duo: gates of key heads, trained (duoattention)",
+}
 # Stands for a ``--compare`` without a value; no spec can be empty.
 ALL = ""
 
@@ -132,10 +136,17 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--text",
         metavar="FILE",
         help="UTF-8 text to calibrate with, - for standard input (default: documents and questions of the embedded "
-        "model's language; other models need a text)",
+        "model's language; other models need a text, except for razor, which reads random tokens)",
     )
     command.add_argument(
-        "--tokens", metavar="N", type=_positive, help="at most so many tokens of text (default: 131,072)"
+        "--tokens",
+        metavar="N",
+        type=_positive,
+        help="at most so many tokens of text: in all for channels (default: 131,072), of the one text that razor reads "
+        "(default: 10,001), of the longest text for duo (default: 32,000); none longer than the model was made for",
+    )
+    command.add_argument(
+        "--steps", metavar="N", type=_positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"
     )
     _json(command)
 

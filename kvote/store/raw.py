@@ -10,7 +10,7 @@ from kvote import kernels
 from kvote.kernels import cpu
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
-from kvote.store.pages import PAGE, Lane, PagePool
+from kvote.store.pages import PAGE, Lane, RawPool
 from kvote.store.segment import Logits, Segment
 
 _QUESTION = 8 * PAGE
@@ -34,7 +34,7 @@ class RawSegment:
         self.sketch_bits = sketch_bits if self._compiled else 0
         sketch_bytes = PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(dim, sketch_bits) if self.sketch_bits else 0
         self.labels: Tensor | None = None
-        self.pool = PagePool(dim, value_dim, like.dtype, like.device, sketch_bytes)
+        self.pool = RawPool(dim, value_dim, like.dtype, like.device, sketch_bytes)
 
     @property
     def sequences(self) -> int:
@@ -295,6 +295,12 @@ class RawSegment:
         if len(old):
             self._rewrite(lanes, held, count - moved)
         pool.trim()
+
+    def put(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """As ``append``, with ``positions`` [b, h, t] that may differ by head."""
+        lanes = [self.pool.lanes[i] for i in self._lanes(rows)]
+        held = [key.flatten(0, 2), value.flatten(0, 2), positions.to(torch.int32).reshape(-1, 1)]
+        self._rewrite(lanes, held, key.shape[2])
 
     def _rewrite(self, lanes: list[Lane], held: list[Tensor], t: int) -> None:
         """Adds ``t`` tokens to each lane: keys, values and positions [lanes * t, ...] in that order."""

@@ -52,6 +52,7 @@ SMALL = Case(n=150, sequences=2, heads=2, groups=3, d=64)
 # Several tiles of tokens, parts of a list and rows enough to be worth a second thread.
 LARGE = replace(SMALL, n=4500, sequences=1)
 NAMES = list(examples(SMALL))
+SETS = cpu.instruction_sets() if cpu.why_not() is None else []
 # Head sizes and groups for every way through a kernel, in every dtype.
 SHAPES = [replace(SMALL, d=d, groups=g, dtype=t, seed=d) for d, g in ((16, 1), (80, 5), (128, 16)) for t in DTYPES]
 
