@@ -26,6 +26,13 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
         )
     if read.needs_plain_keys and store.needs_raw_keys:
         return "the reader scores keys as the model rotated them, but the store holds keys without rotation"
+    # Most stores have none, and need not say so.
+    if read.labels and not getattr(store, "labels", False):
+        return (
+            "the reader scores by labels, which are kept beside keys as the model made them, and the store encodes keys"
+        )
+    if read.labels and keep.splits:
+        return "the reader scores by labels of all key heads of a layer together, but some heads are kept apart"
     if read.crosses_layers and keep.drops and keep.per_layer:
         return "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens"
     return None

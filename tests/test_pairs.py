@@ -28,10 +28,9 @@ def test_every_pair_is_there_once():
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.reason is None], ids=_named)
 def test_a_pair_that_composes_runs(pair, monkeypatch):
     net = tiny.model(num_hidden_layers=4)
-    for module in ("kvote.pairs.examples",):
-        kinds = [held.kind for held in examples()]
-        monkeypatch.setattr(module, lambda kinds=kinds: [example(kind, Fingerprint.of(net)) for kind in kinds])
-    (left, right) = (_first(name, pair.given) for name in (pair.left, pair.right))
+    fitting = [example(held.kind, Fingerprint.of(net)) for held in examples()]
+    monkeypatch.setattr("kvote.pairs.examples", lambda: fitting)
+    left, right = (_first(name, pair.given) for name in (pair.left, pair.right))
     cache = Cache(net, left | right)
     assert bool(tiny.feed(net, cache, tiny.ids(2, 300)).isfinite().all())
     assert bool(tiny.feed(net, cache, tiny.ids(2, 3), passes=1).isfinite().all())

@@ -83,6 +83,10 @@ class HeadVotes:
         return False
 
     @property
+    def labels(self) -> bool:
+        return False
+
+    @property
     def needs_raw_keys(self) -> bool:
         return True
 

@@ -31,6 +31,10 @@ class LabelWinners(ReadsLists):
         if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share <= 1:
             raise MethodError(f"share must be a share of the channels, above 0 and at most 1; got {self.share!r}.")
 
+    @property
+    def labels(self) -> bool:
+        return True
+
     def read(self, reading: Reading) -> Iterator[Span]:
         n = reading.first + reading.count
         if reading.layer < self.dense_layers:

@@ -135,7 +135,7 @@ class Reader(Protocol):
     one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
     what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores
-    keys as the model rotated them."""
+    keys as the model rotated them. ``labels``: it scores by labels, which need all key heads of a layer together."""
 
     @property
     def one_list(self) -> bool: ...
@@ -147,6 +147,8 @@ class Reader(Protocol):
     def needs_raw_keys(self) -> bool: ...
     @property
     def needs_plain_keys(self) -> bool: ...
+    @property
+    def labels(self) -> bool: ...
     @property
     def sketch_bits(self) -> int: ...
     @property
@@ -176,6 +178,10 @@ class PlainReader:
 
     @property
     def needs_plain_keys(self) -> bool:
+        return False
+
+    @property
+    def labels(self) -> bool:
         return False
 
     @property

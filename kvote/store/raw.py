@@ -427,6 +427,7 @@ class Raw:
 
     needs_raw_keys: bool = False
     lists: bool = True
+    labels: bool = True
     regroups: bool = False
 
     def new_segment(

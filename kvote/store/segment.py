@@ -139,7 +139,7 @@ class Labelled(Segment, Protocol):
 class Store(Protocol):
     """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
     be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
-    with prompts and not with every generated token."""
+    with prompts and not with every generated token. One whose segments are ``Labelled`` has ``labels``, too."""
 
     @property
     def needs_raw_keys(self) -> bool: ...
