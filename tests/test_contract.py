@@ -41,6 +41,9 @@ METHODS = {
     "cake-prompts": "cake(budget=20, window=6, evict_generated=False)",
     "ems-all": "ems(budget=500, window=6)",
     "ems": "ems(budget=24, window=6, threshold=0.1)",
+    "mikv-all": "mikv(budget=500)",
+    "mikv": "mikv(budget=20)",
+    "mikv-4": "mikv(budget=0.3, low_bits=4, balancer=False)",
     "snapkv-tokenselect": f"snapkv(budget=20, window=6, per_head=False) | tokenselect({_FEW}, chunk=1, theta=2.0)",
     "kivi-all": "kivi(residual=512)",
     "kivi": "kivi(residual=32)",
@@ -155,7 +158,7 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
         assert cache.get_seq_length() == COLUMNS - 40
         return
     what = "dropped tokens" if dropped else "added up attention"
-    names = "cake|duo|ems|h2o|razor|snapkv|streamingllm"
+    names = "h2o|mikv|snapkv|streamingllm|{names}"
     with pytest.raises(CropError, match=rf"({names}).*has {what}.*activate_past_recording"):
         cache.crop(-1)
     assert cache.get_seq_length() == COLUMNS

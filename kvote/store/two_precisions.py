@@ -212,11 +212,15 @@ class TwoPrecisionSegment(RawSegment):
             pool.trim()
 
     def tokens_within(self, nbytes: float, beside: int = 0) -> int:
-        """Important tokens that fit, where all tokens of the longest sequence may come to be retained beside them."""
+        """Important tokens that fit beside all others of the longest sequence in low precision."""
         longest = max((self.length(row) + self.retained(row) for row in range(self.sequences)), default=0)
-        factors = 4 * self.heads * self.sequences * self.keys.form.dim * self.balanced
-        low = sum(part.pool.bytes_within(longest) for part in self._low)
-        return self.pool.tokens_within(nbytes - factors - low, beside)
+        nbytes -= 4 * self.heads * self.sequences * self.keys.form.dim * self.balanced
+        tokens, before = 0, -1
+        # Every token that stays important is one less in low precision, which leaves room for a few more.
+        while before < tokens < longest:
+            low = sum(part.pool.bytes_within(longest - tokens) for part in self._low)
+            tokens, before = self.pool.tokens_within(nbytes - low, beside), tokens
+        return tokens if longest else self.pool.tokens_within(nbytes, beside)
 
 
 def _largest(x: Tensor) -> Tensor:
