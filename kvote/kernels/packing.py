@@ -3,8 +3,8 @@
 A group of numbers x is kept as its minimum m, a scale s = (max - m) / (2^bits - 1) and codes round((x - m) / s), halves
 to even, clamped before they are rounded. Every step is rounded to the dtype of x, and so are s and m. It decodes to
 code * s + m; where s is 0, to m. Keys form groups of consecutive tokens of one channel, values groups of consecutive
-channels of one token (the quantiser of KIVI, Liu et al. 2024, arXiv 2402.02750). Keys ``by_token`` form groups as values
-do, so that they can be packed one by one.
+channels of one token (the quantiser of KIVI, Liu et al. 2024, arXiv 2402.02750). Keys ``by_token`` form groups as
+values do, so that they can be packed one by one.
 
 **Bytes.** A page holds ``PACKED`` tokens: codes, then all scales, then all minima. Codes lie in rows of 64 bytes, which
 are sixteen 32-bit words of 32 / bits steps each: steps 0, 2, 4, ... from the lowest bit of a word upwards, steps 1, 3,

@@ -36,7 +36,7 @@ def mikv(
     undone, as in H2O, and groups are half a head of 128 channels. The paper also has 3 bits, and holds important
     tokens in 4 bits in its final configuration; here they stay in the dtype of the model. Heads that share keys share
     what is important and the largest query magnitude (the paper's models have none). ``positions()`` and ``report()``
-    show important tokens; demoted ones count as dropped there, since they have lost their slots, but ``nbytes()`` counts
-    their bytes.
+    show important tokens; demoted ones count as dropped there, since they have lost their slots, but ``nbytes()``
+    counts their bytes.
     """
     return Method(keep=KeepHeavyHitters(read_budget(budget), recent), store=TwoPrecisions(low_bits, group, balancer))

@@ -97,7 +97,7 @@ class RawSegment:
     def seal(self, ahead: int) -> None:
         pass
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> None:
+    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         return None
 
     def label(self, channels: Tensor) -> None:

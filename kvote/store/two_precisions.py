@@ -141,12 +141,12 @@ class TwoPrecisionSegment(RawSegment):
         self._weigh(row)
         if self.whole is not None:
             key, value, at = self._read([row], TokenSet(range(self.length(row))))
-            taken = [part.gather(2, index[None, :, :, None].expand(-1, -1, -1, part.shape[-1])) for part in (key, value)]
+            key, value, at = (part.gather(2, _channels(index[None], part)) for part in (key, value, at[..., None]))
             # Positions differ by head, and nobody asks for those of tokens without a slot.
-            self.whole.append([row], *taken, at.gather(2, index[None])[:, 0])
+            self.whole.append([row], key, value, at[:, 0, :, 0])
             return
         tokens = self.decode([row], 0, self.length(row))
-        key, value = (part[0].gather(1, index[:, :, None].expand(-1, -1, part.shape[-1])) for part in tokens)
+        key, value = (part[0].gather(1, _channels(index, part)) for part in tokens)
         if self.balanced:
             key = (key.float() * self.balances[row].fix()[:, None]).to(key.dtype)
         self.keys.append([row], key[None])
@@ -178,18 +178,21 @@ class TwoPrecisionSegment(RawSegment):
         if self.balanced:
             factor = torch.stack([self.balances[row].fix() for row in rows])
             balanced = (query.float().reshape(b, self.heads, -1, d) / factor[:, :, None]).view(b, heads, t, d)
-        rule = {"scale": logits.scale, "softcap": logits.softcap}
+        scale, softcap = logits.scale, logits.softcap
         few = heads // self.heads * t <= _STREAMED
         if few and self.keys.compiled and self.keys.form.dim == self.values.form.dim:
             # None of these tokens is later than any query, so all positions of a sequence read them like more heads.
             held = self.keys.held(rows), self.values.held(rows)
-            out, lse = packed.attend(balanced.reshape(b, heads * t, d), *held, range(count), **rule)
+            out, lse = packed.attend(
+                balanced.reshape(b, heads * t, d), *held, range(count), scale=scale, softcap=softcap
+            )
             return out.view(b, heads, t, d).to(query.dtype), lse.view(b, heads, t)
         answers = []
         for start in range(0, count, BLOCK):
             block = range(start, min(start + BLOCK, count))
             key, value = self.keys.unpack(rows, block), self.values.unpack(rows, block)
-            out, lse = kernels.attend(balanced.to(key.dtype), key, value, causal=False, **rule)
+            read = balanced.to(key.dtype)
+            out, lse = kernels.attend(read, key, value, scale=scale, softcap=softcap, causal=False)
             answers.append((out.float(), lse))
         out, lse = kernels.merge(answers)
         return out.to(query.dtype), lse
@@ -198,7 +201,9 @@ class TwoPrecisionSegment(RawSegment):
 
     def truncate(self, row: int, length: int) -> None:
         super().truncate(row, length)
-        self.waiting[row] = [(query[:, : length - first], first) for query, first in self.waiting[row] if first < length]
+        self.waiting[row] = [
+            (query[:, : length - first], first) for query, first in self.waiting[row] if first < length
+        ]
 
     def select(self, index: list[int]) -> None:
         super().select(index)
@@ -221,6 +226,11 @@ class TwoPrecisionSegment(RawSegment):
             low = sum(part.pool.bytes_within(longest - tokens) for part in self._low)
             tokens, before = self.pool.tokens_within(nbytes - low, beside), tokens
         return tokens if longest else self.pool.tokens_within(nbytes, beside)
+
+
+def _channels(index: Tensor, like: Tensor) -> Tensor:
+    """``index`` [..., m] for each of the channels of ``like``: [..., m, c]."""
+    return index[..., None].expand(*index.shape, like.shape[-1])
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -258,8 +268,10 @@ class TwoPrecisions:
         their positions."""
         if rope is not None:
             raise MethodError("Tokens retained in low precision need keys as the model rotated them.")
-        form = {"bits": self.low_bits, "group": self.group, "balanced": self.balancer}
-        return TwoPrecisionSegment(heads, like, value_dim, sketch_bits=sketch_bits, **form)
+        bits, group, balanced = self.low_bits, self.group, self.balancer
+        return TwoPrecisionSegment(
+            heads, like, value_dim, bits=bits, group=group, balanced=balanced, sketch_bits=sketch_bits
+        )
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
         pass

@@ -24,7 +24,15 @@ def _check(holds: bool, what: str) -> None:
 def _pool(pages: Tensor, form: Packing, lanes: Lanes) -> tuple[int, ...]:
     _check(form.width == form.dim, "the head size must be a multiple of 16")
     _check(pages.is_contiguous() and pages.shape[-1] == form.page_bytes, "pages must be a contiguous pool of the form")
-    return (pages.data_ptr(), cpu._TYPES[form.dtype], *lanes.address, form.bits, form.group, form.dim, int(form.by_token))
+    return (
+        pages.data_ptr(),
+        cpu._TYPES[form.dtype],
+        *lanes.address,
+        form.bits,
+        form.group,
+        form.dim,
+        int(form.by_token),
+    )
 
 
 def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: list[int]) -> None:
