@@ -103,7 +103,10 @@ class TwoPrecisionSegment(RawSegment):
             return
         for query, row in zip(queries.rotated, rows, strict=True):
             if self.balances[row].factor is None:
-                self.waiting[row].append((query, self.length(row) - query.shape[1]))
+                # Behind a prompt's end, a pass may go on with drafts.
+                self.waiting[row].append(
+                    (query[:, : query.shape[1] + min(0, ahead)], self.length(row) - query.shape[1])
+                )
 
     def seal(self, ahead: int) -> None:
         for row in range(self.sequences):

@@ -76,6 +76,30 @@ def test_after_a_prompt_the_important_tokens_are_those_of_h2o():
     assert (step[0] - step[2]).norm() < (step[1] - step[2]).norm()
 
 
+WAYS = {
+    "beams": {"num_beams": 3},
+    "several answers": {"num_return_sequences": 3, "do_sample": True, "top_k": 20},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "prefill in pieces": {"prefill_chunk_size": 16},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_demoted_tokens_follow_their_sequences_in_generate(way):
+    """Without rounding, so that what is generated is known."""
+    tokens, mask = tiny.padded(2, 50, [0, 21])
+    net = tiny.model()
+    cache = tiny.cache(net, "mikv(budget=12, low_bits=16)")
+    cache.expect(50)
+    torch.manual_seed(5)
+    got = tiny.generate(net, tokens, cache, mask, max_new_tokens=20, **way)
+    torch.manual_seed(5)
+    expected = tiny.generate(tiny.model(), tokens, None, mask, max_new_tokens=20, **way)
+    assert torch.equal(got.sequences, expected.sequences)
+    rows = len(cache.positions(0))
+    assert retained(cache) == ([57] * (rows // 2) + [36] * (rows // 2)) * 2
+
+
 def rounded(x: Tensor, bits: int) -> Tensor:
     """Numbers as they decode after one minimum and one scale for all of them."""
     least, top = x.min(), 2**bits - 1
