@@ -101,12 +101,12 @@ class TwoPrecisionSegment(RawSegment):
     def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
         if not self.balanced or ahead is None:
             return
+        # Behind a prompt's end, a pass may go on with drafts.
+        t = queries.rotated.shape[2]
+        count = t + min(0, ahead)
         for query, row in zip(queries.rotated, rows, strict=True):
-            if self.balances[row].factor is None:
-                # Behind a prompt's end, a pass may go on with drafts.
-                self.waiting[row].append(
-                    (query[:, : query.shape[1] + min(0, ahead)], self.length(row) - query.shape[1])
-                )
+            if count > 0 and self.balances[row].factor is None:
+                self.waiting[row].append((query[:, :count], self.length(row) - t))
 
     def seal(self, ahead: int) -> None:
         for row in range(self.sequences):
