@@ -18,7 +18,7 @@ LENGTHS = [1, 31, 32, 127, 128, 129, 300, 1000]
 
 @dataclass(frozen=True)
 class PackCase:
-    """``case`` tells shapes and how pages lie; ``kind`` what the numbers are like; ``by_token`` how keys are grouped."""
+    """``case`` tells shapes and how pages lie; ``kind`` what the numbers are like; ``by_token`` how keys group."""
 
     case: Case
     bits: int = 2
