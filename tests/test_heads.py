@@ -109,10 +109,11 @@ class Apart(KeepAll):
 
 
 def test_a_share_apart_holds_and_reads_as_the_model_made_it():
-    joined = Method("apart", keep=Apart()) | parse("tokenselect(top_k=5, sinks=2, window=6, sketch='int8')")
+    reader = parse("tokenselect(top_k=5, sinks=2, window=6, sketch='int8')").read
+    joined = Method("apart", keep=Apart(), read=reader)
     few, others = (group.layer for group in in_groups(0, joined, None, 3, 4).groups)
     assert (few.method.store, few.method.read, few.layers) == (Raw(), Everything(), 7.5)
-    assert (others.method.read, others.layers) == (joined.read, 3)
+    assert (others.method.read, others.layers) == (reader, 3)
     assert not few.method.needs_raw_keys
     assert others.method.needs_raw_keys
 
