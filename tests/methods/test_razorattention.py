@@ -406,5 +406,5 @@ def test_a_window_of_one_is_the_least():
     layer = few()
     parts = alike(40)
     layer.attend(step(*(x[:, :, :40] for x in parts), 0))
-    held = Held(0, 8, 1, layer.segment, [], 0)
+    held = Held(0, 8, 1, layer.segment, [], 0, 1)
     assert layer.method.keep.survivors(held, Means()).slots.tolist() == [0, 1, 7]
