@@ -31,6 +31,7 @@ class KeepByHead(Blind):
     # The heads that drop tokens are apart from the store, so nothing that it holds is dropped.
     while_generating: bool = False
     per_layer: bool = True
+    splits: bool = True
 
     @property
     def budget(self) -> None:

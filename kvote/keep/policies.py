@@ -26,6 +26,7 @@ class Plain:
     cascades = False
     needs_plain_keys = False
     needs_rope = False
+    splits = False
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         return None

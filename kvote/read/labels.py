@@ -31,6 +31,10 @@ class LabelWinners(ReadsLists):
         if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share <= 1:
             raise MethodError(f"share must be a share of the channels, above 0 and at most 1; got {self.share!r}.")
 
+    @property
+    def labels(self) -> bool:
+        return True
+
     def read(self, reading: Reading) -> Iterator[Span]:
         n = reading.first + reading.count
         if reading.layer < self.dense_layers:
@@ -46,16 +50,13 @@ class LabelWinners(ReadsLists):
 
     def _labelled(self, reading: Reading) -> Labelled:
         segment = reading.segment
-        if not isinstance(segment, Labelled):
-            raise MethodError(
-                "Labels are kept beside plain keys only; compose this method with those that store tokens as they are."
-            )
+        assert isinstance(segment, Labelled)
         if segment.labels is None:
             order = torch.tensor(self.order.get(reading.layer, ()))
             if len(order) != segment.heads:
                 raise MethodError(
-                    f"The calibration knows {len(order)} key heads of layer {reading.layer}, and {segment.heads} are "
-                    "held together; labels need all key heads of a layer kept alike, and a calibration of it."
+                    f"The calibration knows {len(order)} key heads of layer {reading.layer}, which has "
+                    f"{segment.heads}; calibrate this model."
                 )
             segment.label(order[:, : max(1, round(self.share * order.shape[1]))])
         return segment

@@ -428,6 +428,7 @@ class Raw:
     needs_raw_keys: bool = False
     lists: bool = True
     regroups: bool = False
+    labels: bool = True
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

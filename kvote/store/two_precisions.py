@@ -254,6 +254,7 @@ class TwoPrecisions:
     # Demoted tokens are read as a whole or not at all.
     lists: bool = field(default=False, init=False)
     regroups: bool = field(default=False, init=False)
+    labels: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         bits = (*packing.BITS, RAW_BITS)
