@@ -83,7 +83,7 @@ class Keeper(Protocol):
     generated tokens, too, make it drop some that the store holds. ``per_layer``: whether layers may keep different
     tokens. ``cascades``: whether what it observes in a layer changes what earlier layers may hold.
     ``needs_plain_keys``: whether it works with keys as the model rotated them; ``needs_rope``: whether it takes that
-    rotation out of them itself. ``splits``: whether ``split`` ever does.
+    rotation out of them itself. ``splits``: whether key heads of a layer may be groups with keepers of their own.
     """
 
     @property

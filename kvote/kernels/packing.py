@@ -3,13 +3,14 @@
 A group of numbers x is kept as its minimum m, a scale s = (max - m) / (2^bits - 1) and codes round((x - m) / s), halves
 to even, clamped before they are rounded. Every step is rounded to the dtype of x, and so are s and m. It decodes to
 code * s + m; where s is 0, to m. Keys form groups of consecutive tokens of one channel, values groups of consecutive
-channels of one token (the quantiser of KIVI, Liu et al. 2024, arXiv 2402.02750).
+channels of one token (the quantiser of KIVI, Liu et al. 2024, arXiv 2402.02750). Keys ``by_token`` form groups as
+values do, so that they can be packed one by one.
 
 **Bytes.** A page holds ``PACKED`` tokens: codes, then all scales, then all minima. Codes lie in rows of 64 bytes, which
 are sixteen 32-bit words of 32 / bits steps each: steps 0, 2, 4, ... from the lowest bit of a word upwards, steps 1, 3,
 5, ... from its bit 16. Keys: rows [token / 16][channel / steps], a word per token; scales [token / group][channel].
-Values: rows [channel / 16][token / steps], a word per channel; scales [channel / group][token]. Channels are filled up
-to a multiple of 16.
+Values: rows [channel / 16][token / steps], a word per channel; scales [channel / group][token], and so those of keys by
+token. Channels are filled up to a multiple of 16.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Packing:
     dim: int
     dtype: torch.dtype
     are_keys: bool
+    by_token: bool = False
 
     @property
     def steps(self) -> int:
@@ -50,7 +52,8 @@ class Packing:
     @property
     def scales(self) -> tuple[int, int]:
         """Shape of the scales of a page."""
-        return (PACKED // self.group, self.width) if self.are_keys else (-(-self.width // self.group), PACKED)
+        by_channel = self.are_keys and not self.by_token
+        return (PACKED // self.group, self.width) if by_channel else (-(-self.width // self.group), PACKED)
 
     @property
     def page_bytes(self) -> int:
@@ -108,7 +111,7 @@ def _shifts(form: Packing) -> Tensor:
 def pack(x: Tensor, pages: Tensor, form: Packing, slots: Tensor) -> None:
     """Writes tokens ``x`` [m, d] to pool ``slots`` int64 [m] (page * PACKED + place) of ``pages`` uint8 [p, bytes].
 
-    Keys come in whole groups, side by side in their pages.
+    Keys come in whole groups, side by side in their pages, unless they are packed by token.
     """
     if len(slots) == 0:
         return
@@ -116,10 +119,14 @@ def pack(x: Tensor, pages: Tensor, form: Packing, slots: Tensor) -> None:
     page, place = slots // PACKED, slots % PACKED
     shifts = _shifts(form).to(x.device)
     if form.are_keys:
-        codes, scale, least = quantise_keys(_filled(x, form), form.bits, form.group)
-        first = slots[:: form.group]
-        scales[first // PACKED, first % PACKED // form.group] = scale
-        minima[first // PACKED, first % PACKED // form.group] = least
+        if form.by_token:
+            codes, scale, least = quantise_values(_filled(x, form), form.bits, form.group)
+            scales[page, :, place], minima[page, :, place] = scale, least
+        else:
+            codes, scale, least = quantise_keys(_filled(x, form), form.bits, form.group)
+            first = slots[:: form.group]
+            scales[first // PACKED, first % PACKED // form.group] = scale
+            minima[first // PACKED, first % PACKED // form.group] = least
         steps = codes.view(len(slots), -1, form.steps).long() << shifts
         rows = form.width // form.steps
         row = (place // _LANES * rows)[:, None] + torch.arange(rows, device=x.device)
@@ -155,11 +162,13 @@ def codes_of(pages: Tensor, form: Packing, slots: Tensor) -> tuple[Tensor, Tenso
         row = (place // _LANES * rows)[:, None] + torch.arange(rows, device=pages.device)
         held = words[page[:, None], row, (place % _LANES)[:, None]]
         codes = (held[..., None] >> shifts) & mask
-        scale, least = scales[page, place // form.group], minima[page, place // form.group]
     else:
         tiles = torch.arange(form.width // _LANES, device=pages.device) * (PACKED // form.steps)
         held = words[page[:, None], tiles + (place // form.steps)[:, None]]
         codes = (held >> shifts[place % form.steps][:, None, None]) & mask
+    if form.are_keys and not form.by_token:
+        scale, least = scales[page, place // form.group], minima[page, place // form.group]
+    else:
         channel = torch.arange(form.width, device=pages.device) // form.group
         where = page[:, None], channel, place[:, None]
         scale, least = scales[where], minima[where]

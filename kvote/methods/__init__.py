@@ -7,6 +7,7 @@ from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
+from kvote.methods.mikv import mikv
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
@@ -23,6 +24,7 @@ __all__ = [
     "ems",
     "h2o",
     "kivi",
+    "mikv",
     "random",
     "randomkeep",
     "razorattention",

@@ -83,15 +83,15 @@ class HeadVotes:
         return False
 
     @property
-    def labels(self) -> bool:
-        return False
-
-    @property
     def needs_raw_keys(self) -> bool:
         return True
 
     @property
     def needs_plain_keys(self) -> bool:
+        return False
+
+    @property
+    def labels(self) -> bool:
         return False
 
     @property

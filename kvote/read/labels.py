@@ -50,16 +50,13 @@ class LabelWinners(ReadsLists):
 
     def _labelled(self, reading: Reading) -> Labelled:
         segment = reading.segment
-        if not isinstance(segment, Labelled):
-            raise MethodError(
-                "Labels are kept beside plain keys only; compose this method with those that store tokens as they are."
-            )
+        assert isinstance(segment, Labelled)
         if segment.labels is None:
             order = torch.tensor(self.order.get(reading.layer, ()))
             if len(order) != segment.heads:
                 raise MethodError(
-                    f"The calibration knows {len(order)} key heads of layer {reading.layer}, and {segment.heads} are "
-                    "held together; labels need all key heads of a layer kept alike, and a calibration of it."
+                    f"The calibration knows {len(order)} key heads of layer {reading.layer}, which has "
+                    f"{segment.heads}; calibrate this model."
                 )
             segment.label(order[:, : max(1, round(self.share * order.shape[1]))])
         return segment

@@ -134,8 +134,8 @@ class Reader(Protocol):
     of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats
     one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
-    what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores
-    keys as the model rotated them. ``labels``: it scores by labels, which need all key heads of a layer together."""
+    what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
+    model rotated them. ``labels``: it scores some channels of the keys, kept apart."""
 
     @property
     def one_list(self) -> bool: ...

@@ -191,10 +191,18 @@ class PagePool:
     def tokens_within(self, nbytes: float, beside: int = 0) -> int:
         """Tokens that each lane may hold for the pool to take ``nbytes`` at most, unused pages included, and as many
         times ``beside`` elsewhere."""
-        parts = self.parts.values()
-        page = _TABLES + self.page * beside + sum(prod(part.shape[1:]) * part.element_size() for part in parts)
-        pages = nbytes / page / max(1, len(self.lanes))
+        pages = nbytes / (self._page_bytes + self.page * beside) / max(1, len(self.lanes))
         return max(0, int((pages - _UNUSED) * self.room / (self.room + 1))) * self.page
+
+    def bytes_within(self, tokens: int) -> float:
+        """What the pool takes at most when each lane holds ``tokens``, unused pages included."""
+        pages = -(-tokens // self.page)
+        return len(self.lanes) * (pages * (self.room + 1) / self.room + _UNUSED) * self._page_bytes
+
+    @property
+    def _page_bytes(self) -> int:
+        """Bytes of a page, and of the tables that name it."""
+        return _TABLES + sum(prod(part.shape[1:]) * part.element_size() for part in self.parts.values())
 
     def select(self, index: Sequence[int]) -> None:
         """Makes ``lanes[i]`` a copy of the former ``lanes[index[i]]``; the pages are shared, not copied."""

@@ -508,6 +508,7 @@ class Quantised:
     needs_raw_keys: bool = False
     lists: bool = True
     regroups: bool = True
+    labels: bool = False
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

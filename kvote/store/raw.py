@@ -97,7 +97,7 @@ class RawSegment:
     def seal(self, ahead: int) -> None:
         pass
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> None:
+    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         return None
 
     def label(self, channels: Tensor) -> None:
@@ -427,8 +427,8 @@ class Raw:
 
     needs_raw_keys: bool = False
     lists: bool = True
-    labels: bool = True
     regroups: bool = False
+    labels: bool = True
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

@@ -139,7 +139,7 @@ class Labelled(Segment, Protocol):
 class Store(Protocol):
     """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
     be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
-    with prompts and not with every generated token. One whose segments are ``Labelled`` has ``labels``, too."""
+    with prompts and not with every generated token. ``labels``: its segments are ``Labelled``."""
 
     @property
     def needs_raw_keys(self) -> bool: ...
@@ -147,6 +147,8 @@ class Store(Protocol):
     def lists(self) -> bool: ...
     @property
     def regroups(self) -> bool: ...
+    @property
+    def labels(self) -> bool: ...
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None", *, sketch_bits: int = 0
     ) -> Segment:

@@ -18,12 +18,18 @@ LENGTHS = [1, 31, 32, 127, 128, 129, 300, 1000]
 
 @dataclass(frozen=True)
 class PackCase:
-    """``case`` tells shapes and how pages lie; ``kind`` what the numbers are like."""
+    """``case`` tells shapes and how pages lie; ``kind`` what the numbers are like; ``by_token`` how keys group."""
 
     case: Case
     bits: int = 2
     group: int = 32
     kind: str = "plain"
+    by_token: bool = False
+
+    @property
+    def keys(self) -> int:
+        """Keys that are packed: whole groups, where they are of tokens."""
+        return self.case.n if self.by_token else -(-self.case.n // self.group) * self.group
 
 
 @st.composite
@@ -33,6 +39,7 @@ def pack_cases(draw: Any) -> PackCase:
         draw(st.sampled_from(BITS)),
         draw(st.sampled_from(GROUPS)),
         draw(st.sampled_from(["plain", "plain", "outliers", "constant", "tiny", "huge"])),
+        draw(st.booleans()),
     )
 
 
@@ -43,13 +50,13 @@ class Packs:
     def __init__(self, pack: PackCase) -> None:
         case = pack.case
         self.case, self.lanes = case, case.sequences * case.heads
-        pages = -(-(-(-case.n // pack.group) * pack.group) // PACKED)
+        pages = -(-pack.keys // PACKED)
         self.layout = Paged(replace(case, n=pages * PAGE, d=16))
         self.table = self.layout.table()
         self.pages = max(first + count for lane in self.layout.runs for first, count in lane) + 1
-        self.key_form = Packing(pack.bits, pack.group, case.d, case.dtype, are_keys=True)
+        self.key_form = Packing(pack.bits, pack.group, case.d, case.dtype, True, pack.by_token)
         self.value_form = Packing(pack.bits, pack.group, case.d, case.dtype, are_keys=False)
-        self.keys = self._numbers(pack.kind, -(-case.n // pack.group) * pack.group)
+        self.keys = self._numbers(pack.kind, pack.keys)
         self.values = self._numbers(pack.kind, case.n)
 
     def _numbers(self, kind: str, n: int) -> Tensor:
@@ -101,13 +108,15 @@ class Packs:
         """q.k [sequences, heads, r, n] in float64, with the rounding that the kernel promises, and what float32 sums
         may differ by."""
         codes, scale, least = (x.double() for x in self.parts(self.law(self.key_form), self.key_form, self.case.n))
-        zero = ((1 << self.key_form.bits) - 1) / 2 if self.rounds else 0.0
+        # By token, codes meet the query itself, which is a number of the model's dtype.
+        rounds = self.rounds and not self.key_form.by_token
+        zero = ((1 << self.key_form.bits) - 1) / 2 if rounds else 0.0
         groups = query.shape[1] // self.case.heads
         codes, scale, least = (
             x[:, :, tokens.start : tokens.stop].repeat_interleave(groups, 1)[:, :, None] for x in (codes, scale, least)
         )
         weights = query.double()[:, :, :, None] * scale
-        if self.rounds:
+        if rounds:
             weights = weights.float().bfloat16().double()
         exact = query.double()[:, :, :, None] * (least + zero * scale)
         terms = weights * (codes - zero)
@@ -122,7 +131,7 @@ def pack_writes_what_the_law_writes(pack: PackCase, cut: int, offset: int) -> li
     pools = []
     for form, x in ((packs.key_form, packs.keys), (packs.value_form, packs.values)):
         at = cut % (x.shape[1] + 1)
-        at = at // pack.group * pack.group if form.are_keys else at
+        at = at // pack.group * pack.group if form.are_keys and not pack.by_token else at
         pool = packs.pool(form)
         strided = torch.full((*x.shape[:2], x.shape[2] + offset), float("nan"), dtype=x.dtype)[..., offset:].copy_(x)
         packed.pack(strided[:, :at], pool, form, packs.table, [0] * packs.lanes)

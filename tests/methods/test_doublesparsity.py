@@ -199,13 +199,13 @@ def test_it_reads_a_few_of_what_another_method_keeps():
     assert layer.selections == 2 * STEPS
 
 
-def test_heads_kept_apart_are_refused():
+def test_a_calibration_that_lacks_heads_is_refused():
     net = model()
     cache = tiny.cache(net, double_sparsity(top_k=K))
     group = HeadGroup((1,), cache.managed[2])
     attend = cache.managed[2].attend
     cache.managed[2].attend = lambda step: attend(group.step(step))  # type: ignore[method-assign]
-    with pytest.raises(MethodError, match="knows 2 key heads of layer 2, and 1 are held together"):
+    with pytest.raises(MethodError, match="knows 2 key heads of layer 2, which has 1"):
         tiny.feed(net, cache, tiny.ids(1, 20))
 
 

@@ -24,16 +24,26 @@ def _check(holds: bool, what: str) -> None:
 def _pool(pages: Tensor, form: Packing, lanes: Lanes) -> tuple[int, ...]:
     _check(form.width == form.dim, "the head size must be a multiple of 16")
     _check(pages.is_contiguous() and pages.shape[-1] == form.page_bytes, "pages must be a contiguous pool of the form")
-    return (pages.data_ptr(), cpu._TYPES[form.dtype], *lanes.address, form.bits, form.group, form.dim)
+    return (
+        pages.data_ptr(),
+        cpu._TYPES[form.dtype],
+        *lanes.address,
+        form.bits,
+        form.group,
+        form.dim,
+        int(form.by_token),
+    )
 
 
 def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: list[int]) -> None:
-    """Writes tokens ``x`` [lanes, m, d] behind the first ``first[lane]`` tokens of each lane; keys in whole groups."""
+    """Writes tokens ``x`` [lanes, m, d] behind the first ``first[lane]`` tokens of each lane; keys in whole groups,
+    unless they are packed by token."""
     count = x.shape[1]
     _check(x.shape[0] == lanes.count == len(first), "there must be as many lanes as tokens are given for")
     _check(x.stride(-1) == 1 and x.dtype == form.dtype, "channels must be contiguous and of the dtype of the form")
     _check(x.shape[2] == form.dim, "tokens must have the head size of the form")
-    _check(not form.are_keys or not any(n % form.group for n in (count, *first)), "keys come in whole groups")
+    alone = form.by_token or not form.are_keys
+    _check(alone or not any(n % form.group for n in (count, *first)), "keys come in whole groups")
     threads = torch.get_num_threads()
     pool = _pool(pages, form, lanes)
     _cpu.pack(pool, form.are_keys, x.data_ptr(), x.stride(0), x.stride(1), count, first, threads)

@@ -129,6 +129,7 @@ struct PackedPool {
     Type type;  // of scales and minima, and of what is packed or unpacked
     const Lane* lanes;
     std::int64_t lanes_count, bits, group, dim;
+    bool by_token;  // keys: groups of channels of one token, as values are
 };
 
 struct PackArgs {

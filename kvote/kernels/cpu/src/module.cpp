@@ -52,14 +52,14 @@ struct LaneTable {
     }
 };
 
-// A packed pool as Python names it: pages, type, runs, begins, lanes, bits, group, dim.
-using Pool = std::array<std::int64_t, 8>;
+// A packed pool as Python names it: pages, type, runs, begins, lanes, bits, group, dim, by token.
+using Pool = std::array<std::int64_t, 9>;
 
 struct PoolTable : LaneTable {
     PackedPool pool;
     explicit PoolTable(const Pool& p)
         : LaneTable(Address(p[2]), Address(p[3]), p[4]),
-          pool{at<std::uint8_t>(Address(p[0])), Type(p[1]), lanes.data(), p[4], p[5], p[6], p[7]} {}
+          pool{at<std::uint8_t>(Address(p[0])), Type(p[1]), lanes.data(), p[4], p[5], p[6], p[7], p[8] != 0} {}
 };
 
 }  // namespace

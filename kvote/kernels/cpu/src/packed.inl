@@ -16,9 +16,12 @@ struct PackedPage {
 // Where things lie in pages of keys or values.
 struct Form {
     int64_t bits, group, dim, params;  // params: scales in a page
-    static Form keys(const PackedPool& p) { return {p.bits, p.group, p.dim, PACKED / p.group * p.dim}; }
+    bool by_token;                     // scales are of groups of channels of one token, as those of values
+    static Form keys(const PackedPool& p) {
+        return p.by_token ? values(p) : Form{p.bits, p.group, p.dim, PACKED / p.group * p.dim, false};
+    }
     static Form values(const PackedPool& p) {
-        return {p.bits, p.group, p.dim, (p.dim + p.group - 1) / p.group * PACKED};
+        return {p.bits, p.group, p.dim, (p.dim + p.group - 1) / p.group * PACKED, true};
     }
     int64_t codes() const { return PACKED * dim * bits / 8; }
     template <class T>
@@ -111,6 +114,54 @@ void pack_keys(const PackArgs& a) {
     });
 }
 
+// Least and most of the channels `in` .. of one token, in every lane.
+template <class T>
+inline void span_of(const T* in, int64_t channels, vf& least, vf& most) {
+    vf low = get(in), high = low;
+    for (int64_t c = W; c < channels; c += W) {
+        const vf x = get(in + c);
+        low = vmin(x, low), high = vmax(x, high);
+    }
+    least = splat(-max(-low)), most = splat(max(high));
+}
+
+template <class T>
+void pack_keys_by_token(const PackArgs& a) {
+    const Form form = Form::keys(a.pool);
+    const int64_t dim = form.dim, G = form.group, steps = 32 / form.bits, items = a.pool.lanes_count * a.count;
+    const float top = float((1 << form.bits) - 1);
+    vu shifts;
+    for (int i = 0; i < W; ++i) shifts[i] = uint32_t(shift_of(form.bits, i % steps));
+    parallel(items * dim > 16384 ? a.threads : 1, [&](const Team& team) {
+        for (int64_t item = team.from(items); item < team.to(items); ++item) {
+            const int64_t lane = item / a.count, t = item % a.count, token = a.first[lane] + t, place = token % PACKED;
+            const T* in = static_cast<const T*>(a.in) + lane * a.lane_stride + t * a.token_stride;
+            Lane::Cursor at;
+            const PackedPage<T> page = form.page<T>(a.pool.pages, a.pool.lanes[lane], token, at);
+            for (int64_t from = 0; from < dim; from += G) {
+                const int64_t to = std::min(from + G, dim);
+                vf least, most;
+                span_of(in + from, to - from, least, most);
+                const vf scale = scale_of<T>(least, most, top);
+                T row[W];
+                put(row, scale);
+                const_cast<T*>(page.scale)[from / G * PACKED + place] = row[0];
+                put(row, least);
+                const_cast<T*>(page.minimum)[from / G * PACKED + place] = row[0];
+                for (int64_t c = from; c < to; c += W) {
+                    const vu code = codes_of<T>(get(in + c), least, scale, top) << shifts;
+                    for (int64_t i = 0; i < W; i += steps) {
+                        uint32_t word = 0;
+                        for (int64_t j = i; j < i + steps && j < W; ++j) word |= code[j];
+                        uint8_t* to_word = const_cast<uint8_t*>(page.codes) + (place / W * dim + c + i) / steps * ROW;
+                        std::memcpy(to_word + 4 * (place % W), &word, 4);
+                    }
+                }
+            }
+        }
+    });
+}
+
 template <class T>
 void pack_values(const PackArgs& a) {
     const Form form = Form::values(a.pool);
@@ -178,10 +229,13 @@ void unpack(const UnpackArgs& a) {
                         words = own >= uint32_t(j) ? vu{} + word : words;
                     }
                     words >>= shifts;
-                    scale = get(page.scale + place / G * dim + c), least = get(page.minimum + place / G * dim + c);
                 } else {
                     words = load<vu>(page.codes + (c / W * PACKED + place) / steps * ROW);
                     words >>= uint32_t(shift_of(form.bits, place % steps));
+                }
+                if (!form.by_token) {
+                    scale = get(page.scale + place / G * dim + c), least = get(page.minimum + place / G * dim + c);
+                } else {
                     T both[2 * W] = {};
                     both[0] = page.scale[c / G * PACKED + place], both[W] = page.minimum[c / G * PACKED + place];
                     scale = splat(get(both)[0]), least = splat(get(both + W)[0]);
@@ -216,10 +270,58 @@ struct Folded {
     alignas(64) float scores[4 * PACKED];
 };
 
+// As `score_page`, where scales are of groups of channels of one token: a query meets the codes of each group as it is.
+// What lies outside from .. to within the vectors that are computed becomes 0.
+template <class T, int BITS, int Q, class U>
+void score_page_by_token(const PackedPage<T>& page, const Form& form, const float* query, int64_t from, int64_t to,
+                         Folded<U>& folded, float* scores, int64_t stride) {
+    const int64_t dim = form.dim, G = form.group, groups = (dim + G - 1) / G, tile = dim / STEPS<BITS> * ROW;
+    constexpr float zero = ZERO<BITS, U>;
+    const vi lanes = (vi)lane_numbers();
+    float sums_of_queries[Folded<U>::GROUPS * Q];
+    for (int q = 0; q < Q; ++q)
+        for (int64_t g = 0; g < groups; ++g) {
+            vf total{};
+            for (int64_t c = g * G; c < std::min(dim, (g + 1) * G); c += 2 * W) {
+                const bool two = c + W < std::min(dim, (g + 1) * G);
+                const vf x0 = load<vf>(query + q * dim + c), x1 = two ? load<vf>(query + q * dim + c + W) : vf{};
+                put_weights(folded.weights + q * MAX_DIM + c, x0, x1);
+                total += x0 + x1;
+            }
+            sums_of_queries[g * Q + q] = sum(total);
+        }
+    for (int64_t t = from / (2 * W) * 2 * W; t < to; t += 2 * W) {
+        const vi t0 = lanes + int32_t(t), t1 = t0 + W;
+        const vi live0 = (t0 >= int32_t(from)) & (t0 < int32_t(to)), live1 = (t1 >= int32_t(from)) & (t1 < int32_t(to));
+        const uint8_t* codes = page.codes + t / W * tile;
+        vf totals[Q][2] = {};
+        for (int64_t g = 0; g < groups; ++g) {
+            const T *scale = page.scale + g * PACKED + t, *minimum = page.minimum + g * PACKED + t;
+            ask_for(scale, page.ahead), ask_for(minimum, page.ahead);
+            // What is not stored may be anything, even NaN.
+            const vf s0 = live0 ? get(scale) : vf{}, s1 = live1 ? get(scale + W) : vf{};
+            const vf m0 = (live0 ? get(minimum) : vf{}) + s0 * zero, m1 = (live1 ? get(minimum + W) : vf{}) + s1 * zero;
+            vf sums[Q][2] = {};
+            const int64_t rows = std::min(G, dim - g * G) / STEPS<BITS>, first = g * G / STEPS<BITS> * ROW;
+            multiply<BITS, Q>(codes + first, codes + tile + first, rows, folded.weights + g * G, MAX_DIM, sums,
+                              page.ahead);
+            for (int q = 0; q < Q; ++q) {
+                totals[q][0] += sums[q][0] * s0 + sums_of_queries[g * Q + q] * m0;
+                totals[q][1] += sums[q][1] * s1 + sums_of_queries[g * Q + q] * m1;
+            }
+        }
+        for (int q = 0; q < Q; ++q) {
+            store(scores + q * stride + t, totals[q][0]);
+            store(scores + q * stride + t + W, totals[q][1]);
+        }
+    }
+}
+
 // Scores [q][PACKED] of Q query rows [dim] with the tokens from .. to (within the page; whole groups are computed).
 template <class T, int BITS, int Q, class U>
 void score_page(const PackedPage<T>& page, const Form& form, const float* query, int64_t from, int64_t to,
                 Folded<U>& folded, float* scores, int64_t stride) {
+    if (form.by_token) return score_page_by_token<T, BITS, Q>(page, form, query, from, to, folded, scores, stride);
     const int64_t dim = form.dim, G = form.group, first = from / G, groups = (to + G - 1) / G - first;
     constexpr float zero = ZERO<BITS, U>;
     vf constants[W] = {};
@@ -435,7 +537,8 @@ KVOTE_BY_BITS(packed_scores, packed_scores_of, PackedScoresArgs, keys)
 
 template <class T>
 void pack(const PackArgs& a) {
-    a.are_keys ? pack_keys<T>(a) : pack_values<T>(a);
+    if (!a.are_keys) return pack_values<T>(a);
+    a.pool.by_token ? pack_keys_by_token<T>(a) : pack_keys<T>(a);
 }
 
 template <class T>
