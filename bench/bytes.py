@@ -59,9 +59,10 @@ def _angles(tokens: float) -> float:
     return float((1 << (int(tokens) - 1).bit_length()) * _DIM * 4 / LANES)
 
 
-def _packed(n: int, bits: int, group: int = 32, residual: int = 128) -> float:
-    """Codes, and two numbers of two bytes per group; the last tokens as they are."""
-    return n * (2 * _DIM * (bits / 8 + 4 / group) + 4) + residual * _TOKEN
+def _packed(n: float, bits: int, group: int = 32, residual: int = 128, heads: int = GEOMETRY.kv_heads) -> float:
+    """Codes, and two numbers of two bytes per group; the last tokens as they are too. ``heads`` that hold the same
+    tokens have their positions once."""
+    return n * (2 * _DIM * (bits / 8 + 4 / group) + 4 / heads) + residual * _TOKEN
 
 
 def _low_rank(n: int, keys: int = 512, values: int = 768) -> float:
@@ -95,6 +96,10 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "kivi": lambda n: _packed(n, 2),
     "kivi, 4 bits": lambda n: _packed(n, 4),
     "kivi | tokenselect": lambda n: _packed(n, 2) + _angles(_LIST),
+    "razorattention | kivi": lambda n: (2 * _packed(n, 2, heads=1) + 14 * max(4000, n / 5) * _TOKEN) / LANES,
+    "cake | kivi | tokenselect": lambda n: _packed(n / 4, 2) + _angles(_LIST),
+    # Of a demoted token, two bits of every number, and two numbers for each half of its key and of its value.
+    "mikv": lambda n: n / 5 * (_TOKEN + 4) + 4 * n / 5 * (2 * _DIM * 2 / 8 + 4 * 4),
     "think": lambda n: _whole(n) - n * 2 * int(0.4 * _DIM),
     "xkv": _low_rank,
     "xkv | tokenselect": lambda n: _low_rank(n) + _angles(_LIST),
