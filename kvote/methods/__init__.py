@@ -12,8 +12,10 @@ from kvote.methods.random import random
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
+from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
+from kvote.methods.xkv import xkv
 
 __all__ = [
     "cake",
@@ -28,6 +30,8 @@ __all__ = [
     "razorattention",
     "snapkv",
     "streamingllm",
+    "think",
     "tidaldecode",
     "tokenselect",
+    "xkv",
 ]
