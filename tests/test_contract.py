@@ -31,6 +31,9 @@ METHODS = {
     "h2o": "h2o(budget=20)",
     "snapkv-all": "snapkv(budget=500, window=6)",
     "snapkv": "snapkv(budget=20, window=6)",
+    "randomkeep-all": "randomkeep(budget=500, window=6)",
+    "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
+    "randomkeep-tokenselect": f"randomkeep(budget=20, sinks=2, window=6) | tokenselect({_FEW}, chunk=1, theta=2.0)",
     "tidaldecode-all": "tidaldecode(top_k=500, first=0)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",
     "doublesparsity-all": double_sparsity(top_k=500, dense_layers=0),
@@ -179,7 +182,7 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
         assert cache.get_seq_length() == COLUMNS - 40
         return
     what = "dropped tokens" if dropped else "added up attention"
-    names = "h2o|mikv|snapkv|streamingllm|{names}"
+    names = "cake|duo|ems|h2o|mikv|randomkeep|razor|snapkv|streamingllm"
     with pytest.raises(CropError, match=rf"({names}).*has {what}.*activate_past_recording"):
         cache.crop(-1)
     assert cache.get_seq_length() == COLUMNS

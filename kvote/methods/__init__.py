@@ -9,6 +9,7 @@ from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
 from kvote.methods.mikv import mikv
 from kvote.methods.random import random
+from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
@@ -27,6 +28,7 @@ __all__ = [
     "kivi",
     "mikv",
     "random",
+    "randomkeep",
     "razorattention",
     "snapkv",
     "streamingllm",
