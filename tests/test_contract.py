@@ -65,9 +65,21 @@ METHODS = {
     f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "duoattention-all": "duoattention(heads='{duo}', window=500)",
     "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
+    "think-all": "think(ratio=0.0, window=6, recent=5)",
+    "think": "think(ratio=0.5, window=6, recent=5)",
+    "snapkv-think": "snapkv(budget=20, window=6) | think(ratio=0.5, window=6, recent=5)",
+    "h2o-think": "h2o(budget=20) | think(ratio=0.5, window=6, recent=5)",
+    "think-tidaldecode": "think(ratio=0.5, window=6, recent=5) | tidaldecode(top_k=5, first=0)",
+    "razorattention-think": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
+    "think(ratio=0.5, window=6, recent=5)",
+    "xkv-all": "xkv(group=2, key_rank=1.0, value_rank=1.0)",
+    "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
+    "xkv-tokenselect": f"xkv(group=2, key_rank=6, value_rank=6) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
 }
 # What a prompt in one pass lets all heads read is more than passes do: so it is published.
 PASSES_MATTER = "duoattention"
+# What a prompt's end has encoded stays so when the prompt is rolled back into.
+STAYS_ENCODED = (METHODS["think"], METHODS["think-tidaldecode"], METHODS["xkv"], METHODS["xkv-tokenselect"])
 COLUMNS = 70
 
 
@@ -182,9 +194,15 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
     tiny.feed(net, cache, tokens[:, :60], cut(mask, 60))
     cache.activate_past_recording()
     tiny.feed(net, cache, tokens[:, 60:], mask)
+    held = stored(cache) if method in STAYS_ENCODED else []
     try:
         cache.crop(-30)
     except CropError:
+        return
+    if method in STAYS_ENCODED:
+        assert all(segment.encoded(row) == len(segment.positions(row)[0]) for segment, row in every(cache) if row != 2)
+        for mine, before in zip(stored(cache), held, strict=True):
+            assert torch.equal(mine, before[:, : mine.shape[1]])
         return
     fresh = tiny.cache(net, method)
     tiny.feed(net, fresh, tokens[:, :40], cut(mask, 40))
@@ -196,6 +214,17 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
         assert cache.get_seq_length() == 43
         return
     same(got, tiny.feed(net, fresh, extra, longer), longer)
+
+
+def every(cache: Any) -> list[tuple[Any, int]]:
+    """Segments and rows."""
+    return [(layer.segment, row) for layer in cache.managed for row in range(layer.sequences)]
+
+
+def stored(cache: Any) -> list[Tensor]:
+    """Keys, and values, that every sequence holds in every layer, [h, n, d]."""
+    held = [segment.decode([row], 0, segment.length(row)) for segment, row in every(cache)]
+    return [part[0].clone() for pair in held for part in pair]
 
 
 def test_cropping_nothing_changes_nothing(net, method, batch):
@@ -365,6 +394,7 @@ def test_nbytes_is_the_sum_of_the_buffers(net, method, batch):
 
 
 def pools_of(segment: Any) -> list[Any]:
+    segment = getattr(segment, "tail", segment)
     return segment.pools if hasattr(segment, "pools") else [segment.pool]
 
 

@@ -13,8 +13,10 @@ from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
+from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
+from kvote.methods.xkv import xkv
 
 __all__ = [
     "cake",
@@ -30,6 +32,8 @@ __all__ = [
     "razorattention",
     "snapkv",
     "streamingllm",
+    "think",
     "tidaldecode",
     "tokenselect",
+    "xkv",
 ]

@@ -18,6 +18,40 @@ _QUESTION = 8 * PAGE
 _COUNTED = 64
 
 
+def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    """What queries [b, heads, t, d] read in the tokens of a set, keys and values [b * q, h, m, c] in their places: out
+    [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
+    b, heads, t, d = query.shape
+    q = tokens.blocks
+    out, lse = kernels.attend(
+        query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
+        key,
+        value,
+        scale=logits.scale,
+        softcap=logits.softcap,
+        causal=tokens.causal,
+        window=tokens.window,
+    )
+    out = out.reshape(b, q, heads, t // q, -1).transpose(1, 2).reshape(b, heads, t, -1)
+    return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
+
+
+def received(query: Tensor, lse: Tensor, key: Tensor, tokens: TokenSet, logits: Logits) -> Tensor:
+    """Attention [b, h, q, m] that the tokens of a set received; ``lse`` [b, heads, t], the rest as in ``answers``."""
+    b, heads, t, d = query.shape
+    q = tokens.blocks
+    mass = kernels.attention_mass(
+        query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
+        lse.reshape(b, heads, q, t // q).transpose(1, 2).reshape(b * q, heads, t // q),
+        key,
+        scale=logits.scale,
+        softcap=logits.softcap,
+        causal=tokens.causal,
+        window=tokens.window,
+    )
+    return mass.reshape(b, q, -1, len(tokens)).transpose(1, 2)
+
+
 class RawSegment:
     """All tokens of a layer, unencoded, one lane per sequence and key/value head.
 
@@ -121,25 +155,13 @@ class RawSegment:
         self.pool.labels[slots // PAGE, :, slots % PAGE] = self._labelled(key).flatten(0, 2)
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
-        b, heads, t, d = queries.rotated.shape
-        q = tokens.blocks
-        query = self._place_queries(queries, tokens).reshape(b, heads, q, t // q, d)
-        if t == q and self._streams(tokens, heads):
-            return self._decode_step(query[:, :, :, 0], rows, tokens, logits)
-        key, value = self._place(rows, tokens)
-        out, lse = kernels.attend(
-            query.transpose(1, 2).reshape(b * q, heads, t // q, d),
-            key,
-            value,
-            scale=logits.scale,
-            softcap=logits.softcap,
-            causal=tokens.causal,
-            window=tokens.window,
-        )
-        out = out.reshape(b, q, heads, t // q, -1).transpose(1, 2).reshape(b, heads, t, -1)
-        return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
+        heads, t = queries.rotated.shape[1:3]
+        query = self.place_queries(queries, tokens)
+        if t == tokens.blocks and self._streams(tokens, heads):
+            return self._decode_step(query, rows, tokens, logits)
+        return answers(query, *self._place(rows, tokens), tokens, logits)
 
-    def _place_queries(self, queries: Queries, tokens: TokenSet) -> Tensor:
+    def place_queries(self, queries: Queries, tokens: TokenSet) -> Tensor:
         """Queries [b, heads, t, d] where they stand for the tokens they read."""
         if self.rope is None or tokens.positions == "original":
             return queries.rotated
@@ -176,7 +198,7 @@ class RawSegment:
                 tokens.index
                 if isinstance(tokens.index, range)
                 else tokens.index[..., j, :].reshape(-1, len(tokens)).contiguous(),
-                angles=self._angles(tokens),
+                angles=self.angles(tokens),
                 interleaved=self.rope is not None and self.rope.interleaved,
                 scale=logits.scale,
                 softcap=logits.softcap,
@@ -190,8 +212,7 @@ class RawSegment:
     def attention_mass(
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
     ) -> Tensor:
-        b, heads, t, d = queries.rotated.shape
-        q = tokens.blocks
+        heads, t = queries.rotated.shape[1:3]
         if isinstance(tokens.index, range) and self._counts(tokens, heads * t):
             start, m = tokens.index.start, len(tokens)
             limits = [start + (m - t + i + 1 if tokens.causal else m) for i in range(t)]
@@ -199,25 +220,14 @@ class RawSegment:
             scale, softcap, keys = logits.scale, logits.softcap, self.pool.keys
             mass = cpu.attention_mass(queries.rotated, lse, keys, chosen, start, limits, scale=scale, softcap=softcap)
             return mass[:, :, None]
-        query = self._place_queries(queries, tokens).reshape(b, heads, q, t // q, d).transpose(1, 2)
-        lse = lse.reshape(b, heads, q, t // q).transpose(1, 2)
-        mass = kernels.attention_mass(
-            query.reshape(b * q, heads, t // q, d),
-            lse.reshape(b * q, heads, t // q),
-            self._place(rows, tokens)[0],
-            scale=logits.scale,
-            softcap=logits.softcap,
-            causal=tokens.causal,
-            window=tokens.window,
-        )
-        return mass.reshape(b, q, -1, len(tokens)).transpose(1, 2)
+        return received(self.place_queries(queries, tokens), lse, self._place(rows, tokens)[0], tokens, logits)
 
     def _counts(self, tokens: TokenSet, query_rows: int) -> bool:
         """Whether the C++ kernel adds up the attention on a range faster than products of matrices: for few rows."""
         few = query_rows <= _COUNTED * self.heads
         return few and self.rope is None and tokens.window is None and len(tokens) > 0 and self._compiled
 
-    def _angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
+    def angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
         """Angles [m, r] of the places that the tokens of a set take when they stand side by side."""
         if self.rope is None:
             return None
@@ -299,7 +309,9 @@ class RawSegment:
     def put(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
         """As ``append``, with ``positions`` [b, h, t] that may differ by head."""
         lanes = [self.pool.lanes[i] for i in self._lanes(rows)]
-        held = [key.flatten(0, 2), value.flatten(0, 2), positions.to(torch.int32).reshape(-1, 1)]
+        pools = (self.pool.keys, self.pool.values, self.pool.positions)
+        parts = (key.flatten(0, 2), value.flatten(0, 2), positions.reshape(-1, 1))
+        held = [part.to(old.dtype) for part, old in zip(parts, pools, strict=True)]
         self._rewrite(lanes, held, key.shape[2])
 
     def _rewrite(self, lanes: list[Lane], held: list[Tensor], t: int) -> None:
@@ -366,7 +378,7 @@ class RawSegment:
         contiguous = tokens.positions == "contiguous"
         rope = self.rope
         if rope is None:
-            return self._read(rows, tokens)[:2]
+            return self.read(rows, tokens)[:2]
         if (
             contiguous
             and isinstance(tokens.index, Tensor)
@@ -375,10 +387,10 @@ class RawSegment:
             and self._compiled
         ):
             return self._gather(rows, tokens.index, rope)
-        key, value, positions = self._read(rows, tokens)
+        key, value, positions = self.read(rows, tokens)
         if not contiguous:
-            return rope.apply(key, rope.angles(positions, torch.float32)), value
-        angles = self._angles(tokens)
+            return rope.apply(key, rope.angles(positions.long(), torch.float32)), value
+        angles = self.angles(tokens)
         assert angles is not None
         return rope.apply(key, angles), value
 
@@ -398,7 +410,7 @@ class RawSegment:
                 cpu.gather(self.pool.keys, self.pool.values, lanes, index[i, j], angles, rope.interleaved, out)
         return key.flatten(0, 1), value.flatten(0, 1)
 
-    def _read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [b * q, h, m, c] and positions [b * q, h, m] of a token set; h lists or one for all."""
         pools = (self.pool.keys, self.pool.values, self.pool.positions[..., None])
         if isinstance(tokens.index, range):
@@ -428,7 +440,9 @@ class Raw:
     needs_raw_keys: bool = False
     lists: bool = True
     regroups: bool = False
+    needs_plain_keys: bool = False
     labels: bool = True
+    spans_layers: bool = False
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
