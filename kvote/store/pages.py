@@ -73,6 +73,7 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         tables = self.owners.nbytes + 16 * sum(len(lane.runs) for lane in self.lanes)
+        tables += sum(table.nbytes for lanes in self._tables.values() for table in lanes.tables.values())
         return tables + sum(getattr(self, name).untyped_storage().nbytes() for name in _PARTS)
 
     def table(self, lanes: tuple[int, ...]) -> cpu.Lanes:

@@ -91,6 +91,22 @@ def calls(dtype: torch.dtype, dim: int, groups: int) -> None:
         skip = torch.zeros(sequences, dtype=torch.bool)
         ours.votes(scoring.expand(-1, -1, 9, -1), keys, lanes, sketch, bits, 5, [600] * 9)
         ours.select(scoring, keys, lanes, sketch, bits, 5, [600], 16, 64, skip)
+    rows = torch.zeros(1, 2 * groups, 200, dim, dtype=dtype)
+    chunk = keys[:4].reshape(1, 2, 128, dim)
+    for options in ({}, {"causal": False}, {"window": 20}):
+        ours.attend(rows, chunk, chunk, **attention, **options)
+    ours.attend(rows[:, :, :1], chunk, chunk, **attention)
+    lse = torch.zeros(sequences, heads * groups, 1)
+    ours.attention_mass(query[:, :, None], lse, keys, lanes, 0, [n], **attention)
+    outs = torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype), torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype)
+    ours.gather(keys, keys, lanes, index[:, None], angles, False, outs)
+    ours.turn(outs[0][:, 0], (angles[0][None], angles[1][None]), False)
+    positions, new = torch.zeros(40, 64, dtype=torch.int32), torch.zeros(sequences, heads, 1, dim, dtype=dtype)
+    at = torch.zeros(sequences, 1, dtype=torch.int64)
+    for bits in (0, 8, 4):
+        sketch = torch.zeros(40, ours.sketch_bytes(dim, bits), dtype=torch.uint8) if bits else None
+        for first in ([n - 1] * 4, [1, 2, 3, 4]):
+            ours.append(new, new, at, (keys, keys, positions), lanes, first, sketch, bits)
 
 
 def main(capability: int) -> None:

@@ -28,8 +28,9 @@ def _merge(outs, lses, out, lse, parts, D: tl.constexpr, DP: tl.constexpr, AT_ON
         sums += tl.sum(weight[:, None] * part, 0)
         total += weight
     mass = tl.sum(total, 0)
-    tl.store(out + row * D + channels, sums / tl.where(mass > 0, mass, 1.0), mask=channels < D)
-    tl.store(lse + row, top + tl.log(mass))
+    safe = tl.where(mass > 0, mass, 1.0)
+    tl.store(out + row * D + channels, sums / safe, mask=channels < D)
+    tl.store(lse + row, tl.where(mass > 0, top + tl.log(safe), float("-inf")))
 
 
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

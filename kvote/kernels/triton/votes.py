@@ -150,7 +150,8 @@ def _join(lses, lse, parts, AT_ONCE: tl.constexpr):
     total = tl.zeros([AT_ONCE], tl.float32)
     for at in range(0, parts, AT_ONCE):
         total += tl.exp(tl.load(lses + row * parts + at + some, mask=at + some < parts, other=float("-inf")) - top)
-    tl.store(lse + row, top + tl.log(tl.sum(total, 0)))
+    mass = tl.sum(total, 0)
+    tl.store(lse + row, tl.where(mass > 0, top + tl.log(tl.where(mass > 0, mass, 1.0)), float("-inf")))
 
 
 @triton.jit(do_not_specialize=("selections", "heads", "start", "count"))
@@ -246,6 +247,8 @@ class _Ballot:
         rows = min(_ROWS, padded(self.groups * selections))
         blocks = -(-self.groups * selections // rows)
         units = -(-(stop - start // PAGE * PAGE) // PAGE)
+        # Two stages pass before a page's place is known; a page of codes is small, so more of them are on their way.
+        stages = 8 if sketch is not None else 5 if dim <= 128 and keys.dtype != torch.float32 else 3
         each, parts = split(units, lanes.count * blocks, device, least=4)
         self.logits = torch.empty(*self.shape, self.count, dtype=torch.float32, device=device)
         lses = torch.empty(*self.shape, parts, dtype=torch.float32, device=device)
@@ -274,7 +277,7 @@ class _Ballot:
             BLOCK=PAGE,
             SKIPS=skip is not None,
             num_warps=4,
-            num_stages=5 if dim <= 128 and (keys.dtype != torch.float32 or sketch is not None) else 3,
+            num_stages=stages,
         )
         self.lse = torch.empty(self.shape, dtype=torch.float32, device=device)
         _join[(lses[..., 0].numel(),)](lses, self.lse, parts, AT_ONCE=128, num_warps=4)
