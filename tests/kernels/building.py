@@ -10,22 +10,18 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-
-from kvote.kernels.cpu import Lanes
-
-# Triton 3.9 announces another default; kvote asks for none.
-warnings.filterwarnings("ignore", message=".*FP_FUSION.*")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from kvote.kernels.cpu import Lanes
 
 # Shared memory that a program may have, by compute capability.
 SHARED = {80: 166_912, 90: 232_448}
@@ -98,7 +94,10 @@ def calls(dtype: torch.dtype, dim: int, groups: int) -> None:
     ours.attend(rows[:, :, :1], chunk, chunk, **attention)
     lse = torch.zeros(sequences, heads * groups, 1)
     ours.attention_mass(query[:, :, None], lse, keys, lanes, 0, [n], **attention)
-    outs = torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype), torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype)
+    outs = (
+        torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype),
+        torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype),
+    )
     ours.gather(keys, keys, lanes, index[:, None], angles, False, outs)
     ours.turn(outs[0][:, 0], (angles[0][None], angles[1][None]), False)
     positions, new = torch.zeros(40, 64, dtype=torch.int32), torch.zeros(sequences, heads, 1, dim, dtype=dtype)

@@ -125,16 +125,17 @@ def sketch_is_that_of_the_law(case: Case, bits: int) -> None:
     raw = pool.sketch.cpu()
     codes = raw[:, : PAGE * width].reshape(-1, PAGE, width)
     scales = raw[:, PAGE * width :].contiguous().view(torch.float16).float()
-    if bits == 8:
-        held = codes.view(torch.int8).float()
-    else:
+    held = codes.view(torch.int8).float()
+    if bits == 4:
         held = torch.cat([codes & 15, codes >> 4], dim=-1).float() - 7.5
     held = (held * scales[..., None]).view(-1, case.d)[pool.held].reshape(pool.key.shape)
     law = reference.sketched(pool.key, bits)
     # A number midway between two codes may get either.
     wrong = (held - law).abs() > 1e-6 * law.abs().amax(-1, keepdim=True)
     assert float(wrong.float().mean()) <= 1e-3
-    assert float((held - pool.key.float()).abs().max()) <= float(pool.key.float().abs().max()) / (127 if bits == 8 else 7)
+    assert float((held - pool.key.float()).abs().max()) <= float(pool.key.float().abs().max()) / (
+        127 if bits == 8 else 7
+    )
 
 
 def attend_equals_the_law(

@@ -11,26 +11,32 @@ from kvote import kernels
 from kvote.store.raw import RawSegment
 
 pytestmark = runs
-SPEC = "tokenselect(top_k=8, sinks=2, window=8, chunk=16, tail=4, theta={theta}, sketch={sketch!r})"
+SPEC = "tokenselect(top_k=8, sinks=2, window=8, chunk=16, tail=2, theta={theta}, sketch={sketch!r})"
 
 
 def answers(monkeypatch, backend: str, method: str, columns: int, **options):
     """Logits [steps, rows, vocabulary] and the report of a generation with one backend."""
     monkeypatch.setenv("KVOTE_BACKEND", backend)
-    net = tiny.model(**options.pop("model", {}))
+    net = tiny.model(num_hidden_layers=1)
     cache = tiny.cache(net, method)
     rows = options.pop("rows", 1)
-    out = tiny.generate(net, tiny.ids(rows, columns), cache, max_new_tokens=4, **options)
+    out = tiny.generate(net, tiny.ids(rows, columns), cache, max_new_tokens=3, **options)
     return torch.stack(out.logits), cache
 
 
 @pytest.mark.parametrize(
     "method",
-    ["dense", SPEC.format(theta=2.0, sketch="none"), SPEC.format(theta=-1.0, sketch="none"), "streamingllm(sinks=2, window=20)", "h2o(budget=30)"],
+    [
+        "dense",
+        SPEC.format(theta=2.0, sketch="none"),
+        SPEC.format(theta=-1.0, sketch="none"),
+        "streamingllm(sinks=2, window=12)",
+        "h2o(budget=24)",
+    ],
 )
 def test_a_model_answers_as_with_the_reference(monkeypatch, method):
-    law, theirs = answers(monkeypatch, "reference", method, 50)
-    mine, cache = answers(monkeypatch, "triton", method, 50)
+    law, theirs = answers(monkeypatch, "reference", method, 36)
+    mine, cache = answers(monkeypatch, "triton", method, 36)
     segment = cache.managed[0].segment
     assert isinstance(segment, RawSegment)
     assert segment._backend == "triton"
@@ -42,8 +48,8 @@ def test_a_model_answers_as_with_the_reference(monkeypatch, method):
 
 def test_a_batch_answers_as_with_the_reference(monkeypatch):
     method = SPEC.format(theta=0.5, sketch="none")
-    law, _ = answers(monkeypatch, "reference", method, 40, rows=2)
-    mine, _ = answers(monkeypatch, "triton", method, 40, rows=2)
+    law, _ = answers(monkeypatch, "reference", method, 30, rows=2)
+    mine, _ = answers(monkeypatch, "triton", method, 30, rows=2)
     torch.testing.assert_close(mine, law, rtol=1e-4, atol=1e-4)
 
 
@@ -51,7 +57,9 @@ def test_a_batch_answers_as_with_the_reference(monkeypatch):
 def test_a_sketch_selects_on_the_gpu_too(monkeypatch, sketch):
     """With as many winners as candidates but one, whatever the sketch loses does not show."""
     monkeypatch.setenv("KVOTE_BACKEND", "triton")
-    fed = selecting.Fed(f"tokenselect(top_k=40, sinks=2, window=4, chunk=8, tail=0, theta=2.0, sketch={sketch!r})", n=60)
+    fed = selecting.Fed(
+        f"tokenselect(top_k=40, sinks=2, window=4, chunk=8, tail=0, theta=2.0, sketch={sketch!r})", n=60
+    )
     fed.feed(59)
     out = fed.feed(1)
     assert fed.layer.segment.sketch_bits == {"int8": 8, "int4": 4}[sketch]
@@ -71,7 +79,7 @@ def test_the_device_decides_like_the_host(monkeypatch):
         fed.query = fed.query[:, :, :1] + 0.9 * fed.query
         fed.feed(40)
         read = []
-        for _ in range(10):
+        for _ in range(8):
             fed.feed(1)
             read.append(fed.layer.memory.index.clone())
         lists[backend] = torch.stack(read)

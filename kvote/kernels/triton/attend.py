@@ -155,7 +155,9 @@ def _attend(
     sums = sums / tl.where(saw, total, 1.0)[:, None]
     place = line * t + row
     tl.store(out + place[:, None] * D + channels[None, :], sums.to(out.dtype.element_ty), mask=asked)
-    tl.store(lse + place, tl.where(saw, (most + tl.log2(tl.where(saw, total, 1.0))) * _LN2, float("-inf")), mask=row < t)
+    tl.store(
+        lse + place, tl.where(saw, (most + tl.log2(tl.where(saw, total, 1.0))) * _LN2, float("-inf")), mask=row < t
+    )
 
 
 def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:

@@ -63,7 +63,17 @@ def _twice(upper, lower, key, acc):
 
 @triton.jit
 def _scores_of(
-    upper, lower, upper_2, lower_2, pool, codes, scales, slots, held, D: tl.constexpr, DP: tl.constexpr,
+    upper,
+    lower,
+    upper_2,
+    lower_2,
+    pool,
+    codes,
+    scales,
+    slots,
+    held,
+    D: tl.constexpr,
+    DP: tl.constexpr,
     BITS: tl.constexpr,
 ):
     """q.k [rows, tokens] in float32 with the keys, or their sketches, in pool rows ``slots``."""
@@ -215,9 +225,7 @@ def _score_list(
     upper, lower, _, _ = _queries(query, mine, group < GROUPS, keys, D, DP, 0)
     score = _scores_of(upper, lower, upper, lower, keys, keys, keys, slots, held, D, DP, 0)
     out = (line * kv_heads + head) * GROUPS + group
-    tl.store(
-        scores + out[:, None] * count + place[None, :], score, mask=(group < GROUPS)[:, None] & held[None, :]
-    )
+    tl.store(scores + out[:, None] * count + place[None, :], score, mask=(group < GROUPS)[:, None] & held[None, :])
 
 
 class _Ballot:
@@ -342,8 +350,8 @@ def votes(
 ) -> Tensor:
     """Soft votes [r, n] of one sequence for tokens ``start`` to ``max(limits)``, or [b, r, n] of a batch.
 
-    As ``cpu.votes``, with ``query`` [heads, r, d] float32, or [b, heads, r, d] with the lanes of all sequences. A sketch
-    is met with the query as it is, not with 8 bits of it.
+    As ``cpu.votes``, with ``query`` [heads, r, d] float32, or [b, heads, r, d] with the lanes of all sequences. A
+    sketch is met with the query as it is, not with 8 bits of it.
     """
     alone = query.dim() == 3
     out = _Ballot(query[None] if alone else query, keys, lanes, sketch, bits, start, limits, None).votes(forbid=False)
