@@ -1,12 +1,12 @@
 """kvote's GPU kernels: are they right, and how fast are they; TokenSelect's own measurement first of all.
 
-The paper reports the attention of one prefill chunk of 512 queries over 128 + 2,048 + 512 tokens against full attention,
-on an A100 in the geometry of Qwen2-7B: 6.09x at 128K cached tokens, 19.93x at 512K, 23.84x at 1M. Here: the same on
-whatever GPU there is, against torch's flash attention; a decode step at these lengths; the share of the bandwidth that
-each kernel reaches; and a whole model with random weights in the shape of Llama-3.1-8B.
+The paper reports the attention of one prefill chunk of 512 queries over 128 + 2,048 + 512 tokens against full
+attention, on an A100 in the geometry of Qwen2-7B: 6.09x at 128K cached tokens, 19.93x at 512K, 23.84x at 1M. Here: the
+same on whatever GPU there is, against torch's flash attention; a decode step at these lengths; the share of the
+bandwidth that each kernel reaches; and a whole model with random weights in the shape of Llama-3.1-8B.
 
-Every kernel is checked first, against the float32 reference, on fresh random numbers and with outputs that start as NaN;
-if one is wrong there are no figures. Times are those of captured graphs between device events, medians, with the
+Every kernel is checked first, against the float32 reference, on fresh random numbers and with outputs that start as
+NaN; if one is wrong there are no figures. Times are those of captured graphs between device events, medians, with the
 second-level cache evicted before each. Needs no network and some eight minutes; one table, and bench/results/gpu.json.
 
     python bench/gpu.py
@@ -78,7 +78,9 @@ def step_rows(work: Any, clock: Any, length: str, copy: float | None) -> list[di
         spent = clock.ms(lambda bits=bits: work.step(query, bits))
         rows.append(row(part, length, f"tokenselect{bits_said}", spent, dense, read + listed, copy))
     spent = clock.ms(lambda: work.read_list(query, index))
-    rows.append(row(f"d kernel, batch {b}", length, f"attention to a list of {index.shape[-1]:,}", spent, dense, listed, copy))
+    rows.append(
+        row(f"d kernel, batch {b}", length, f"attention to a list of {index.shape[-1]:,}", spent, dense, listed, copy)
+    )
     counted = votes_of(scoring, work.keys, work.lanes, None, 0, sizes.sinks, [edge])
     spent = clock.ms(lambda: top_k_of(counted, sizes.top_k))
     rows.append(row(f"d kernel, batch {b}", length, f"top-k, {sizes.top_k:,}", spent, None, counted.nbytes, copy))
@@ -158,7 +160,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     roof = ceilings(clock, tiny)
     copy, rows = roof["copy_bytes_per_s"], []
     for length, tokens in lengths.items():
-        for batch in (1, 2) if tiny else (1, 8):
+        for batch in (1,) if tiny else (1, 8):
             if not tiny and 3 * batch * tokens * sizes.token_bytes + _SPARE > torch.cuda.mem_get_info()[0]:
                 say(f"{length} tokens times {batch} do not fit into this GPU: left out")
                 continue

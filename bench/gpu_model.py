@@ -1,4 +1,4 @@
-"""A whole model in the shape of Llama-3.1-8B, random weights, through ``generate()``: the default cache against kvote's."""
+"""A whole model in the shape of Llama-3.1-8B, random weights, through ``generate()``: the default cache and kvote's."""
 
 import time
 from collections.abc import Callable
@@ -115,9 +115,7 @@ def generate(model: Any, cache: Any, ids: Tensor, attention: str) -> tuple[Tenso
     return answer.logits[0].float(), watch.ms
 
 
-def model_rows(
-    device: torch.device, tiny: bool, tokens: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def model_rows(device: torch.device, tiny: bool, tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """(e) Milliseconds per generated token. The exact cache is checked against the default one's logits."""
     tokens = 64 if tiny else tokens
     model = build(device, tiny)

@@ -236,7 +236,9 @@ def _law(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The law one key head at a time, to save memory."""
     groups = query.shape[1] // key.shape[1]
     parts = [
-        reference.attend(query[:, h * groups : (h + 1) * groups].float(), key[:, h : h + 1], value[:, h : h + 1], scale=scale)[0]
+        reference.attend(
+            query[:, h * groups : (h + 1) * groups].float(), key[:, h : h + 1], value[:, h : h + 1], scale=scale
+        )[0]
         for h in range(key.shape[1])
     ]
     return torch.cat(parts, dim=1)

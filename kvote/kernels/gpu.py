@@ -27,11 +27,8 @@ def why_not(tensor: Tensor | None = None) -> str | None:
     """The reason the Triton kernels cannot read ``tensor`` (or cannot run at all), or None."""
     if not _installed():
         return "Triton is not installed (pip install 'kvote[gpu]')"
-    if not interpreted():
-        if not torch.cuda.is_available():
-            return "torch sees no GPU"
-        if torch.version.hip is not None:
-            return "the GPU is not one of NVIDIA's"
+    if not interpreted() and _no_gpu() is not None:
+        return _no_gpu()
     if tensor is None:
         return None if interpreted() else _too_old(torch.device("cuda", torch.cuda.current_device()))
     if tensor.device.type != ("cpu" if interpreted() else "cuda"):
@@ -41,6 +38,13 @@ def why_not(tensor: Tensor | None = None) -> str | None:
     if tensor.shape[-1] % 16 or tensor.shape[-1] > _LARGEST:
         return f"the head size {tensor.shape[-1]} is not a multiple of 16 up to {_LARGEST}"
     return None if interpreted() else _too_old(tensor.device)
+
+
+@cache
+def _no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return "the GPU is not one of NVIDIA's" if torch.version.hip is not None else None
 
 
 @cache

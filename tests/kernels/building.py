@@ -116,6 +116,9 @@ def main(capability: int) -> None:
             (torch.float16, 80, 4),
             (torch.bfloat16, 256, 2),
             (torch.float32, 64, 1),
+            (torch.float32, 256, 2),
+            (torch.bfloat16, 96, 12),
+            (torch.float16, 16, 1),
         ):
             builder.built.clear()
             calls(dtype, dim, groups)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.triton.common import capped, check, padded, product
+from kvote.kernels.triton.common import at_home, capped, check, padded, product
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -169,6 +169,7 @@ def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
+@at_home
 def attend(
     query: Tensor,
     key: Tensor,

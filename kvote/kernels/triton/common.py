@@ -10,8 +10,9 @@ text (Triton compiles one for 1, one for multiples of 16 and one for the rest).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from kvote.kernels import gpu
 from kvote.kernels.cpu import Lanes
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PAGE = 64
 # The interpreter multiplies bfloat16 numbers as if their bits were integers; there, products are in float32.
 WIDE = tl.constexpr(gpu.interpreted())
@@ -36,6 +39,20 @@ def check(holds: bool, what: str) -> None:
     """Kernels trust their arguments; what would make them read elsewhere is refused here, as ValueError."""
     if not holds:
         raise ValueError(f"kvote.kernels.triton: {what}.")
+
+
+def at_home(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that launches on the GPU where its first tensor lies; Triton itself takes the current one."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = args[0]
+        if not isinstance(tensor, Tensor) or not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def padded(size: int, least: int = 16) -> int:

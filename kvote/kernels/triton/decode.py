@@ -10,6 +10,7 @@ from torch import Tensor
 from kvote.kernels.cpu import Lanes
 from kvote.kernels.triton.common import (
     PAGE,
+    at_home,
     capped,
     check,
     fetched,
@@ -103,6 +104,7 @@ def _decode(
     tl.store(lses + row, lse, mask=rows < GROUPS)
 
 
+@at_home
 def decode(
     query: Tensor,
     keys: Tensor,

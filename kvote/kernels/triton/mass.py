@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvote.kernels.cpu import Lanes
-from kvote.kernels.triton.common import PAGE, capped, check, fetched, integers, padded, product, rows_of, table
+from kvote.kernels.triton.common import PAGE, at_home, capped, check, fetched, integers, padded, product, rows_of, table
 
 _ROWS = 64
 
@@ -55,6 +55,7 @@ def _mass(
     tl.store(mass + lane * count + place, received, mask=held)
 
 
+@at_home
 def attention_mass(
     query: Tensor,
     lse: Tensor,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.triton.common import padded
+from kvote.kernels.triton.common import at_home, padded
 
 
 @triton.jit(do_not_specialize=("parts",))
@@ -33,6 +33,7 @@ def _merge(outs, lses, out, lse, parts, D: tl.constexpr, DP: tl.constexpr, AT_ON
     tl.store(lse + row, tl.where(mass > 0, top + tl.log(safe), float("-inf")))
 
 
+@at_home
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Out [..., d] and lse [...] of ``outs`` [..., parts, d] and ``lses`` [..., parts], all float32 and contiguous.
 

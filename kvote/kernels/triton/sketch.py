@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.triton.common import PAGE, check, padded
+from kvote.kernels.triton.common import PAGE, at_home, check, padded
 
 SKETCH_TOKENS = PAGE
 _PAGE = tl.constexpr(PAGE)
@@ -112,6 +112,7 @@ def encode_rows(rows, codes, scales, slot, held, D: tl.constexpr, DP: tl.constex
     encode(first, second, codes, scales, slot, held, channels, D, BITS)
 
 
+@at_home
 def sketch(keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
     """Encodes the tokens at pool ``slots`` (int64, contiguous) of ``keys`` [pages, PAGE, d] into ``sketch``."""
     dim, count, block = keys.shape[-1], len(slots), 16

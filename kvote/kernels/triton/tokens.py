@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvote.kernels.cpu import Lanes
-from kvote.kernels.triton.common import check, fetched, integers, padded, partners, rows_of, table, turned
+from kvote.kernels.triton.common import at_home, check, fetched, integers, padded, partners, rows_of, table, turned
 from kvote.kernels.triton.sketch import encode_rows, sketch_views
 
 Angles = tuple[Tensor, Tensor]
@@ -74,6 +74,7 @@ def _append(
         encode_rows(rows, codes, scales, slots, held, D, SP, BITS)
 
 
+@at_home
 def append(
     key: Tensor,
     value: Tensor,
@@ -162,6 +163,7 @@ def _gather(
     tl.store(value_out + out, fetched(values, slots, channels, held, D, DP), mask=mask)
 
 
+@at_home
 def gather(
     keys: Tensor,
     values: Tensor,
@@ -231,6 +233,7 @@ def _turn(
     tl.store(out + (line * count + place)[:, None] * D + channels[None, :], done.to(own.dtype), mask=mask)
 
 
+@at_home
 def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """As ``cpu.turn``: ``x`` [sequences, heads, n, d], channels contiguous, rotated by float32 ``angles``
     [sequences or 1, n, r]."""

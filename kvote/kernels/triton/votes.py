@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvote.kernels.cpu import Lanes
-from kvote.kernels.triton.common import PAGE, check, fetched, integers, padded, product, rows_of, split, table
+from kvote.kernels.triton.common import PAGE, at_home, check, fetched, integers, padded, product, rows_of, split, table
 from kvote.kernels.triton.sketch import codes_of, scales_of, sketch_views
 
 # Rows of a product at most: query heads times selecting queries.
@@ -345,6 +345,7 @@ class _Ballot:
         return (torch.exp(exact - top) / mass).sum(dim=2)
 
 
+@at_home
 def votes(
     query: Tensor, keys: Tensor, lanes: Lanes, sketch: Tensor | None, bits: int, start: int, limits: list[int]
 ) -> Tensor:
@@ -358,6 +359,7 @@ def votes(
     return out[0] if alone else out
 
 
+@at_home
 def select(
     query: Tensor,
     keys: Tensor,
@@ -389,6 +391,7 @@ def select(
     return won[0] if alone else won
 
 
+@at_home
 def top_k(votes: Tensor, k: int) -> Tensor:
     """Indices [..., k] of the k largest of ``votes`` [..., n] float32, ascending.
 
