@@ -202,7 +202,7 @@ def _attention(
     owner.pending = False
     t, seen = query.shape[2], owner.layer.seen
     positions = kwargs.get("position_ids")
-    if positions is None and owner.layer.method.needs_raw_keys:
+    if positions is None and owner.layer.method.needs_rope:
         raise UnsupportedModelError(f"{type(module).__name__} does not tell attention its positions; use 'dense'.")
     if positions is None:
         positions = torch.arange(seen, seen + t, device=query.device)[None]

@@ -22,18 +22,20 @@ class Cache(TransformersCache):
     ``method`` is an object from ``kvote.methods`` or a spec such as ``"tokenselect(top_k=512)"``. Building the cache
     switches the model to kvote's attention, which leaves runs with other caches as they were.
 
-    Raises MethodError for a method that does not make sense and UnsupportedModelError for a model that asks something
-    of attention that the method cannot honour.
+    Raises MethodError for a method that does not make sense, UnsupportedModelError for a model that asks something of
+    attention that the method cannot honour, and InputError for a calibration that was made for another model.
     """
 
     def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:
         self.method = parse(method) if isinstance(method, str) else method
+        for calibration in self.method.calibrations:
+            calibration.check(model)
         self.turn = attention.Turn()
         layers: list[Any] = []
         previous = None
         native_layers = attention.native_layers(model)
         ours = [index for index, native in enumerate(native_layers) if attention.is_full_attention(native)]
-        ropes = attention.find_ropes(model, ours) if self.method.needs_raw_keys else {}
+        ropes = attention.find_ropes(model, ours) if self.method.needs_rope else {}
         crew: list[Layer] = []
         for index, native in enumerate(native_layers):
             if index in ours:

@@ -7,13 +7,13 @@ from kvote.store.segment import Store
 
 def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
     """Why these parts cannot work together, as a clause without a full stop; None if they can."""
+    if read.lists and not store.lists:
+        return "the reader picks single tokens, but what is stored can only be read as a whole"
     if keep.per_head and read.one_list:
         return (
             "the tokens kept differ from head to head, but the reader takes one list of tokens for all heads, in which "
             "the same place would mean other tokens in every head; write per_head=False"
         )
-    if read.lists and not store.lists:
-        return "the reader picks single tokens, but what is stored can only be read as a whole"
     if store.regroups and keep.drops and keep.while_generating:
         return (
             "tokens would be dropped with every generated token, and every time what is stored would have to be "
@@ -24,6 +24,12 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
             "what is kept of dropped tokens needs keys as the model rotated them, but the method it is joined with "
             "holds keys without rotation"
         )
+    if read.needs_plain_keys and store.needs_raw_keys:
+        return "the reader scores keys as the model rotated them, but the store holds keys without rotation"
+    if read.labels and not store.labels:
+        return "the reader scores labels, and they are kept beside keys as the model made them only"
+    if read.labels and keep.splits:
+        return "the reader needs all key heads of a layer held together, but some of them keep their tokens apart"
     if read.crosses_layers and keep.drops and keep.per_layer:
         return "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens"
     return None

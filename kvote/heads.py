@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from kvote.errors import UnsupportedModelError
+from kvote.keep.keeper import Share
 from kvote.layer import Layer, Step
 from kvote.method import Method
+from kvote.read.tokens import Everything
 from kvote.rope import Rope
+from kvote.store.raw import Raw
 
 
 @dataclass
@@ -115,6 +118,15 @@ def in_groups(index: int, method: Method, rope: Rope | None, layers: int, kv_hea
     if split is None:
         return None
     groups = [
-        HeadGroup(heads, Layer(index, replace(method, keep=keep), rope, layers)) for heads, keep in split if heads
+        HeadGroup(share.heads, Layer(index, _of(share, method), rope, share.sharers or layers))
+        for share in split
+        if share.heads
     ]
     return HeadGroups(index, method, groups)
+
+
+def _of(share: Share, method: Method) -> Method:
+    """What the heads of a share do."""
+    if share.apart:
+        return replace(method, keep=share.keeper, store=Raw(), read=Everything())
+    return replace(method, keep=share.keeper)

@@ -68,8 +68,8 @@ class Layer:
     index: int
     method: Method
     rope: Rope | None
-    # Layers that share a budget of bytes.
-    layers: int = 1
+    # Layers of this size that share a budget of bytes.
+    layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
     crew: "list[Layer]" = field(default_factory=list, repr=False)
     segment: Segment | None = None
@@ -143,8 +143,8 @@ class Layer:
         tokens = self.segment.tokens_within(dial.amount / self.layers, self.method.keep.token_bytes)
         if tokens < 1:
             raise MethodError(
-                f"{self.method.spec}: {dial.amount:,.0f} bytes for {self.layers} layers and {self.sequences} sequences "
-                "leave no page of tokens to a key head; give a larger budget."
+                f"{self.method.spec}: {dial.amount:,.0f} bytes for {self.layers:g} layers and {self.sequences} "
+                "sequences leave no page of tokens to a key head; give a larger budget."
             )
         return tokens
 
@@ -303,18 +303,24 @@ class Layer:
             self.settled = self.seen
         if keeper.waits and self.ahead:
             return
-        for layer in self.crew[: self.number + 1] if keeper.cascades else [self]:
-            layer.drop_own()
+        # Generated tokens change nothing in other layers.
+        first = 0 if keeper.cascades and self.record.prompted else self.number
+        self.record.prompted = False
+        for layer in self.crew[first : self.number + 1]:
+            layer.drop_own(self.number + 1)
 
-    def drop_own(self) -> None:
-        """Lets go of the tokens of this layer that the keeper does not keep, by what it has been shown."""
+    def drop_own(self, observed: int) -> None:
+        """Lets go of the tokens of this layer that the keeper does not keep, by what it has been shown of the first
+        ``observed`` layers."""
         if self.segment is None:
             return
         before = self.activity.dropped
         memories = [layer.record.memory for layer in self.crew]
+        rope = None if self.method.needs_raw_keys else self.rope
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
-            held = Held(row, length, length if budget is None else budget, self.segment, memories, self.number)
+            budget = length if budget is None else budget
+            held = Held(row, length, budget, self.segment, memories, self.number, observed, rope)
             kept = self.method.keep.survivors(held, self.record.memory)
             if kept is not None:
                 self.segment.keep(row, kept.slots, kept.content)

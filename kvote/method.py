@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
 
+from kvote.calibration.file import Calibration
 from kvote.composition import conflict
-from kvote.errors import MethodError
+from kvote.errors import KvoteError, MethodError
 from kvote.keep.keeper import Keeper
 from kvote.keep.policies import KeepAll
 from kvote.read.tokens import Everything, Reader
@@ -28,13 +29,15 @@ _NO_OPINION = {"keep": KeepAll, "store": Raw, "read": Everything}
 class Method:
     """What stays (``keep``), in which form (``store``), and what a query reads (``read``).
 
-    ``spec`` is what the user would write to get it. Raises MethodError for parts that make no sense together.
+    ``spec`` is what the user would write to get it, ``calibrations`` are those it was built from. Raises MethodError
+    for parts that make no sense together.
     """
 
     spec: str = "custom"
     keep: Keeper = field(default_factory=KeepAll)
     store: Store = field(default_factory=Raw)
     read: Reader = field(default_factory=Everything)
+    calibrations: tuple[Calibration, ...] = ()
 
     def __post_init__(self) -> None:
         reason = conflict(self.keep, self.store, self.read)
@@ -46,6 +49,11 @@ class Method:
         """Whether keys are held at position 0 and rotated when they are read."""
         return self.read.needs_raw_keys or self.store.needs_raw_keys
 
+    @property
+    def needs_rope(self) -> bool:
+        """Whether the model's rotation has to be known."""
+        return self.needs_raw_keys or self.keep.needs_rope
+
     def __or__(self, other: "Method") -> "Method":
         parts: dict[str, Any] = {}
         for room, default in _NO_OPINION.items():
@@ -56,7 +64,7 @@ class Method:
                     "different questions."
                 )
             parts[room] = theirs if isinstance(mine, default) else mine
-        return Method(f"{self.spec} | {other.spec}", **parts)
+        return Method(f"{self.spec} | {other.spec}", **parts, calibrations=self.calibrations + other.calibrations)
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,11 @@ def parse(spec: str) -> Method:
     """Builds the method that a spec such as ``"tokenselect(top_k=512)"`` or ``"a | b(x=1)"`` describes.
 
     Only names of methods, literal keyword arguments and ``|`` are understood; nothing is evaluated. Raises
-    MethodError for anything else.
+    MethodError for anything else, and InputError for a file that a method cannot be built from.
     """
     try:
         return _build(ast.parse(spec.strip(), mode="eval").body, spec)
-    except MethodError:
+    except KvoteError:
         raise
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise MethodError(f"{spec!r} is not a method; write for example tokenselect(top_k=512).") from None

@@ -87,12 +87,22 @@ class Rope:
         cos, sin = self._tables[(size, device)]
         return cos[:count], sin[:count]
 
+    def once(self, positions: Tensor) -> Angles:
+        """``angles`` in float32 that nothing remembers, for positions that will not be asked for again."""
+        return self._angles(self.module, positions, torch.float32)
+
+    @staticmethod
+    def back(angles: Angles) -> Angles:
+        """The angles that undo these, lengths included."""
+        cos, sin = angles
+        length = cos.square() + sin.square()
+        return cos / length, -sin / length
+
     def undo(self, x: Tensor, angles: Angles) -> Tensor:
         """Takes the model's rotation by ``angles`` [rows, n, r] each out of ``x`` [rows, heads, n, d]."""
         if self._backwards is None or self._backwards[0] is not angles:
-            cos, sin = (a[:, None] for a in angles)
-            length = cos.square() + sin.square()
-            self._backwards = angles, (cos / length, -sin / length)
+            cos, sin = self.back(angles)
+            self._backwards = angles, (cos[:, None], sin[:, None])
         return kernels.rotate(x, *self._backwards[1], interleaved=self.interleaved)
 
     def apply(self, x: Tensor, angles: Angles) -> Tensor:

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scored
 import tiny
 import torch
+from calibrated import double_sparsity
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvote import CropError
+from kvote.method import parse
 
 _ALL = "top_k=500, sinks=2, window=6, chunk=4"
 _FEW = "top_k=5, sinks=2, window=6"
@@ -28,14 +31,46 @@ METHODS = {
     "h2o": "h2o(budget=20)",
     "snapkv-all": "snapkv(budget=500, window=6)",
     "snapkv": "snapkv(budget=20, window=6)",
+    "tidaldecode-all": "tidaldecode(top_k=500, first=0)",
+    "tidaldecode": "tidaldecode(top_k=5, first=0)",
+    "doublesparsity-all": double_sparsity(top_k=500, dense_layers=0),
+    "doublesparsity": double_sparsity(top_k=5, share=0.5, dense_layers=1),
+    "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
+    "cake-all": "cake(budget=500, window=6)",
+    "cake": "cake(budget=20, window=6)",
+    "cake-prompts": "cake(budget=20, window=6, evict_generated=False)",
+    "ems-all": "ems(budget=500, window=6)",
+    "ems": "ems(budget=24, window=6, threshold=0.1)",
+    "mikv-all": "mikv(budget=500)",
+    "mikv": "mikv(budget=20)",
+    "mikv-4": "mikv(budget=0.3, low_bits=4, balancer=False)",
     "snapkv-tokenselect": f"snapkv(budget=20, window=6, per_head=False) | tokenselect({_FEW}, chunk=1, theta=2.0)",
+    "kivi-all": "kivi(residual=512)",
+    "kivi": "kivi(residual=32)",
+    "kivi-4": "kivi(bits=4, group=32, residual=64)",
+    "kivi-tokenselect": f"kivi(residual=32) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "kivi-tidaldecode": "kivi(residual=32) | tidaldecode(top_k=5, first=0)",
+    "snapkv-kivi": "snapkv(budget=48, window=6) | kivi(residual=32)",
+    "razorattention-all": "razorattention(heads='{razor}', induction=0.5)",
+    "razorattention": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1)",
+    "razorattention-none": "razorattention(heads='{razor}', induction=0, echo=0, sinks=2, least=8, share=0.0)",
+    "razorattention-tokenselect": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
+    f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "duoattention-all": "duoattention(heads='{duo}', window=500)",
+    "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
 }
+# What a prompt in one pass lets all heads read is more than passes do: so it is published.
+PASSES_MATTER = "duoattention"
 COLUMNS = 70
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
-    return request.param
+def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str:
+    # In each layer one head keeps everything and one does not.
+    scores = [[0.1, 0.9], [0.8, 0.2]]
+    return request.param.replace("{razor}", scored.file(scored.razor(net, scores))).replace(
+        "{duo}", scored.file(scored.duo(net, scores))
+    )
 
 
 @pytest.fixture(params=[1, 4, 7], ids="gqa{}".format)
@@ -76,7 +111,12 @@ def test_one_shot_equals_passes(net, method, batch, passes):
         # A method that drops tokens has to know that the passes are one prompt.
         cache.expect(COLUMNS)
     expected = tiny.feed(net, whole, tokens, mask)
-    same(tiny.feed(net, parts, tokens, mask, passes), expected, mask)
+    got = tiny.feed(net, parts, tokens, mask, passes)
+    if not method.startswith(PASSES_MATTER) or "window=500" in method:
+        same(got, expected, mask)
+    else:
+        # Of the row without padding.
+        assert not torch.allclose(got[1], expected[1], atol=1e-3)
     assert all(held(parts, layer) == held(whole, layer) for layer in range(2))
 
 
@@ -100,8 +140,11 @@ def test_crop_then_continue_equals_never_had_them(net, method, batch):
 
 def held(cache: Any, layer: int) -> list[list[int]]:
     """Positions that stay once recording ends, per lane."""
-    cache.layers[layer].record_past = False
-    cache.layers[layer].layer.drop()
+    for each in cache.layers:
+        # All of them: what a later layer has seen may change what an earlier one keeps.
+        each.record_past = False
+        for part in each.layer.parts:
+            part.drop()
     return [lane.tolist() for row in cache.positions(layer) for lane in row]
 
 
@@ -115,7 +158,8 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
         assert cache.get_seq_length() == COLUMNS - 40
         return
     what = "dropped tokens" if dropped else "added up attention"
-    with pytest.raises(CropError, match=rf"(streamingllm|h2o|snapkv).*has {what}.*activate_past_recording"):
+    names = "h2o|mikv|snapkv|streamingllm|{names}"
+    with pytest.raises(CropError, match=rf"({names}).*has {what}.*activate_past_recording"):
         cache.crop(-1)
     assert cache.get_seq_length() == COLUMNS
 
@@ -133,7 +177,13 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
     fresh = tiny.cache(net, method)
     tiny.feed(net, fresh, tokens[:, :40], cut(mask, 40))
     extra, longer = more(3, cut(mask, 40))
-    same(tiny.feed(net, cache, extra, longer), tiny.feed(net, fresh, extra, longer), longer)
+    got = tiny.feed(net, cache, extra, longer)
+    if cache.method.store.regroups and method != METHODS["kivi-all"]:
+        # More of the tokens that are left is encoded than if the others had never been there.
+        assert bool(got.isfinite().all())
+        assert cache.get_seq_length() == 43
+        return
+    same(got, tiny.feed(net, fresh, extra, longer), longer)
 
 
 def test_cropping_nothing_changes_nothing(net, method, batch):
@@ -292,12 +342,17 @@ def test_nbytes_is_the_sum_of_the_buffers(net, method, batch):
     cache = tiny.cache(net, method)
     tiny.feed(net, cache, tokens, mask)
     tiny.feed(net, cache, *more(3, mask))
-    runs = sum(len(lane.runs) for layer in cache.managed for lane in layer.segment.pool.lanes)
+    pools = [pool for layer in cache.managed for pool in pools_of(layer.segment)]
+    runs = sum(len(lane.runs) for pool in pools for lane in pool.lanes)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in buffers(cache)}
-    arrays = sum(layer.segment.pool.owners.nbytes for layer in cache.managed)
+    arrays = sum(pool.owners.nbytes for pool in pools)
     assert cache.nbytes() == sum(storages.values()) + arrays + 16 * runs > 0
     shared = {id(layer.rope): layer.rope.nbytes for layer in cache.managed if layer.rope is not None}
     assert cache.nbytes() == sum(layer.nbytes for layer in cache.report().layers) + sum(shared.values())
+
+
+def pools_of(segment: Any) -> list[Any]:
+    return segment.pools if hasattr(segment, "pools") else [segment.pool]
 
 
 def buffers(held: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -7,9 +7,13 @@ import torch
 
 import kvote
 from kvote.errors import UnsupportedModelError
+from kvote.heads import in_groups
+from kvote.keep.keeper import Share
 from kvote.keep.policies import KeepAll, KeepSinksAndRecent
 from kvote.layer import Step
-from kvote.method import Method
+from kvote.method import Method, parse
+from kvote.read.tokens import Everything
+from kvote.store.raw import Raw
 from kvote.store.segment import Logits
 from tests import tiny
 
@@ -25,7 +29,7 @@ class ByHead(KeepAll):
 
     def split(self, layer, heads):
         others = tuple(head for head in range(heads) if head not in self.whole)
-        return [(self.whole, KeepAll()), (others, KeepSinksAndRecent(2, 6))]
+        return [Share(self.whole, KeepAll()), Share(others, KeepSinksAndRecent(2, 6))]
 
 
 def split(*whole: int) -> Method:
@@ -90,6 +94,28 @@ def test_a_crop_is_refused_once_a_group_has_dropped_tokens():
     with pytest.raises(kvote.CropError, match="split has dropped tokens"):
         cache.crop(-3)
     assert [len(each) for each in cache.positions(0)[0]] == [8, 39]
+
+
+@dataclass(frozen=True)
+class Apart(KeepAll):
+    """Key head 0 keeps few tokens apart, and every other head all."""
+
+    drops: bool = True
+    while_generating: bool = False
+
+    def split(self, layer, heads):
+        few, others = KeepSinksAndRecent(2, 6), tuple(range(1, heads))
+        return [Share((0,), few, apart=True, sharers=7.5), Share(others, KeepAll())]
+
+
+def test_a_share_apart_holds_and_reads_as_the_model_made_it():
+    reader = parse("tokenselect(top_k=5, sinks=2, window=6, sketch='int8')").read
+    joined = Method("apart", keep=Apart(), read=reader)
+    few, others = (group.layer for group in in_groups(0, joined, None, 3, 4).groups)
+    assert (few.method.store, few.method.read, few.layers) == (Raw(), Everything(), 7.5)
+    assert (others.method.read, others.layers) == (reader, 3)
+    assert not few.method.needs_raw_keys
+    assert others.method.needs_raw_keys
 
 
 def test_a_layer_with_other_key_heads_than_the_config_tells_is_refused():

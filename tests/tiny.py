@@ -1,6 +1,7 @@
 """Tiny random models of every family, and the few ways in which tests feed them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,5 +125,6 @@ def generate(net: PreTrainedModel, tokens: Tensor, cache: Any = None, mask: Tens
         return net.generate(tokens, attention_mask=mask, past_key_values=cache, **{**settings, **kwargs})
 
 
-def cache(net: PreTrainedModel, method: str = "dense") -> kvote.Cache:
-    return kvote.Cache(net, method)
+def cache(net: PreTrainedModel, method: str | Callable[[PreTrainedModel], kvote.Method] = "dense") -> kvote.Cache:
+    """``method``: a spec, or what builds a method for the model."""
+    return kvote.Cache(net, method if isinstance(method, str) else method(net))

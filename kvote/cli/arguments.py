@@ -9,6 +9,12 @@ from kvote.errors import InputError
 
 TOKENS = 65_536
 COMPARED = ("dense", "streamingllm", "random")
+# What can be calibrated.
+CALIBRATED = {
+    "channels": "channels: key channels in the order of their weight in scores (doublesparsity)",
+    "razor": "razor: how key heads attend to what they have seen before (razorattention)",
+    "duo": "duo: gates of key heads, trained (duoattention)",
+}
 # Stands for a ``--compare`` without a value; no spec can be empty.
 ALL = ""
 
@@ -30,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     _env(commands)
     _bench(commands)
     _will_it_help(commands)
+    _calibrate(commands)
     _train(commands)
     return top
 
@@ -108,6 +115,32 @@ def _will_it_help(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     command.add_argument(
         "--batch", metavar="B", type=_positive, default=1, help="sequences at a time (default: %(default)s)"
+    )
+    _json(command)
+
+
+def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = _command(
+        commands, "calibrate", "calibrate", "measure once what some methods must know about a model, into a small file"
+    )
+    command.add_argument("--model", metavar="M", help="hub name or local folder (default: the embedded model)")
+    command.add_argument("--what", choices=CALIBRATED, required=True, help="; ".join(CALIBRATED.values()))
+    command.add_argument("--out", metavar="FILE", required=True, help="where the calibration goes, as JSON")
+    command.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to calibrate with, - for standard input (default: documents and questions of the embedded "
+        "model's language; other models need a text, except for razor, which reads random tokens)",
+    )
+    command.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_positive,
+        help="at most so many tokens of text: in all for channels (default: 131,072), of the one text that razor reads "
+        "(default: 10,001), of the longest text for duo (default: 32,000); none longer than the model was made for",
+    )
+    command.add_argument(
+        "--steps", metavar="N", type=_positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"
     )
     _json(command)
 

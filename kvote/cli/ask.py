@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from kvote import Document
 from kvote.cli.arguments import ALL, COMPARED
 from kvote.cli.load import Loaded, check_memory, load
 from kvote.cli.outcome import Outcome, Run
+from kvote.cli.progress import progress
 from kvote.cli.show import show
 from kvote.cli.subject import Subject, subject
 from kvote.errors import InputError
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         check_memory(loaded, parse(spec), tokens)
     if loaded.is_embedded:
         _warn_of_foreign_words(loaded, asked)
-    with _progress() as bar:
+    with progress() as bar:
         runs = [_answer(loaded, asked, name, spec, tokens, args, bar) for name, spec in specs.items()]
     outcome = Outcome(
         model=loaded.name,
@@ -95,15 +95,3 @@ def _warn_of_foreign_words(loaded: Loaded, asked: Subject) -> None:
             f"of the built-in document, so name a --model that reads yours.",
             file=sys.stderr,
         )
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -32,10 +32,10 @@ def subject(args: argparse.Namespace) -> Subject:
         raise InputError("--tokens sets the size of the built-in document; leave it out with --document.")
     if args.question is None:
         raise InputError("A document needs a question; add --question.")
-    text = _read(args.document)
+    text = read_text(args.document)
     if not text.strip():
-        raise InputError(f"{_name(args.document)} is empty; give a text to read.")
-    return Subject(_name(args.document), text, args.question, None)
+        raise InputError(f"{name_of(args.document)} is empty; give a text to read.")
+    return Subject(name_of(args.document), text, args.question, None)
 
 
 def _built_in(tokens: int, question: str | None) -> Subject:
@@ -49,12 +49,14 @@ def _built_in(tokens: int, question: str | None) -> Subject:
     return Subject("built-in", made.document, asked.prompt, asked.answer)
 
 
-def _name(document: str) -> str:
+def name_of(document: str) -> str:
+    """What messages call it."""
     return "standard input" if document == "-" else document
 
 
-def _read(document: str) -> str:
-    name = _name(document)
+def read_text(document: str) -> str:
+    """UTF-8 text of a file, - for standard input. Raises InputError for what is none."""
+    name = name_of(document)
     try:
         data = sys.stdin.buffer.read() if document == "-" else Path(document).read_bytes()
     except OSError as error:

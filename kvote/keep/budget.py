@@ -14,14 +14,17 @@ _BYTES = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*")
 @dataclass(frozen=True)
 class Budget:
     """``amount`` tokens per sequence and key head, or that share of the tokens seen, or bytes over all layers that
-    kvote manages and all sequences."""
+    kvote manages and all sequences. ``least``: tokens that a share is at least; ``besides``: tokens on top of it."""
 
     amount: float
     unit: Literal["tokens", "fraction", "bytes"] = "tokens"
+    least: int = 1
+    besides: int = 0
 
     def tokens(self, seen: int) -> int:
         """Tokens that a sequence of ``seen`` tokens may hold, at least one; bytes are for the store to translate."""
-        return max(1, int(self.amount * seen if self.unit == "fraction" else self.amount))
+        share = int(self.amount * seen if self.unit == "fraction" else self.amount)
+        return max(self.least, share) + self.besides
 
 
 def budget(value: object) -> Budget:

@@ -9,13 +9,16 @@ from torch import Tensor
 from kvote.keep.budget import Budget
 from kvote.keep.observation import Observation
 from kvote.read.tokens import Queries
+from kvote.rope import Rope
 from kvote.store.segment import Logits, Segment
 
 
 @dataclass(frozen=True)
 class Held:
     """One sequence when something may be dropped: its ``row`` in the ``segment``, the tokens it holds, and how many its
-    budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer``."""
+    budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer`` and
+    the first ``observed`` have been through this pass. ``rope``: the rotation that is in the keys held, for a keeper
+    that needs it; None where keys are held without."""
 
     row: int
     length: int
@@ -23,6 +26,8 @@ class Held:
     segment: Segment
     memories: Sequence[Any]
     layer: int
+    observed: int
+    rope: Rope | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,21 @@ class Kept:
 
     slots: Tensor
     content: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """``heads``, key heads of a layer in ascending order, that ``keeper`` keeps in its own way.
+
+    ``apart``: they keep their tokens as the model made them and read all of them, whatever store and reader the method
+    is joined with: right where a few tokens are left, that come and go with every step. ``sharers``: how many shares of
+    this size a budget of bytes is for; None: as many as layers.
+    """
+
+    heads: tuple[int, ...]
+    keeper: "Keeper"
+    apart: bool = False
+    sharers: float | None = None
 
 
 class Remembered(Protocol):
@@ -60,9 +80,10 @@ class Keeper(Protocol):
     end of an announced prompt. ``per_head``: whether key heads may keep different tokens. ``adds_up``: whether what it
     has observed cannot be taken back, so that a rollback must have been announced even where nothing was dropped.
     ``token_bytes``: what it remembers for good, in bytes per token and key head. ``while_generating``: whether
-    generated tokens, too, make it drop some. ``per_layer``: whether layers may keep different tokens. ``cascades``:
-    whether what it observes in a layer changes what earlier layers may hold. ``needs_plain_keys``: whether it works
-    with keys as the model rotated them.
+    generated tokens, too, make it drop some that the store holds. ``per_layer``: whether layers may keep different
+    tokens. ``cascades``: whether what it observes in a layer changes what earlier layers may hold.
+    ``needs_plain_keys``: whether it works with keys as the model rotated them; ``needs_rope``: whether it takes that
+    rotation out of them itself. ``splits``: whether key heads of a layer may be groups with keepers of their own.
     """
 
     @property
@@ -85,8 +106,12 @@ class Keeper(Protocol):
     def cascades(self) -> bool: ...
     @property
     def needs_plain_keys(self) -> bool: ...
+    @property
+    def needs_rope(self) -> bool: ...
+    @property
+    def splits(self) -> bool: ...
 
-    def split(self, layer: int, heads: int) -> "Sequence[tuple[tuple[int, ...], Keeper]] | None":
+    def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         """Keepers for groups of the ``heads`` key heads of a layer, every head in one of them; None: one for all."""
         ...
 

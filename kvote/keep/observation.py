@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvote.read.tokens import Queries, Span
+from kvote.kernels.masks import end_aligned
+from kvote.read.tokens import Queries, Span, TokenSet
 from kvote.store.segment import Logits, Segment
 
 
@@ -49,10 +50,59 @@ class Observation:
                 part = self.segment.attention_mass(queries, lse, self.rows, tokens, self.logits)
                 if isinstance(tokens.index, range):
                     mass[:, :, tokens.index.start : tokens.index.stop] += part[:, :, 0]
+                elif tokens.by_head:
+                    own = torch.zeros(b, lse.shape[1], mass.shape[2], device=mass.device)
+                    own.scatter_add_(2, tokens.index.flatten(2), part.flatten(2))
+                    mass += own.reshape(b, h, -1, mass.shape[2]).sum(dim=2)
                 else:
                     places = tokens.index.flatten(1)[:, None].expand(-1, h, -1)
                     mass.scatter_add_(2, places, part.flatten(2))
         return mass
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        """Attention [b, heads, rows, n] that query rows ``start`` to ``stop`` gave to the tokens held, in float32.
+
+        A matrix, so for few rows; as ``mass`` for the rest. Where rows read ranges of keys as the model rotated them,
+        it is one product; otherwise each row and head is taken by itself, which is slow.
+        """
+        groups = self.lse.shape[1] // self.segment.heads
+        spans = [span for span in self.spans if span.start < stop and start < span.stop]
+        ranges = all(isinstance(read.index, range) for span in spans for read in span.reads)
+        if not ranges or self.queries.raw is not None:
+            each = [[self.member(i).mass(j, j + 1) for i in range(groups)] for j in range(start, stop)]
+            return torch.stack([torch.stack(row, dim=2).flatten(1, 2) for row in each], dim=2)
+        b, heads, _ = self.lse.shape
+        weights = torch.zeros(b, heads, stop - start, self.first + self.count, device=self.lse.device)
+        for span in spans:
+            a, z = max(start, span.start), min(stop, span.stop)
+            for read in span.reads:
+                tokens = read.of_rows(span.stop - span.start, a - span.start, z - span.start)
+                assert isinstance(tokens.index, range)
+                weights[:, :, a - start : z - start, tokens.index.start : tokens.index.stop] += self._of_range(
+                    a, z, tokens
+                )
+        return weights
+
+    def _of_range(self, a: int, z: int, tokens: TokenSet) -> Tensor:
+        """Weights [b, heads, z - a, m] of query rows on the m tokens of a range that they read."""
+        assert isinstance(tokens.index, range)
+        query, m = self.queries.rotated[:, :, a:z], len(tokens)
+        scores = self.segment.scores(query, self.rows, tokens.index.start, tokens.index.stop)
+        logits = scores.transpose(1, 2).float() * self.logits.scale
+        if self.logits.softcap is not None:
+            logits = self.logits.softcap * torch.tanh(logits / self.logits.softcap)
+        if tokens.causal:
+            unseen = ~end_aligned(z - a, m, tokens.window, logits.device)
+            logits = logits.masked_fill(unseen, float("-inf"))
+        total = self.lse[:, :, a:z, None].float()
+        return torch.exp(logits - total.masked_fill(total == float("-inf"), float("inf")))
+
+    def member(self, i: int) -> "Observation":
+        """The same of the i-th query head of each key head alone."""
+        groups, raw = self.lse.shape[1] // self.segment.heads, self.queries.raw
+        heads = slice(i, None, groups)
+        queries = Queries(self.queries.rotated[:, heads].contiguous(), None if raw is None else raw[:, heads])
+        return replace(self, queries=queries, lse=self.lse[:, heads].contiguous())
 
     def of(self, row: int, length: int) -> "Observation | None":
         """What is left of one sequence when it is cut to ``length`` tokens; None if that is nothing."""

@@ -1,12 +1,14 @@
 """Which tokens stay in memory after a forward pass, decided by their place in the text alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvote.keep.budget import Budget
-from kvote.keep.keeper import Held, Kept
+from kvote.keep.keeper import Held, Kept, Share
 from kvote.keep.observation import Observation
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
@@ -23,11 +25,13 @@ class Plain:
     per_layer = True
     cascades = False
     needs_plain_keys = False
+    needs_rope = False
+    splits = False
 
-    def split(self, layer: int, heads: int) -> None:
+    def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         return None
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: object) -> tuple[Tensor, Tensor] | None:
+    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
         return None
 
 

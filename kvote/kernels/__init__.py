@@ -78,8 +78,8 @@ def named(backend: str) -> Any:
 
 
 def compiled(*tensors: Tensor) -> bool:
-    """Whether fast kernels are to read these tensors."""
-    return chosen(*tensors) != "reference"
+    """Whether the C++ kernels are to read these tensors."""
+    return chosen(*tensors) == "cpu"
 
 
 def top_k(votes: Tensor, k: int) -> Tensor:
@@ -92,7 +92,7 @@ def top_k(votes: Tensor, k: int) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """``reference.rotate``; ``x`` [..., n, d], ``cos`` and ``sin`` [n or 1, r] or [b, 1, n, r]."""
     rows = (cos.dim() == 2 and cos.shape[0] == x.shape[-2]) or (cos.dim() == x.dim() == 4 and cos.shape[1] == 1)
-    if not rows or not compiled(x) or x.stride(-1) != 1 or cos.dtype != torch.float32:
+    if not rows or chosen(x) == "reference" or x.stride(-1) != 1 or cos.dtype != torch.float32:
         return reference.rotate(x, cos, sin, interleaved=interleaved)
     turn = named(chosen(x)).turn
     if cos.dim() == 2:

@@ -135,6 +135,11 @@ def refuse(model: Shape, method: Method) -> None:
     """Raises UnsupportedModelError for a method that the model cannot be used with."""
     if method.read.needs_raw_keys and not model.rotary:
         raise UnsupportedModelError(f"{model.name} has no rotary positions that kvote can undo; use method 'dense'.")
+    if method.read.crosses_layers or method.calibrations:
+        raise UnsupportedModelError(
+            f"{method.spec} cannot be predicted: one layer is measured for all, without weights to calibrate with; "
+            "measure it on the model itself."
+        )
 
 
 def break_even(default: Curve, method: Curve) -> int | None:

@@ -1,10 +1,33 @@
 """Published KV-cache systems, one file each. A call such as ``tokenselect(top_k=512)`` gives a ``Method``."""
 
+from kvote.methods.cake import cake
 from kvote.methods.dense import dense
+from kvote.methods.doublesparsity import doublesparsity
+from kvote.methods.duoattention import duoattention
+from kvote.methods.ems import ems
 from kvote.methods.h2o import h2o
+from kvote.methods.kivi import kivi
+from kvote.methods.mikv import mikv
 from kvote.methods.random import random
+from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
+from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
 
-__all__ = ["dense", "h2o", "random", "snapkv", "streamingllm", "tokenselect"]
+__all__ = [
+    "cake",
+    "dense",
+    "doublesparsity",
+    "duoattention",
+    "ems",
+    "h2o",
+    "kivi",
+    "mikv",
+    "random",
+    "razorattention",
+    "snapkv",
+    "streamingllm",
+    "tidaldecode",
+    "tokenselect",
+]

@@ -87,6 +87,14 @@ class HeadVotes:
         return True
 
     @property
+    def needs_plain_keys(self) -> bool:
+        return False
+
+    @property
+    def labels(self) -> bool:
+        return False
+
+    @property
     def nominated(self) -> int:
         """How many tokens votes from the sketch only nominate; 0 where they decide."""
         return max(_NOMINATED, 4 * self.top_k) if self.sketch == "int4" else 0

@@ -1,16 +1,16 @@
 """Sinks and a sliding window: each query reads the first tokens of the text and the last ones before it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kvote.read.tokens import Reading, Span, TokenSet
+from kvote.read.tokens import PlainReader, Reading, Span, TokenSet
 
 # Query rows whose windows are computed together; it bounds the mask, not the result.
 _ROWS = 256
 
 
 @dataclass(frozen=True)
-class SinksAndRecent:
+class SinksAndRecent(PlainReader):
     """The last ``window`` tokens (the query's own among them) and the first ``sinks``, at contiguous positions.
 
     Every query has its own window, however the prompt is cut into passes: the answer does not depend on chunking.
@@ -18,15 +18,10 @@ class SinksAndRecent:
 
     sinks: int
     window: int
-    one_list: bool = field(default=False, init=False)
-    lists: bool = field(default=False, init=False)
-    crosses_layers: bool = field(default=False, init=False)
-    needs_raw_keys: bool = field(default=True, init=False)
-    sketch_bits: int = field(default=0, init=False)
-    tail: int = field(default=0, init=False)
 
-    def new_memory(self) -> None:
-        return None
+    @property
+    def needs_raw_keys(self) -> bool:
+        return True
 
     def read(self, reading: Reading) -> Iterator[Span]:
         size = self.sinks + self.window

@@ -1,7 +1,7 @@
 """TokenSet: what a block of queries reads. The only thing that readers produce and segments consume."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
@@ -17,10 +17,11 @@ Positions = Literal["original", "contiguous"]
 class TokenSet:
     """Tokens, and where they stand for the queries that read them.
 
-    ``index``: slots within the lane, ascending; int64 [b, q, m] for q blocks of queries of equal size, or a range of
-    neighbours that all queries share. ``causal``: the last rows of the list are the queries themselves, row i of r
-    sees list entries up to m - r + i, and with ``window`` only the last ``window`` of those. ``positions``: the
-    tokens' own, or 0 .. m - 1 in list order with the queries at the end of the list, or all at ``query_at``.
+    ``index``: slots within the lane, ascending; int64 [b, q, m] for q blocks of queries of equal size, [b, heads, q, m]
+    where every query head has a list of its own, or a range of neighbours that all queries share. ``causal``: the last
+    rows of the list are the queries themselves, row i of r sees list entries up to m - r + i, and with ``window`` only
+    the last ``window`` of those. ``positions``: the tokens' own, or 0 .. m - 1 in list order with the queries at the
+    end of the list, or all at ``query_at``.
     """
 
     index: Tensor | range
@@ -31,12 +32,17 @@ class TokenSet:
 
     @property
     def blocks(self) -> int:
-        return 1 if isinstance(self.index, range) else self.index.shape[1]
+        return 1 if isinstance(self.index, range) else self.index.shape[-2]
+
+    @property
+    def by_head(self) -> bool:
+        """Whether query heads read different tokens."""
+        return isinstance(self.index, Tensor) and self.index.dim() == 4
 
     def of_rows(self, count: int, start: int, stop: int) -> "TokenSet":
         """What query rows ``start`` to ``stop`` read, where this is what ``count`` rows read."""
         if isinstance(self.index, Tensor) and self.blocks == count:
-            return replace(self, index=self.index[:, start:stop])
+            return replace(self, index=self.index[..., start:stop, :])
         if self.blocks > 1:
             raise ValueError("Blocks of several rows cannot be cut.")
         if not self.causal or stop == count:
@@ -129,7 +135,8 @@ class Reader(Protocol):
     of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats
     one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
-    what it picked in another, so all layers must hold the same tokens."""
+    what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
+    model rotated them. ``labels``: it scores some channels of the keys, kept apart."""
 
     @property
     def one_list(self) -> bool: ...
@@ -140,6 +147,10 @@ class Reader(Protocol):
     @property
     def needs_raw_keys(self) -> bool: ...
     @property
+    def needs_plain_keys(self) -> bool: ...
+    @property
+    def labels(self) -> bool: ...
+    @property
     def sketch_bits(self) -> int: ...
     @property
     def tail(self) -> int: ...
@@ -147,26 +158,58 @@ class Reader(Protocol):
     def read(self, reading: Reading) -> Iterator[Span]: ...
 
 
-@dataclass(frozen=True)
-class Everything:
-    """Reads all tokens held, at their own positions: dense attention."""
+class PlainReader:
+    """What a reader is unless it says otherwise: it remembers nothing, and takes keys as the model rotated them."""
 
-    one_list: bool = field(default=False, init=False)
-    lists: bool = field(default=False, init=False)
-    crosses_layers: bool = field(default=False, init=False)
-    needs_raw_keys: bool = field(default=False, init=False)
-    sketch_bits: int = field(default=0, init=False)
-    tail: int = field(default=0, init=False)
+    @property
+    def one_list(self) -> bool:
+        return False
 
-    def new_memory(self) -> None:
+    @property
+    def lists(self) -> bool:
+        return False
+
+    @property
+    def crosses_layers(self) -> bool:
+        return False
+
+    @property
+    def needs_raw_keys(self) -> bool:
+        return False
+
+    @property
+    def needs_plain_keys(self) -> bool:
+        return False
+
+    @property
+    def labels(self) -> bool:
+        return False
+
+    @property
+    def sketch_bits(self) -> int:
+        return 0
+
+    @property
+    def tail(self) -> int:
+        return 0
+
+    def new_memory(self) -> Memory | None:
         return None
 
+
+def everything(reading: Reading) -> Span:
+    """All tokens held, at their own positions: dense attention."""
+    first, stop = reading.first, reading.first + reading.count
+    reading.activity.tokens_read = stop
+    if reading.count == 1 or first == 0:
+        return Span(0, reading.count, [TokenSet(range(stop), causal=reading.count > 1)])
+    # Two answers merged by their log-sum-exp: neither part needs a mask of queries x tokens.
+    return Span(0, reading.count, [TokenSet(range(first), causal=False), TokenSet(range(first, stop))])
+
+
+@dataclass(frozen=True)
+class Everything(PlainReader):
+    """Reads all tokens held, at their own positions: dense attention."""
+
     def read(self, reading: Reading) -> Iterator[Span]:
-        first, stop = reading.first, reading.first + reading.count
-        own = TokenSet(range(first, stop))
-        reading.activity.tokens_read = stop
-        if reading.count == 1 or first == 0:
-            yield Span(0, reading.count, [TokenSet(range(stop), causal=reading.count > 1)])
-        else:
-            # Two answers merged by their log-sum-exp: neither part needs a mask of queries x tokens.
-            yield Span(0, reading.count, [TokenSet(range(first), causal=False), own])
+        yield everything(reading)

@@ -1,8 +1,8 @@
 """Pages: where the tokens of one layer lie in memory.
 
 A lane (one key/value head of one sequence) owns pages of ``PAGE`` tokens out of a pool that all lanes of the layer
-share. Pages hold keys, values and original positions side by side, so a token that moves takes its position with it.
-Sequences that start alike (beams, several answers to one prompt) own the same pages until one of them writes.
+share. Raw pages hold keys, values and original positions side by side, so a token that moves takes its position with
+it. Sequences that start alike (beams, several answers to one prompt) own the same pages until one of them writes.
 
 Each lane's pages are runs of neighbours in the pool. ``arrange`` lays every lane out in one run with room to grow,
 which is the usual state: a lane then is a plain strided tensor and reading it copies nothing.
@@ -26,7 +26,6 @@ _ROOM = 8
 _UNUSED = 2
 # Bytes of tables per page at most: its owners, and a run of its own.
 _TABLES = 20
-_PARTS = ("keys", "values", "positions", "sketch")
 _NONE = np.empty(0, np.int64)
 
 
@@ -53,28 +52,28 @@ class Lane:
 
 
 class PagePool:
-    """Keys [pages, PAGE, d], values [pages, PAGE, dv], positions [pages, PAGE] int32, and how many lanes own a page.
+    """Named ``parts``, tensors [pages, ...] that hold ``page`` tokens each, and how many lanes own a page.
 
-    With ``sketch_bytes``, also a sketch of each page's keys, uint8 [pages, sketch_bytes].
+    ``room``: where lanes are laid out anew with room to grow, as many times the pages left behind a lane it has.
     """
 
-    def __init__(
-        self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, sketch_bytes: int = 0
-    ) -> None:
-        self.keys = torch.empty(0, PAGE, dim, dtype=dtype, device=device)
-        self.values = torch.empty(0, PAGE, value_dim, dtype=dtype, device=device)
-        self.positions = torch.empty(0, PAGE, dtype=torch.int32, device=device)
-        self.sketch = torch.empty(0, sketch_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, parts: dict[str, Tensor], *, page: int = PAGE, room: int = _ROOM) -> None:
+        self.parts = parts
+        self.page, self.room = page, room
         self.owners = np.zeros(0, np.int32)
         self.lanes: list[Lane] = []
         # Tables for the kernels, until a page changes hands.
         self._tables: dict[tuple[int, ...], cpu.Lanes] = {}
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.parts.values())).device
+
+    @property
     def nbytes(self) -> int:
         tables = self.owners.nbytes + 16 * sum(len(lane.runs) for lane in self.lanes)
         tables += sum(table.nbytes for lanes in self._tables.values() for table in lanes.tables.values())
-        return tables + sum(getattr(self, name).untyped_storage().nbytes() for name in _PARTS)
+        return tables + sum(part.untyped_storage().nbytes() for part in self.parts.values())
 
     def table(self, lanes: tuple[int, ...]) -> cpu.Lanes:
         """Where some lanes lie, as the compiled kernels read it."""
@@ -86,21 +85,21 @@ class PagePool:
         """Whether each lane can take ``tokens`` more without a new page, and owns the page it writes next alone."""
         for i in lanes:
             lane = self.lanes[i]
-            if lane.length + tokens > lane.pages * PAGE:
+            if lane.length + tokens > lane.pages * self.page:
                 return False
-            if lane.length % PAGE and self.owners[self._last_page(lane)] > 1:
+            if lane.length % self.page and self.owners[self._last_page(lane)] > 1:
                 return False
         return True
 
     def slots(self, lane: Lane, start: int, stop: int) -> Tensor:
-        """Pool slots (page * PAGE + offset) of the lane's tokens ``start`` to ``stop``, int64 [stop - start]."""
-        device = self.keys.device
+        """Pool slots (page times its size, plus offset) of tokens ``start`` to ``stop``, int64 [stop - start]."""
+        device = self.device
         if len(lane.runs) == 1:
-            base = lane.runs[0][0] * PAGE
+            base = lane.runs[0][0] * self.page
             return torch.arange(base + start, base + stop, device=device)
         token = torch.arange(start, stop, device=device)
         pages = torch.from_numpy(lane.page_ids()).to(device)
-        return pages[token // PAGE] * PAGE + token % PAGE
+        return pages[token // self.page] * self.page + token % self.page
 
     def grow(self, targets: list[int], *, room: bool = True) -> None:
         """Gives every lane the pages for ``targets[lane]`` tokens, and sole ownership of the page it writes next.
@@ -108,9 +107,11 @@ class PagePool:
         ``room``: leave more behind each lane if the pool has to be laid out anew.
         """
         for lane, target in zip(self.lanes, targets, strict=True):
-            if target > lane.length and lane.length % PAGE and self.owners[self._last_page(lane)] > 1:
+            if target > lane.length and lane.length % self.page and self.owners[self._last_page(lane)] > 1:
                 self._copy_last_page(lane, targets)
-        wanted = [max(0, -(-target // PAGE) - lane.pages) for lane, target in zip(self.lanes, targets, strict=True)]
+        wanted = [
+            max(0, -(-target // self.page) - lane.pages) for lane, target in zip(self.lanes, targets, strict=True)
+        ]
         if sum(wanted) == 0:
             return
         cramped = any(not self._room_behind(lane, w) for lane, w in zip(self.lanes, wanted, strict=True) if w)
@@ -138,15 +139,14 @@ class PagePool:
             sources.append(fresh)
             targets.append(moved[fresh])
             starts.append(cursor + len(fresh))
-            cursor += len(fresh) + extra + ((lane.pages + extra) // _ROOM if room and extra else 0)
+            cursor += len(fresh) + extra + ((lane.pages + extra) // self.room if room and extra else 0)
         old, new = np.concatenate([*sources, _NONE]), np.concatenate([*targets, _NONE])
-        for name in _PARTS:
-            pool: Tensor = getattr(self, name)
+        for name, pool in self.parts.items():
             fresh_pool = torch.empty(cursor, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
             cpu.use_large_pages(fresh_pool)
             for source, target, count in _runs(old, new):
                 fresh_pool[target : target + count] = pool[source : source + count]
-            setattr(self, name, fresh_pool)
+            self.parts[name] = fresh_pool
         owners = np.zeros(cursor, np.int32)
         owners[new] = self.owners[old]
         self.owners = owners
@@ -158,7 +158,7 @@ class PagePool:
 
     def truncate(self, lane: Lane, length: int) -> None:
         """Forgets the lane's tokens from ``length`` on and frees the pages that held only them."""
-        spare = lane.pages - -(-length // PAGE)
+        spare = lane.pages - -(-length // self.page)
         lane.length = length
         if spare > 0:
             self._tables.clear()
@@ -170,19 +170,40 @@ class PagePool:
             if count > cut or not lane.runs:
                 lane.runs.append((first, count - cut))
 
+    def drop_front(self, lane: Lane, pages: int) -> None:
+        """Forgets the first ``pages`` pages of tokens of a lane."""
+        if pages:
+            self._tables.clear()
+        lane.length -= pages * self.page
+        while pages:
+            first, count = lane.runs.pop(0)
+            cut = min(pages, count)
+            self.owners[first : first + cut] -= 1
+            pages -= cut
+            if count > cut or not lane.runs:
+                lane.runs.insert(0, (first + cut, count - cut))
+
     def trim(self) -> None:
         """Gives unused pages back if they are more than the usual room."""
         used = int((self.owners > 0).sum())
-        if len(self.owners) - used > used // _ROOM + _UNUSED * len(self.lanes):
+        if len(self.owners) - used > used // self.room + _UNUSED * len(self.lanes):
             self.arrange([0] * len(self.lanes))
 
     def tokens_within(self, nbytes: float, beside: int = 0) -> int:
         """Tokens that each lane may hold for the pool to take ``nbytes`` at most, unused pages included, and as many
         times ``beside`` elsewhere."""
-        parts: list[Tensor] = [getattr(self, name) for name in _PARTS]
-        page = _TABLES + PAGE * beside + sum(prod(part.shape[1:]) * part.element_size() for part in parts)
-        pages = nbytes / page / max(1, len(self.lanes))
-        return max(0, int((pages - _UNUSED) * _ROOM / (_ROOM + 1))) * PAGE
+        pages = nbytes / (self._page_bytes + self.page * beside) / max(1, len(self.lanes))
+        return max(0, int((pages - _UNUSED) * self.room / (self.room + 1))) * self.page
+
+    def bytes_within(self, tokens: int) -> float:
+        """What the pool takes at most when each lane holds ``tokens``, unused pages included."""
+        pages = -(-tokens // self.page)
+        return len(self.lanes) * (pages * (self.room + 1) / self.room + _UNUSED) * self._page_bytes
+
+    @property
+    def _page_bytes(self) -> int:
+        """Bytes of a page, and of the tables that name it."""
+        return _TABLES + sum(prod(part.shape[1:]) * part.element_size() for part in self.parts.values())
 
     def select(self, index: Sequence[int]) -> None:
         """Makes ``lanes[i]`` a copy of the former ``lanes[index[i]]``; the pages are shared, not copied."""
@@ -231,12 +252,58 @@ class PagePool:
         if self._first_free(1) < 0:
             self.arrange([1] * len(self.lanes))
         first, old = self._first_free(1), self._last_page(lane)
-        for name in _PARTS:
-            getattr(self, name)[first] = getattr(self, name)[old]
+        for part in self.parts.values():
+            part[first] = part[old]
         length = lane.length
-        self.truncate(lane, length // PAGE * PAGE)
+        self.truncate(lane, length // self.page * self.page)
         self._own(lane, first, 1)
         lane.length = length
+
+
+class RawPool(PagePool):
+    """Keys [pages, PAGE, d], values [pages, PAGE, dv] and positions [pages, PAGE] int32.
+
+    With ``sketch_bytes``, also a sketch of each page's keys, uint8 [pages, sketch_bytes]. ``labels`` [pages, r, PAGE]
+    hold some channels of the keys once more, a page of each in a row.
+    """
+
+    def __init__(
+        self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, sketch_bytes: int = 0
+    ) -> None:
+        super().__init__(
+            {
+                "keys": torch.empty(0, PAGE, dim, dtype=dtype, device=device),
+                "values": torch.empty(0, PAGE, value_dim, dtype=dtype, device=device),
+                "positions": torch.empty(0, PAGE, dtype=torch.int32, device=device),
+                "sketch": torch.empty(0, sketch_bytes, dtype=torch.uint8, device=device),
+                "labels": torch.empty(0, 0, PAGE, dtype=dtype, device=device),
+            }
+        )
+
+    @property
+    def keys(self) -> Tensor:
+        return self.parts["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        return self.parts["values"]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.parts["positions"]
+
+    @property
+    def sketch(self) -> Tensor:
+        return self.parts["sketch"]
+
+    @property
+    def labels(self) -> Tensor:
+        return self.parts["labels"]
+
+    def set_labels(self, channels: int) -> None:
+        """Makes room, not yet written, for labels of so many channels."""
+        self.parts["labels"] = self.keys.new_empty(len(self.keys), channels, PAGE)
+        cpu.use_large_pages(self.labels)
 
 
 def _runs(old: np.ndarray, new: np.ndarray) -> list[tuple[int, int, int]]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.kernels import cpu
 from kvote.kernels.cpu import Lanes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
-from kvote.store.pages import PAGE, Lane, PagePool
+from kvote.store.pages import PAGE, Lane, RawPool
 from kvote.store.segment import Logits, Segment
 
 _QUESTION = 8 * PAGE
@@ -24,7 +25,7 @@ class RawSegment:
 
     With a ``rope``, keys arrive and stay at position 0 and are rotated when they are read; without, they are kept as
     the model rotated them. With ``sketch_bits`` (4 or 8), a sketch of the keys is kept beside them for scoring, where
-    the compiled kernels can read it.
+    the compiled kernels can read it. ``labels`` [heads, r], once set, are channels of the keys that also lie apart.
     """
 
     def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0) -> None:
@@ -37,7 +38,8 @@ class RawSegment:
         sketch_bytes = 0
         if self.sketch_bits:
             sketch_bytes = PAGE // self._fast.SKETCH_TOKENS * self._fast.sketch_bytes(dim, sketch_bits)
-        self.pool = PagePool(dim, value_dim, like.dtype, like.device, sketch_bytes)
+        self.labels: Tensor | None = None
+        self.pool = RawPool(dim, value_dim, like.dtype, like.device, sketch_bytes)
 
     @property
     def _fast(self) -> Any:
@@ -62,7 +64,7 @@ class RawSegment:
 
     @property
     def nbytes(self) -> int:
-        return self.pool.nbytes
+        return self.pool.nbytes + (0 if self.labels is None else self.labels.nbytes)
 
     def _lanes(self, rows: Sequence[int]) -> tuple[int, ...]:
         return tuple(row * self.heads + head for row in rows for head in range(self.heads))
@@ -100,6 +102,8 @@ class RawSegment:
             per_lane = positions[:, None].expand(-1, self.heads, -1).to(torch.int32)
             for held, new in zip(pools, (key, value, per_lane[..., None]), strict=True):
                 held.view(PAGE * held.shape[0], -1).index_copy_(0, slots, new.reshape(-1, new.shape[-1]))
+        if self.labels is not None:
+            self._label([pool.lanes[i] for i in chosen], key)
         for i in chosen:
             pool.lanes[i].length += t
 
@@ -109,8 +113,28 @@ class RawSegment:
     def seal(self, ahead: int) -> None:
         pass
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> None:
+    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         return None
+
+    def label(self, channels: Tensor) -> None:
+        self.labels = channels.to(self.device, copy=True)
+        self.pool.set_labels(channels.shape[1])
+        for row in range(self.sequences):
+            lanes = [self.pool.lanes[i] for i in self._lanes([row])]
+            self._label(lanes, self._view(self.pool.keys, [row], 0, self.length(row)), 0)
+
+    def _labelled(self, rows: Tensor) -> Tensor:
+        """The label channels [b, heads, t, r] of keys [b, h, t, d], or of queries with several heads per key head."""
+        assert self.labels is not None
+        b, heads, t, _ = rows.shape
+        channels = self.labels.repeat_interleave(heads // self.heads, dim=0)
+        return rows.gather(3, channels[None, :, None].expand(b, -1, t, -1))
+
+    def _label(self, lanes: list[Lane], key: Tensor, start: int | None = None) -> None:
+        """Labels t tokens of each lane, from ``start`` on or the next ones, whose keys are ``key`` [b, h, t, d]."""
+        t, places = key.shape[2], [(lane, lane.length if start is None else start) for lane in lanes]
+        slots = torch.cat([self.pool.slots(lane, at, at + t) for lane, at in places])
+        self.pool.labels[slots // PAGE, :, slots % PAGE] = self._labelled(key).flatten(0, 2)
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         b, heads, t, d = queries.rotated.shape
@@ -145,7 +169,7 @@ class RawSegment:
 
     def _streams(self, tokens: TokenSet, heads: int) -> bool:
         """Whether a fast kernel can read ``tokens`` for single queries straight from the pages."""
-        if not self._compiled or heads > self.heads * self._fast.MAX_GROUPS:
+        if not self._compiled or (heads > self.heads * self._fast.MAX_GROUPS and not tokens.by_head):
             return False
         placed = self.rope is None or tokens.positions == "contiguous"
         window = tokens.window is None or tokens.window >= len(tokens)
@@ -153,21 +177,28 @@ class RawSegment:
 
     def _decode_step(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         """Attention of ``query`` [b, heads, q, d], each reading its own list or all reading the same range."""
+        b, heads, _, d = query.shape
+        lanes = self._lanes(rows)
+        if tokens.by_head:
+            # To the kernel, a head with a list of its own is a sequence of one head.
+            lanes = tuple(lane for lane in lanes for _ in range(heads // self.heads))
         outs, lses = [], []
         for j in range(query.shape[2]):
             out, lse = self._fast.decode(
-                query[:, :, j],
+                query[:, :, j].reshape(-1, 1, d) if tokens.by_head else query[:, :, j],
                 self.pool.keys,
                 self.pool.values,
-                self.pool.table(self._lanes(rows)),
-                tokens.index if isinstance(tokens.index, range) else tokens.index[:, j].contiguous(),
+                self.pool.table(lanes),
+                tokens.index
+                if isinstance(tokens.index, range)
+                else tokens.index[..., j, :].reshape(-1, len(tokens)).contiguous(),
                 angles=self._angles(tokens),
                 interleaved=self.rope is not None and self.rope.interleaved,
                 scale=logits.scale,
                 softcap=logits.softcap,
             )
-            outs.append(out.to(query.dtype))
-            lses.append(lse)
+            outs.append(out.to(query.dtype).reshape(b, heads, -1))
+            lses.append(lse.reshape(b, heads))
         if len(outs) == 1:
             return outs[0][:, :, None], lses[0][:, :, None]
         return torch.stack(outs, dim=2), torch.stack(lses, dim=2)
@@ -197,7 +228,7 @@ class RawSegment:
             causal=tokens.causal,
             window=tokens.window,
         )
-        return mass.reshape(b, q, self.heads, -1).transpose(1, 2)
+        return mass.reshape(b, q, -1, len(tokens)).transpose(1, 2)
 
     def _counts(self, tokens: TokenSet, query_rows: int) -> bool:
         """Whether a fast kernel adds up the attention on a range faster than products of matrices: for few rows."""
@@ -212,7 +243,17 @@ class RawSegment:
         return cos[: len(tokens)], sin[: len(tokens)]
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        if self._compiled and stop > start:
+            return self._fast.scores(query, self.pool.keys, self.pool.table(self._lanes(rows)), start, stop)
         return kernels.scores(query, self._view(self.pool.keys, rows, start, stop))
+
+    def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        query = self._labelled(query)
+        if self._backend == "cpu" and stop > start:
+            return cpu.label_scores(query, self.pool.labels, self.pool.table(self._lanes(rows)), start, stop)
+        pages = self.pool.labels[self._pages(rows)]
+        labels = pages.transpose(2, 3).reshape(len(rows), self.heads, -1, pages.shape[2])
+        return kernels.scores(query, labels[:, :, start:stop])
 
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         """Soft votes [b, r, n] on tokens ``start`` to ``limits[-1]``; query j votes on those before ``limits[j]``."""
@@ -284,6 +325,12 @@ class RawSegment:
             self._rewrite(lanes, held, count - moved)
         pool.trim()
 
+    def put(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """As ``append``, with ``positions`` [b, h, t] that may differ by head."""
+        lanes = [self.pool.lanes[i] for i in self._lanes(rows)]
+        held = [key.flatten(0, 2), value.flatten(0, 2), positions.to(torch.int32).reshape(-1, 1)]
+        self._rewrite(lanes, held, key.shape[2])
+
     def _rewrite(self, lanes: list[Lane], held: list[Tensor], t: int) -> None:
         """Adds ``t`` tokens to each lane: keys, values and positions [lanes * t, ...] in that order."""
         pool, chosen = self.pool, {id(lane) for lane in lanes}
@@ -296,6 +343,8 @@ class RawSegment:
                     flat[first : first + t] = own
                 else:
                     flat.index_copy_(0, pool.slots(lane, lane.length, lane.length + t), own)
+        if self.labels is not None:
+            self._label(lanes, held[0].reshape(1, self.heads, t, -1))
         if self.sketch_bits:
             slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
             self._fast.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
@@ -341,12 +390,19 @@ class RawSegment:
         return tokens[:, :, start % PAGE : start % PAGE + n]
 
     def _place(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor]:
-        """Keys and values [b * q, h, m, c] of a token set, the keys where they stand for the queries."""
+        """Keys and values [b * q, h, m, c] of a token set, the keys where they stand for the queries; with as many
+        heads as the queries where each has its own list."""
         contiguous = tokens.positions == "contiguous"
         rope = self.rope
         if rope is None:
             return self._read(rows, tokens)[:2]
-        if contiguous and isinstance(tokens.index, Tensor) and self._same_shape() and self._compiled:
+        if (
+            contiguous
+            and isinstance(tokens.index, Tensor)
+            and not tokens.by_head
+            and self._same_shape()
+            and self._compiled
+        ):
             return self._gather(rows, tokens.index, rope)
         key, value, positions = self._read(rows, tokens)
         if not contiguous:
@@ -377,22 +433,25 @@ class RawSegment:
         return key.flatten(0, 1), value.flatten(0, 1)
 
     def _read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [b * q, h, m, c] and positions [b * q, h, m] of a token set."""
+        """Keys and values [b * q, h, m, c] and positions [b * q, h, m] of a token set; h lists or one for all."""
         pools = (self.pool.keys, self.pool.values, self.pool.positions[..., None])
         if isinstance(tokens.index, range):
             key, value, at = (self._view(p, rows, tokens.index.start, tokens.index.stop) for p in pools)
             return key, value, at[..., 0]
-        b, q, m = tokens.index.shape
-        flat = tokens.index.reshape(b, 1, q * m)
+        (b, q, m), lists = (len(rows), tokens.blocks, len(tokens)), tokens.index.shape[1] if tokens.by_head else 1
+        # As many heads as there are lists of their own, or else key heads that share one.
+        heads = max(lists, self.heads)
+        flat = tokens.index.reshape(b, lists, q * m).expand(-1, heads, -1)
         bases = self._bases(rows)
         if bases is not None:
-            slots = flat + torch.tensor(bases, device=flat.device).reshape(b, self.heads, 1)
+            each = torch.tensor(bases, device=flat.device).reshape(b, self.heads, 1)
+            slots = flat + each.repeat_interleave(heads // self.heads, dim=1)
         else:
-            pages = self._pages(rows).reshape(b, self.heads, -1)
-            slots = pages.gather(2, (flat // PAGE).expand(-1, self.heads, -1)) * PAGE + flat % PAGE
-        slots = slots.reshape(b, self.heads, q, m).transpose(1, 2).reshape(-1)
+            pages = self._pages(rows).reshape(b, self.heads, -1).repeat_interleave(heads // self.heads, dim=1)
+            slots = pages.gather(2, flat // PAGE) * PAGE + flat % PAGE
+        slots = slots.reshape(b, heads, q, m).transpose(1, 2).reshape(-1)
         key, value, at = (p.reshape(-1, p.shape[-1]).index_select(0, slots) for p in pools)
-        shape = (b * q, self.heads, m)
+        shape = (b * q, heads, m)
         return key.reshape(*shape, -1), value.reshape(*shape, -1), at.reshape(shape)
 
 
@@ -403,6 +462,7 @@ class Raw:
     needs_raw_keys: bool = False
     lists: bool = True
     regroups: bool = False
+    labels: bool = True
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

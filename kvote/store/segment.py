@@ -3,7 +3,7 @@ readers, keepers and layers see only this."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class Segment(Protocol):
     def attention_mass(
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
     ) -> Tensor:
-        """Attention [b, h, q, m] that each token of each of the q lists of ``tokens`` received in every key head.
+        """Attention [b, h, q, m] that each token of each of the q lists of ``tokens`` received in every key head,
+        [b, heads, q, m] where query heads have lists of their own.
 
         ``lse`` [b, heads, t]: that of all tokens that a query row read, of which ``tokens`` may be a part.
         """
@@ -120,10 +121,25 @@ class Segment(Protocol):
     def nbytes(self) -> int: ...
 
 
+@runtime_checkable
+class Labelled(Segment, Protocol):
+    """A segment that can keep some channels of its keys apart, for readers that score with those."""
+
+    labels: Tensor | None
+
+    def label(self, channels: Tensor) -> None:
+        """Keeps ``channels`` [h, r] of each key head apart from now on, of the tokens held and of those to come."""
+        ...
+
+    def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        """``scores`` over these channels alone, of ``query`` [b, heads, r, d]."""
+        ...
+
+
 class Store(Protocol):
     """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
     be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
-    with prompts and not with every generated token."""
+    with prompts and not with every generated token. ``labels``: its segments are ``Labelled``."""
 
     @property
     def needs_raw_keys(self) -> bool: ...
@@ -131,6 +147,8 @@ class Store(Protocol):
     def lists(self) -> bool: ...
     @property
     def regroups(self) -> bool: ...
+    @property
+    def labels(self) -> bool: ...
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None", *, sketch_bits: int = 0
     ) -> Segment:

@@ -96,7 +96,7 @@ def test_a_model_that_does_not_fit_is_called_so(capsys, monkeypatch):
         (["--model", "./gone", "--context", "9"], "There is no config at ./gone."),
         (["--model", "gone/config.json", "--context", "9"], "There is no config at gone/config.json."),
         (["--model", ".", "--context", "9"], "Cannot read a config from '.'"),
-        (["--model", embedded(), "--context", "9", "--method", "best"], "There is no method 'best'; there are dense,"),
+        (["--model", embedded(), "--context", "9", "--method", "best"], "There is no method 'best'; there are cake,"),
         (["--model", embedded(), "--context", "9", "--method", "tokenselect(top_k=0)"], "top_k must be a whole number"),
     ],
 )

@@ -67,3 +67,9 @@ def test_the_report_shows_what_the_budget_allows():
         tiny.feed(net, cache, tiny.ids(2, 40))
         assert [layer.budget for layer in cache.report().layers] == [tokens] * 2
         assert "budget" in str(cache.report()).splitlines()[1]
+
+
+def test_a_share_may_have_a_least_and_tokens_besides():
+    dial = Budget(0.2, "fraction", least=4000, besides=4)
+    assert [dial.tokens(seen) for seen in (1, 20_000, 20_005, 100_000)] == [4004, 4004, 4005, 20_004]
+    assert Budget(1, "tokens").tokens(10) == 1

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import selecting
 import tiny
 import torch
 from selecting import DIM, Fed
@@ -97,6 +98,47 @@ def test_some_query_rows_give_what_they_alone_gave(reader):
         assert bool((seen.mass(3, 4)[:, :, seen.first + 4 :] == 0).all())
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (7, 1)])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_weights_of_a_few_rows_are_those_of_the_matrix(monkeypatch, heads, kv_heads, softcap):
+    logits = selecting.Logits
+    monkeypatch.setattr(selecting, "Logits", lambda scale: logits(scale, softcap))
+    layer, keeper = fed(heads, kv_heads, rows=2)
+    for count in (40, 1, 23):
+        layer.feed(count)
+    query, key = layer.turned(layer.query, 0, 64), layer.turned(layer.key, 0, 64)
+    expected = weights(query, key, DIM**-0.5, softcap).float()
+    for seen, _ in keeper.seen:
+        n = seen.first + seen.count
+        for a, b in [(0, seen.count), (seen.count // 2, seen.count)]:
+            got = seen.weights(a, b)
+            assert got.shape == (2, heads, b - a, n)
+            torch.testing.assert_close(got, expected[:, :, seen.first + a : seen.first + b, :n], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_the_weights_of_rows_add_up_to_the_attention_received(reader, family):
+    net = tiny.model(family)
+    method = watched(reader)
+    cache = kvote.Cache(net, method)
+    tiny.feed(net, cache, tiny.ids(2, 40))
+    tiny.feed(net, cache, tiny.ids(2, 23, seed=1))
+    for seen, whole in method.keep.seen:
+        rows = torch.cat([seen.weights(0, 7), seen.weights(7, seen.count)], dim=2)
+        h = whole.shape[1]
+        torch.testing.assert_close(rows.unflatten(1, (h, -1)).sum(dim=(2, 3)), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_members_of_a_group_give_what_the_group_gives():
+    layer, keeper = fed(6, 2)
+    layer.feed(64)
+    seen, whole = keeper.seen[0]
+    parts = [seen.member(i).mass() for i in range(3)]
+    torch.testing.assert_close(torch.stack(parts).sum(0), whole, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(parts[0], parts[1], atol=1e-2)
+
+
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_a_cut_observation_is_that_of_the_tokens_that_stay(reader):
     net = tiny.model()
@@ -184,7 +226,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("method", ["h2o(budget=100)", "snapkv(budget=100)"])
+@pytest.mark.parametrize("method", ["h2o(budget=100)", "snapkv(budget=100)", "cake(budget=100)", "ems(budget=100)"])
 def test_no_matrix_of_queries_by_tokens_is_made_for_a_long_prompt(monkeypatch, method):
     monkeypatch.setattr(reference, "_MASS_HELD", 1 << 20)
     net = tiny.model(num_hidden_layers=1)

@@ -237,6 +237,22 @@ def mass_equals_the_reference(case: Case, start: int, limits: Limits, *, softcap
     return [got]
 
 
+@guarding
+def scores_equal_the_reference(case: Case, start: int, stop: int, rows: int = 2, labels: int = 0) -> list[Tensor]:
+    """Of keys, or of so many channels of them, which lie apart with a page of each in a row."""
+    pool = Paged(case)
+    query, key = pool.query(rows), pool.key[:, :, start:stop]
+    if labels:
+        channels = torch.randperm(case.d, generator=pool.random)[:labels]
+        apart = pool.keys[..., channels].transpose(1, 2).contiguous()
+        got = cpu.label_scores(query[..., channels], apart, pool.table(), start, stop)
+        query, key = query[..., channels], key[..., channels]
+    else:
+        got = cpu.scores(query, pool.keys, pool.table(), start, stop)
+    close(got, reference.scores(query, key), rtol=2e-5, atol=pool.slack(query, 1.0))
+    return [got]
+
+
 # Rows that are turned, fetched and stored.
 
 

@@ -35,6 +35,8 @@ def examples(case: Case) -> dict[str, Check]:
         "decode capped": partial(c.decode_equals_the_reference, case, half, pairs=8, interleaved=True, softcap=3.0),
         "mass": partial(c.mass_equals_the_reference, case, start, limits),
         "mass capped": partial(c.mass_equals_the_reference, case, start, limits, softcap=3.0),
+        "scores": partial(c.scores_equal_the_reference, case, start, case.n - 2),
+        "label scores": partial(c.scores_equal_the_reference, case, start, case.n - 2, labels=11),
         "turn": partial(c.turn_equals_the_reference, case, case.d // 2),
         "turn strided": partial(c.turn_equals_the_reference, case, 8, interleaved=True, strided=True),
         "gather": partial(c.gather_fetches_and_turns, case, half, case.d // 2),
@@ -50,6 +52,7 @@ SMALL = Case(n=150, sequences=2, heads=2, groups=3, d=64)
 # Several tiles of tokens, parts of a list and rows enough to be worth a second thread.
 LARGE = replace(SMALL, n=4500, sequences=1)
 NAMES = list(examples(SMALL))
+SETS = cpu.instruction_sets() if cpu.why_not() is None else []
 # Head sizes and groups for every way through a kernel, in every dtype.
 SHAPES = [replace(SMALL, d=d, groups=g, dtype=t, seed=d) for d, g in ((16, 1), (80, 5), (128, 16)) for t in DTYPES]
 

@@ -90,6 +90,9 @@ def votes_equal_the_law(case: Case, start: int, limits: list[int], k: int, bits:
     key = reference.sketched(pool.key, bits) if bits else pool.key
     rough = reference.forbid(reference.scores(query, key[:, :, start : max(limits)]), start, limits)
     law = reference.soft_votes(rough)
+    if not bits:
+        scored = kernels().scores(query.to(DEVICE), pool.keys, pool.table(), start, max(limits))
+        close(scored, reference.scores(query, key[:, :, start : max(limits)]), 2.0**-14)
     votes = kernels().votes(*given)
     assert votes.dtype == torch.float32
     # Queries meet 16-bit keys in two parts, which together hold 16 bits or more of them; codes meet bfloat16 parts.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvote.kernels import cpu
+from kvote.kernels.cpu import packed
 from kvote.store.pages import PAGE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -172,7 +173,8 @@ def guarding(comparison: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
 
     @wraps(comparison)
     def call(*args: Any, **kwargs: Any) -> list[Tensor]:
-        with mock.patch.object(cpu, "torch", _GuardedTorch()) as seen:
+        seen = _GuardedTorch()
+        with mock.patch.object(cpu, "torch", seen), mock.patch.object(packed, "torch", seen):
             answers = comparison(*args, **kwargs)
         assert all(intact(tensor) for tensor in seen.made), "something was written beside an output"
         return answers

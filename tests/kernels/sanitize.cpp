@@ -100,7 +100,64 @@ void try_threads(const Kernels& kernels, const char* what, const std::function<B
 
 int64_t sketch_bytes(int64_t slots, int64_t dim, int64_t bits) { return slots * (dim * bits / 8 + 2); }
 
+// Keys and values in a few bits, in pools and with lists of their own.
+void try_packed(const Kernels& kernels) {
+    const Type type = one_of({Type::f32, Type::bf16, Type::f16});
+    const int64_t dim = one_of<int64_t>({16, 32, 64, 80, 96, 128, 256}), heads = any(1, 2), sequences = any(1, 2);
+    const int64_t groups = one_of<int64_t>({1, 2, 3, 4, 7, 8, 16}), bits = one_of<int64_t>({2, 4, 8});
+    const int64_t group = one_of<int64_t>({32, 64, 128}), size = type == Type::f32 ? 4 : 2, lanes = sequences * heads;
+    const int64_t whole = group * any(1, 8), n = whole - any(0, group - 1);
+    const Pages pages(lanes, (whole + PACKED - 1) / PACKED * PAGE);
+    const int64_t codes = PACKED * dim * bits / 8;
+    Bytes pools[2] = {Bytes(pages.pages * (codes + 2 * PACKED / group * dim * size)),
+                      Bytes(pages.pages * (codes + 2 * (dim + group - 1) / group * PACKED * size))};
+    PackedPool views[2];
+    const bool wild = any(0, 9) == 0;
+    for (const bool are_keys : {true, false}) {
+        Bytes& pool = pools[!are_keys];
+        const int64_t count = are_keys ? whole : n;
+        const Bytes in = elements(lanes * count * dim, type, wild);
+        const std::vector<int64_t> first(lanes, 0);
+        views[!are_keys] = {pool.data(), type, pages.lanes.data(), lanes, bits, group, dim};
+        try_threads(kernels, "pack", [&](int threads) {
+            std::fill(pool.begin(), pool.end(), uint8_t(255));
+            kernels.pack({views[!are_keys], are_keys, in.data(), count * dim, dim, count, first.data(), threads});
+            return pool;
+        });
+        const int64_t m = any(0, n);
+        std::vector<int64_t> index;
+        for (int64_t i = 0; i < sequences; ++i)
+            for (int64_t token : ascending(m, n)) index.push_back(token);
+        for (const int64_t* list : {static_cast<const int64_t*>(nullptr), static_cast<const int64_t*>(index.data())})
+            try_threads(kernels, "unpack", [&](int threads) {
+                Bytes out(lanes * m * dim * size);
+                kernels.unpack({views[!are_keys], are_keys, list, heads, n - m, m, out.data(), m * dim, threads});
+                return out;
+            });
+    }
+    const int64_t start = any(0, n - 1), stop = any(start + 1, n);
+    const auto query = floats(lanes * groups * dim);
+    const float softcap = any(0, 1) ? 3.0f : 0.0f;
+    try_threads(kernels, "packed_attend", [&](int threads) {
+        std::vector<float> out(lanes * groups * dim), lse(lanes * groups);
+        kernels.packed_attend({query.data(), views[0], views[1], groups, start, stop, 0.1f, softcap,
+                               out.data(), lse.data(), threads});
+        Bytes answer;
+        keep(answer, out);
+        keep(answer, lse);
+        return answer;
+    });
+    try_threads(kernels, "packed_scores", [&](int threads) {
+        std::vector<float> out(lanes * groups * (stop - start));
+        kernels.packed_scores({query.data(), views[0], groups, start, stop, out.data(), threads});
+        Bytes answer;
+        keep(answer, out);
+        return answer;
+    });
+}
+
 void try_all(const Kernels& kernels) {
+    try_packed(kernels);
     const Type type = one_of({Type::f32, Type::bf16, Type::f16});
     const int64_t dim = one_of<int64_t>({16, 32, 64, 80, 128, 256}), heads = any(1, 3), sequences = any(1, 3);
     const int64_t groups = one_of<int64_t>({1, 2, 3, 4, 7, 8, 16}), bits = one_of<int64_t>({4, 8});
@@ -223,6 +280,17 @@ void try_all(const Kernels& kernels) {
         keep(answer, mass);
         return answer;
     });
+    for (const bool labels : {false, true})
+        try_threads(kernels, labels ? "label_scores" : "scores", [&](int threads) {
+            const int64_t rows = groups * selections;
+            std::vector<float> out(lanes * rows * (stop - start));
+            const auto run = labels ? kernels.label_scores : kernels.scores;
+            run({query.data(), keys.data(), type, pages.lanes.data(), lanes, rows, dim, start, stop, out.data(),
+                 threads});
+            Bytes answer;
+            keep(answer, out);
+            return answer;
+        });
     try_threads(kernels, "read_all", [&](int threads) {
         kernels.read_all(reinterpret_cast<const char*>(keys.data()), int64_t(keys.size()), threads);
         return Bytes{};

@@ -117,6 +117,26 @@ def test_attention_mass_equals_the_reference(case, softcap, data):
     comparisons.mass_equals_the_reference(case, *windows(data, case.n, 9), softcap=softcap)
 
 
+@given_cases
+@given(cases(), st.integers(1, 9), st.data())
+def test_scores_equal_the_reference(case, rows, data):
+    start, limits = windows(data, case.n, 1)
+    comparisons.scores_equal_the_reference(case, start, limits[0], rows)
+
+
+@given_cases
+@given(cases(), st.integers(1, 5), st.data())
+def test_label_scores_equal_the_reference(case, rows, data):
+    start, limits = windows(data, case.n, 1)
+    comparisons.scores_equal_the_reference(case, start, limits[0], rows, labels=data.draw(st.integers(1, case.d)))
+
+
+@pytest.mark.parametrize("labels", [0, 7])
+@pytest.mark.parametrize("start", [0, 1, 63, 64, 2047, 2049, 4299])
+def test_scores_may_start_anywhere(start, labels):
+    comparisons.scores_equal_the_reference(Case(n=4300, heads=2, groups=3), start, 4300, 1, labels)
+
+
 @pytest.mark.parametrize("start", range(8))
 def test_attention_mass_may_start_anywhere_before_a_page_that_lies_elsewhere(start):
     comparisons.mass_equals_the_reference(Case(n=4300, heads=1, groups=3), start, [4300, 900])
@@ -240,6 +260,10 @@ def refusals() -> dict[str, Any]:
         "dtypes must be": lambda: cpu.append(token.half(), token, at, pools, lanes, [0, 0], None, 0),
         "positions must be": lambda: cpu.append(token, token, at.int(), pools, lanes, [0, 0], None, 0),
         "one lane per sequence": lambda: cpu.append(token, token, at, pools, lanes, [0], None, 0),
+        "the query's channels": lambda: cpu.scores(query[None, ..., :16], keys, lanes, 0, 9),
+        "of the query's channels": lambda: cpu.label_scores(query[None], keys.transpose(1, 2), lanes, 0, 9),
+        "there must be tokens": lambda: cpu.scores(query[None], keys, lanes, 9, 9),
+        "a lane for each head": lambda: cpu.scores(query[None, :3], keys, lanes, 0, 9),
         "one limit per query row": lambda: cpu.attention_mass(
             query[None], torch.zeros(1, 4, 1), keys, lanes, 0, [3, 4], scale=1.0, softcap=None
         ),

@@ -117,6 +117,8 @@ FAULTS: list[tuple[Callable[[Call], None], str, list[str]]] = [
     (heads_permuted, "select", ["select", "select by 8 bits", "nominate by 4 bits"]),
     (heads_permuted, "decode", ["decode", "decode turned", "decode capped"]),
     (heads_permuted, "attention_mass", ["mass", "mass capped"]),
+    (heads_permuted, "scores", ["scores"]),
+    (heads_permuted, "label_scores", ["label scores"]),
     (one_place_later, "decode", ["decode turned", "decode capped"]),
     (one_place_later, "gather", ["gather", "gather interleaved"]),
     (one_place_later, "turn", ["turn", "turn strided"]),
@@ -130,6 +132,7 @@ FAULTS: list[tuple[Callable[[Call], None], str, list[str]]] = [
     (keys_of_a_page_lost, "decode", ["decode", "decode turned", "decode capped"]),
     (keys_of_a_page_lost, "gather", ["gather", "gather interleaved"]),
     (keys_of_a_page_lost, "attention_mass", ["mass", "mass capped"]),
+    (keys_of_a_page_lost, "scores", ["scores"]),
     (values_of_a_page_lost, "decode", ["decode", "decode turned", "decode capped"]),
     (values_of_a_page_lost, "gather", ["gather", "gather interleaved"]),
     (pages_swapped, "votes", ["votes", "votes of 8 bits", "votes of 4 bits"]),
@@ -137,9 +140,13 @@ FAULTS: list[tuple[Callable[[Call], None], str, list[str]]] = [
     (pages_swapped, "decode", ["decode turned", "decode capped"]),
     (pages_swapped, "gather", ["gather", "gather interleaved"]),
     (pages_swapped, "attention_mass", ["mass", "mass capped"]),
+    (pages_swapped, "scores", ["scores"]),
+    (pages_swapped, "label_scores", ["label scores"]),
     (pages_swapped, "append", ["append", "append and sketch"]),
     (lanes_swapped, "decode", ["decode", "decode turned", "decode capped"]),
     (lanes_swapped, "attention_mass", ["mass", "mass capped"]),
+    (lanes_swapped, "scores", ["scores"]),
+    (lanes_swapped, "label_scores", ["label scores"]),
     (lanes_swapped, "append", ["append", "append and sketch"]),
     (stale_sketch_of_a_token, "votes", ["votes of 8 bits", "votes of 4 bits"]),
     (not_sketched, "votes", ["votes of 8 bits", "votes of 4 bits"]),
@@ -180,7 +187,8 @@ def test_without_a_fault_nothing_is_noticed(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_that_is_not_written_is_noticed(monkeypatch, name):
-    for kernel in ("votes", "select", "top_k", "decode", "attention_mass", "turn", "gather", "append", "sketch"):
+    names = "votes select top_k decode attention_mass scores label_scores turn gather append sketch"
+    for kernel in names.split():
         monkeypatch.setattr(cpu._cpu, kernel, lambda *args: None)
     with pytest.raises(AssertionError):
         examples(SMALL)[name]()

@@ -2,6 +2,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import scored
+import tiny
 import torch
 
 from kvote import InputError, UnsupportedModelError
@@ -10,6 +12,7 @@ from kvote.measure.forecast import DEFAULT, FEW, LONGEST, Curve, Machine, break_
 from kvote.measure.geometry import Geometry
 from kvote.measure.shape import Matrix, Shape
 from kvote.method import parse
+from kvote.methods import duoattention
 
 METHOD = "tokenselect(sketch='int8')"
 MODEL = Shape(
@@ -130,9 +133,14 @@ def test_what_cannot_be_predicted_is_refused():
         predict(MODEL, 0, METHOD, machine())
     with pytest.raises(InputError, match=r"not measured with tokenselect\(top_k=7\)"):
         predict(MODEL, 1000, "tokenselect(top_k=7)", machine())
+    heads = scored.duo(tiny.model(), [[0, 1], [1, 0]])
+    with pytest.raises(UnsupportedModelError, match=r"duoattention.* goes by what was calibrated on a model's weights"):
+        predict(MODEL, 1000, duoattention(heads=heads), machine())
     with pytest.raises(UnsupportedModelError, match="no rotary positions"):
         predict(replace(MODEL, rotary=False), 1000, METHOD, machine())
     assert predict(replace(MODEL, rotary=False), 1000, "dense", machine()).speedup > 0
+    with pytest.raises(UnsupportedModelError, match="tidaldecode cannot be predicted: one layer is measured for all"):
+        predict(MODEL, 1000, "tidaldecode", machine())
 
 
 def test_notes_say_what_was_not_measured():

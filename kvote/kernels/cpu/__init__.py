@@ -7,7 +7,7 @@ has loaded, so both share one pool of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -393,6 +393,44 @@ def attention_mass(
         torch.get_num_threads(),
     )
     return out
+
+
+def scores(query: Tensor, keys: Tensor, lanes: Lanes, start: int, stop: int) -> Tensor:
+    """``reference.scores`` [sequences, r, heads, stop - start], read from a pool of keys [pages, PAGE, d].
+
+    ``query`` [sequences, heads, r, d], head = h_kv * g + i; lanes are (sequence, key head) in that order.
+    """
+    return _scores(_cpu.scores, query, keys, keys.shape[2], lanes, start, stop)
+
+
+def label_scores(query: Tensor, labels: Tensor, lanes: Lanes, start: int, stop: int) -> Tensor:
+    """The same from a pool of labels [pages, r, PAGE], channels before tokens, of any number of channels."""
+    return _scores(_cpu.label_scores, query, labels, labels.shape[1], lanes, start, stop)
+
+
+def _scores(
+    kernel: Callable[..., None], query: Tensor, pool: Tensor, channels: int, lanes: Lanes, start: int, stop: int
+) -> Tensor:
+    sequences, heads, r, dim = query.shape
+    _check(pool.is_contiguous() and channels == dim, "keys must be a contiguous pool of the query's channels")
+    _check(
+        0 <= start < stop and (sequences * heads) % lanes.count == 0, "there must be tokens, and a lane for each head"
+    )
+    query = query.float().contiguous()
+    out = torch.empty(sequences, heads, r, stop - start)
+    kernel(
+        query.data_ptr(),
+        pool.data_ptr(),
+        _TYPES[pool.dtype],
+        *lanes.address,
+        sequences * heads * r // lanes.count,
+        dim,
+        start,
+        stop,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.transpose(1, 2)
 
 
 def read_all(memory: Tensor) -> None:

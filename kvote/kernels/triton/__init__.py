@@ -14,7 +14,7 @@ from kvote.kernels.triton.mass import attention_mass
 from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.sketch import SKETCH_TOKENS, sketch, sketch_bytes
 from kvote.kernels.triton.tokens import append, gather, turn
-from kvote.kernels.triton.votes import select, top_k, votes
+from kvote.kernels.triton.votes import scores, select, top_k, votes
 
 __all__ = [
     "MAX_GROUPS",
@@ -25,6 +25,7 @@ __all__ = [
     "decode",
     "gather",
     "merge_parts",
+    "scores",
     "select",
     "sketch",
     "sketch_bytes",

@@ -346,6 +346,13 @@ class _Ballot:
 
 
 @at_home
+def scores(query: Tensor, keys: Tensor, lanes: Lanes, start: int, stop: int) -> Tensor:
+    """As ``cpu.scores``: q.k [b, r, heads, n] in float32 of ``query`` [b, heads, r, d] with tokens ``start`` to
+    ``stop``."""
+    return _Ballot(query, keys, lanes, None, 0, start, [stop] * query.shape[2], None).logits
+
+
+@at_home
 def votes(
     query: Tensor, keys: Tensor, lanes: Lanes, sketch: Tensor | None, bits: int, start: int, limits: list[int]
 ) -> Tensor:

@@ -136,12 +136,40 @@ inline void add(const Rows<T>& rows, const float* weight, float* out, int64_t di
     add_values<T, Q>(rows, weight, out, dim, next);
 }
 
+// Turns the scores of a block of tokens into weights, in place, relative to the peak so far; where that rises, what was
+// summed up before (`out` of `width`, `mass`) shrinks. Tokens from .. live count; the others, up to the next multiple of
+// W, weigh nothing.
+inline void soften(float* s, int64_t from, int64_t live, float softcap, float* out, float& peak_so_far,
+                   float& mass_so_far, int64_t width) {
+    const int64_t padded = (live + W - 1) / W * W;
+    if (softcap > 0)
+        for (int64_t t = 0; t < live; ++t) s[t] = softcap * std::tanh(s[t] / softcap);
+    for (int64_t t = 0; t < from; ++t) s[t] = -INFINITY;
+    for (int64_t t = live; t < padded; ++t) s[t] = -INFINITY;
+    vf best = splat(-INFINITY);
+    for (int64_t t = 0; t < padded; t += W) best = vmax(load<vf>(s + t), best);
+    const float peak = max(best);
+    if (peak > peak_so_far) {
+        const float shrink = std::exp(peak_so_far - peak);
+        mass_so_far *= shrink;
+        for (int64_t c = 0; c < width; c += W) store(out + c, load<vf>(out + c) * shrink);
+        peak_so_far = peak;
+    }
+    vf mass{};
+    for (int64_t t = 0; t < padded; t += W) {
+        const vf e = exp_of(load<vf>(s + t) - peak_so_far);
+        mass += e;
+        store(s + t, e);
+    }
+    mass_so_far += sum(mass);
+}
+
 // Reads one block while the next one, of which only the addresses are known, comes from memory.
 template <class T>
 void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs& a, const Partial& part,
                   const Rows<T>& next) {
     alignas(64) float scores[MAX_GROUPS * BLOCK];
-    const int64_t live = rows.live, padded = (live + W - 1) / W * W;
+    const int64_t live = rows.live;
     for (int64_t t = 0; t < live; t += 4) {
         const T* four[4];
         for (int64_t k = 0; k < 4; ++k) {
@@ -151,29 +179,8 @@ void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs&
         for (int64_t g = 0; g < a.groups; g += 4)
             store_quarters(scores + g * BLOCK + t, BLOCK, four_by_four(four, query, g, a.dim) * a.scale);
     }
-    for (int64_t g = 0; g < a.groups; ++g) {
-        float* s = scores + g * BLOCK;
-        if (a.softcap > 0)
-            for (int64_t t = 0; t < live; ++t) s[t] = a.softcap * std::tanh(s[t] / a.softcap);
-        for (int64_t t = live; t < padded; ++t) s[t] = -INFINITY;
-        vf best = splat(-INFINITY);
-        for (int64_t t = 0; t < padded; t += W) best = vmax(load<vf>(s + t), best);
-        const float peak = max(best);
-        if (peak > part.peak[g]) {
-            const float shrink = std::exp(part.peak[g] - peak);
-            part.mass[g] *= shrink;
-            for (int64_t c = 0; c < a.dim; c += W)
-                store(part.out + g * a.dim + c, load<vf>(part.out + g * a.dim + c) * shrink);
-            part.peak[g] = peak;
-        }
-        vf mass{};
-        for (int64_t t = 0; t < padded; t += W) {
-            const vf e = exp_of(load<vf>(s + t) - part.peak[g]);
-            mass += e;
-            store(s + t, e);
-        }
-        part.mass[g] += sum(mass);
-    }
+    for (int64_t g = 0; g < a.groups; ++g)
+        soften(scores + g * BLOCK, 0, live, a.softcap, part.out + g * a.dim, part.peak[g], part.mass[g], a.dim);
     int64_t g = 0;
     for (; g + 4 <= a.groups; g += 4) add<4>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
     for (; g < a.groups; ++g) add<1>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
@@ -224,6 +231,25 @@ void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to
         }
 }
 
+// Joins the answers of `parts` parts, `stride` apart, to query g: rows of `width`, of which `dim` are channels.
+inline void merge_parts(const Partial* first, int64_t stride, int64_t parts, int64_t g, int64_t width, int64_t dim,
+                        float* out, float& lse) {
+    float best = -INFINITY, mass = 0;
+    for (int64_t p = 0; p < parts; ++p) best = std::max(best, first[p * stride].peak[g]);
+    std::memset(out, 0, 4 * dim);
+    for (int64_t p = 0; p < parts; ++p) {
+        const Partial& part = first[p * stride];
+        if (part.mass[g] == 0) continue;
+        const float weight = std::exp(part.peak[g] - best);
+        mass += weight * part.mass[g];
+        for (int64_t c = 0; c < dim; c += W)
+            store(out + c, load<vf>(out + c) + load<vf>(part.out + g * width + c) * weight);
+    }
+    if (mass != 0)
+        for (int64_t c = 0; c < dim; c += W) store(out + c, load<vf>(out + c) / mass);
+    lse = mass != 0 ? best + std::log(mass) : -INFINITY;
+}
+
 template <class T>
 void decode(const DecodeArgs& a) {
     const int64_t heads = a.lanes_per_sequence, sequences = a.lanes_count / heads;
@@ -254,22 +280,7 @@ void decode(const DecodeArgs& a) {
         }
     });
     for (int64_t lane = 0; lane < a.lanes_count; ++lane)
-        for (int64_t g = 0; g < a.groups; ++g) {
-            const Partial* first = partial + lane / heads * parts * heads + lane % heads;
-            float best = -INFINITY, mass = 0;
-            for (int64_t p = 0; p < parts; ++p) best = std::max(best, first[p * heads].peak[g]);
-            float* out = a.out + (lane * a.groups + g) * a.dim;
-            std::memset(out, 0, 4 * a.dim);
-            for (int64_t p = 0; p < parts; ++p) {
-                const Partial& part = first[p * heads];
-                if (part.mass[g] == 0) continue;
-                const float weight = std::exp(part.peak[g] - best);
-                mass += weight * part.mass[g];
-                for (int64_t c = 0; c < a.dim; c += W)
-                    store(out + c, load<vf>(out + c) + load<vf>(part.out + g * a.dim + c) * weight);
-            }
-            if (mass != 0)
-                for (int64_t c = 0; c < a.dim; c += W) store(out + c, load<vf>(out + c) / mass);
-            a.lse[lane * a.groups + g] = mass != 0 ? best + std::log(mass) : -INFINITY;
-        }
+        for (int64_t g = 0; g < a.groups; ++g)
+            merge_parts(partial + lane / heads * parts * heads + lane % heads, heads, parts, g, a.dim, a.dim,
+                        a.out + (lane * a.groups + g) * a.dim, a.lse[lane * a.groups + g]);
 }

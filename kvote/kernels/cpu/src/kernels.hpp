@@ -113,6 +113,61 @@ struct MassArgs {
     int threads;
 };
 
+struct ScoreArgs {
+    const float* query;  // [lanes, rows, dim]
+    const void* keys;    // pool [pages, PAGE, dim], of labels [pages, dim, PAGE]
+    Type type;
+    const Lane* lanes;
+    std::int64_t lanes_count, rows, dim, start, stop;
+    float* out;  // [lanes, rows, stop - start]
+    int threads;
+};
+
+// Pages of packed keys or values (packed.inl), each of PACKED tokens, and where lanes lie in them.
+struct PackedPool {
+    std::uint8_t* pages;
+    Type type;  // of scales and minima, and of what is packed or unpacked
+    const Lane* lanes;
+    std::int64_t lanes_count, bits, group, dim;
+    bool by_token;  // keys: groups of channels of one token, as values are
+};
+
+struct PackArgs {
+    PackedPool pool;
+    bool are_keys;
+    const void* in;  // [lanes, count, dim] by strides in elements
+    std::int64_t lane_stride, token_stride, count;
+    const std::int64_t* first;  // [lanes]: token of its lane that the first one becomes
+    int threads;
+};
+
+struct UnpackArgs {
+    PackedPool pool;
+    bool are_keys;
+    const std::int64_t* index;  // [sequences, count] tokens, or null for start .. + count - 1
+    std::int64_t lanes_per_sequence, start, count;
+    void* out;  // [lanes, count, dim], lanes `out_stride` elements apart
+    std::int64_t out_stride;
+    int threads;
+};
+
+struct PackedAttendArgs {
+    const float* query;  // [lanes, groups, dim]
+    PackedPool keys, values;
+    std::int64_t groups, start, stop;
+    float scale, softcap;  // softcap 0: none
+    float *out, *lse;      // [lanes, groups, dim], [lanes, groups]
+    int threads;
+};
+
+struct PackedScoresArgs {
+    const float* query;  // [lanes, rows, dim]
+    PackedPool keys;
+    std::int64_t rows, start, stop;
+    float* scores;  // out [lanes, rows, stop - start]
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     void (*votes)(const VotesArgs&);
@@ -124,6 +179,12 @@ struct Kernels {
     void (*turn)(const TurnArgs&);
     void (*append)(const AppendArgs&);
     void (*attention_mass)(const MassArgs&);
+    void (*scores)(const ScoreArgs&);
+    void (*label_scores)(const ScoreArgs&);
+    void (*pack)(const PackArgs&);
+    void (*unpack)(const UnpackArgs&);
+    void (*packed_attend)(const PackedAttendArgs&);
+    void (*packed_scores)(const PackedScoresArgs&);
     std::int64_t (*read_all)(const char* memory, std::int64_t bytes, int threads);  // to measure the bandwidth
 };
 

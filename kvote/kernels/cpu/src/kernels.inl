@@ -23,6 +23,9 @@ using namespace kvote;
 #include "select.inl"
 #include "gather.inl"
 #include "mass.inl"
+#include "scores.inl"
+#include "multiply.inl"
+#include "packed.inl"
 
 // Reads memory and does nothing with it: the ceiling that the kernels are measured against.
 inline int64_t read_all(const char* memory, int64_t bytes, int threads) {
@@ -55,9 +58,16 @@ KVOTE_BY_TYPE(run_decode, decode, DecodeArgs, type)
 KVOTE_BY_TYPE(run_turn, turn, TurnArgs, type)
 KVOTE_BY_TYPE(run_append, append, AppendArgs, type)
 KVOTE_BY_TYPE(run_attention_mass, attention_mass, MassArgs, type)
+KVOTE_BY_TYPE(run_scores, scores, ScoreArgs, type)
+KVOTE_BY_TYPE(run_label_scores, label_scores, ScoreArgs, type)
+KVOTE_BY_TYPE(run_pack, pack, PackArgs, pool.type)
+KVOTE_BY_TYPE(run_unpack, unpack_tokens, UnpackArgs, pool.type)
+KVOTE_BY_TYPE(run_packed_attend, packed_attend, PackedAttendArgs, keys.type)
+KVOTE_BY_TYPE(run_packed_scores, packed_scores, PackedScoresArgs, keys.type)
 
-#define KVOTE_KERNELS(name)                                                                                \
-    {name,     run_votes, run_select, top_k,      run_gather,         run_sketch, run_decode,              \
-     run_turn, run_append, run_attention_mass, read_all}
+#define KVOTE_KERNELS(name)                                                                         \
+    {name,       run_votes,  run_select,         top_k,      run_gather,       run_sketch, run_decode, \
+     run_turn,   run_append, run_attention_mass, run_scores, run_label_scores,                         \
+     run_pack,   run_unpack, run_packed_attend,  run_packed_scores,            read_all}
 
 }  // namespace KVOTE_ISA

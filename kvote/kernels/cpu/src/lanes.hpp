@@ -6,6 +6,8 @@
 namespace kvote {
 
 constexpr std::int64_t PAGE = 64;
+// Tokens in a page of packed keys or values; whole groups of up to as many.
+constexpr std::int64_t PACKED = 128;
 
 struct Run {
     std::int64_t first, pages;

@@ -52,6 +52,16 @@ struct LaneTable {
     }
 };
 
+// A packed pool as Python names it: pages, type, runs, begins, lanes, bits, group, dim, by token.
+using Pool = std::array<std::int64_t, 9>;
+
+struct PoolTable : LaneTable {
+    PackedPool pool;
+    explicit PoolTable(const Pool& p)
+        : LaneTable(Address(p[2]), Address(p[3]), p[4]),
+          pool{at<std::uint8_t>(Address(p[0])), Type(p[1]), lanes.data(), p[4], p[5], p[6], p[7], p[8] != 0} {}
+};
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -155,6 +165,49 @@ NB_MODULE(_cpu, m) {
         active->attention_mass({at<const float>(query), at<const float>(lse), at<const void>(keys), Type(type),
                                 table.lanes.data(), lanes, rows, dim, start, stop, limits.data(),
                                 scale, softcap, at<float>(mass), threads});
+    });
+    m.def("scores", [](Address query, Address keys, int type, Address runs, Address begins, std::int64_t lanes,
+                       std::int64_t rows, std::int64_t dim, std::int64_t start, std::int64_t stop, Address out,
+                       int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        active->scores({at<const float>(query), at<const void>(keys), Type(type), table.lanes.data(), lanes, rows,
+                        dim, start, stop, at<float>(out), threads});
+    });
+    m.def("label_scores", [](Address query, Address keys, int type, Address runs, Address begins, std::int64_t lanes,
+                       std::int64_t rows, std::int64_t dim, std::int64_t start, std::int64_t stop, Address out,
+                       int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        active->label_scores({at<const float>(query), at<const void>(keys), Type(type), table.lanes.data(), lanes, rows,
+                        dim, start, stop, at<float>(out), threads});
+    });
+    m.def("pack", [](const Pool& pool, bool are_keys, Address in, std::int64_t lane_stride, std::int64_t token_stride,
+                     std::int64_t count, const std::vector<std::int64_t>& first, int threads) {
+        nb::gil_scoped_release release;
+        PoolTable table(pool);
+        active->pack({table.pool, are_keys, at<const void>(in), lane_stride, token_stride, count, first.data(), threads});
+    });
+    m.def("unpack", [](const Pool& pool, bool are_keys, Address index, std::int64_t lanes_per_sequence,
+                       std::int64_t start, std::int64_t count, Address out, std::int64_t out_stride, int threads) {
+        nb::gil_scoped_release release;
+        PoolTable table(pool);
+        active->unpack({table.pool, are_keys, at<const std::int64_t>(index), lanes_per_sequence, start, count,
+                        at<void>(out), out_stride, threads});
+    });
+    m.def("packed_attend", [](Address query, const Pool& keys, const Pool& values, std::int64_t groups,
+                              std::int64_t start, std::int64_t stop, float scale, float softcap, Address out,
+                              Address lse, int threads) {
+        nb::gil_scoped_release release;
+        PoolTable key_table(keys), value_table(values);
+        active->packed_attend({at<const float>(query), key_table.pool, value_table.pool, groups, start, stop, scale,
+                               softcap, at<float>(out), at<float>(lse), threads});
+    });
+    m.def("packed_scores", [](Address query, const Pool& keys, std::int64_t rows, std::int64_t start,
+                              std::int64_t stop, Address scores, int threads) {
+        nb::gil_scoped_release release;
+        PoolTable table(keys);
+        active->packed_scores({at<const float>(query), table.pool, rows, start, stop, at<float>(scores), threads});
     });
     m.def("read_all", [](Address memory, std::int64_t bytes, int threads) {
         nb::gil_scoped_release release;

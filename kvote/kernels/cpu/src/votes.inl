@@ -31,9 +31,10 @@ inline vf put_exp2(f32* p, vf x) {
     return e;
 }
 
-// Exact scores, in units of log 2, of `count` tokens (slots in a row) for `rows` (a multiple of 4) query rows.
+// Exact scores times `unit`, of `count` tokens (slots in a row) for `rows` (a multiple of 4) query rows.
 template <class T>
-void score_exactly(const T* keys, int64_t count, const float* query, int64_t rows, int64_t dim, float* out) {
+void score_exactly(const T* keys, int64_t count, const float* query, int64_t rows, int64_t dim, float* out,
+                   float unit = LOG2_E) {
     for (int64_t t = 0; t < count; t += 4) {
         const T* four[4];
         for (int64_t k = 0; k < 4; ++k) {
@@ -42,7 +43,7 @@ void score_exactly(const T* keys, int64_t count, const float* query, int64_t row
                 __builtin_prefetch(reinterpret_cast<const char*>(four[k]) + 4096 + c);
         }
         for (int64_t row = 0; row < rows; row += 4)
-            store_quarters(out + row * TILE + t, TILE, dots(four, query + row * dim, dim, dim) * LOG2_E);
+            store_quarters(out + row * TILE + t, TILE, dots(four, query + row * dim, dim, dim) * unit);
     }
 }
 

@@ -1,0 +1,52 @@
+"""Runs texts through a model and measures what a method wants to know."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvote.cache import Cache
+from kvote.calibration import channels
+from kvote.calibration.file import Calibration
+from kvote.calibration.fingerprint import Fingerprint
+from kvote.errors import InputError, UnsupportedModelError
+from kvote.method import Method
+
+# Blocks of the published calibration: 256 of 512 tokens.
+BLOCK, BLOCKS = 512, 256
+
+
+def measure_channels(
+    model: Any, blocks: Sequence[Tensor], progress: Callable[[int], None] = lambda tokens: None
+) -> Calibration:
+    """The order of key channels by mean |q_i * k_i| of each token's own query and key, per layer and key head.
+
+    ``blocks``: token ids [rows, columns], each a text of its own, without padding; ``progress`` is told the tokens
+    of each when it is done. Raises InputError without tokens, UnsupportedModelError where layers differ in shape.
+    """
+    tokens = sum(block.numel() for block in blocks)
+    if not tokens:
+        raise InputError("There is nothing to calibrate with; give a longer text.")
+    reader = channels.ChannelProducts()
+    method = Method(spec="calibrate", read=reader)
+    with torch.inference_mode():
+        for block in blocks:
+            model(input_ids=block.to(model.device), past_key_values=Cache(model, method), logits_to_keep=1)
+            progress(block.numel())
+    calibration = Calibration(channels.KIND, Fingerprint.of(model), reader.data(tokens))
+    shape = (calibration.model.kv_heads, calibration.model.head_dim)
+    for layer, sums in reader.sums.items():
+        if tuple(sums.shape) != shape:
+            raise UnsupportedModelError(
+                f"Layer {layer} has {sums.shape[0]} key heads of {sums.shape[1]} channels, and the config says "
+                f"{shape[0]} of {shape[1]}; models whose layers differ cannot be calibrated."
+            )
+        if not bool(sums.isfinite().all()):
+            raise InputError(f"Layer {layer} gave numbers that are not finite; load the model in a wider precision.")
+    return calibration
+
+
+def blocks_of(ids: Tensor, size: int = BLOCK) -> list[Tensor]:
+    """Token ids [n] cut into texts [1, size], the last one as long as it is."""
+    return [ids[None, at : at + size] for at in range(0, len(ids), size)]

@@ -1,0 +1,117 @@
+"""``kvote calibrate``: measure what a method must know about a model, and write it to a file."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.progress import Progress
+from torch import Tensor
+
+from kvote.calibration import Calibration, save
+from kvote.calibration.channels import KIND as CHANNELS
+from kvote.calibration.gates import STEPS, train_duo
+from kvote.calibration.heads import DUO, RAZOR
+from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels
+from kvote.calibration.retrieval import TIMES, measure_razor
+from kvote.calibration.texts import LONGEST, phrases, world_texts
+from kvote.cli.load import Loaded, load
+from kvote.cli.progress import progress
+from kvote.cli.subject import name_of, read_text
+from kvote.errors import InputError
+from kvote.models import embedded, world
+
+# Texts of the embedded model's language are drawn from here on: other numbers than any test or benchmark asks about.
+_FIRST_SEED = 10**6
+_FACTS = 4
+# Tokens of a block left to questions and answers.
+_ROOM = 64
+# Its gates part within so many texts.
+_EMBEDDED_STEPS = 200
+
+# What was measured, and on how many tokens.
+Measured = tuple[Calibration, int]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and writes; says what was measured, and on how many tokens."""
+    out = Path(args.out)
+    if out.is_dir() or not out.parent.is_dir():
+        why = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise InputError(f"Cannot write {out}: {why}.")
+    if args.steps is not None and args.what != DUO:
+        raise InputError(f"--steps is for --what {DUO}; leave it out.")
+    text = _text(args)
+    loaded = load(args.model)
+    with progress("texts" if args.what == DUO else "tokens") as bar:
+        calibration, tokens = _MEASURES[args.what](loaded, text, args, bar)
+    save(calibration, args.out)
+    layers = len(calibration.data["layers"])
+    if args.json:
+        told = {"what": args.what, "file": args.out, "model": loaded.name, "tokens": tokens, "layers": layers}
+        print(json.dumps(told, indent=1))
+        return
+    print(f"{args.what} of {layers} layers, measured on {tokens:,} tokens: {args.out}")
+
+
+def _text(args: argparse.Namespace) -> str | None:
+    """The user's text; None where none is needed."""
+    if args.what == RAZOR:
+        if args.text is not None:
+            raise InputError(f"{RAZOR} reads random tokens; leave out --text.")
+        return None
+    is_embedded = args.model is None or Path(args.model).resolve() == Path(embedded()).resolve()
+    if args.text is None and not is_embedded:
+        raise InputError("A model of your own needs a text to calibrate with; add --text FILE.")
+    text = None if args.text is None else read_text(args.text)
+    if text is not None and not text.strip():
+        raise InputError(f"{name_of(args.text)} is empty; give a text to calibrate with.")
+    return text
+
+
+def _channels(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
+    limit = args.tokens or BLOCKS * BLOCK
+    blocks = _own_texts(loaded, limit) if text is None else _blocks(loaded, text, limit)
+    tokens = sum(block.numel() for block in blocks)
+    task = bar.add_task(args.what, total=tokens)
+    return measure_channels(loaded.model, blocks, lambda count: bar.advance(task, count)), tokens
+
+
+def _razor(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
+    period = None if args.tokens is None else (min(args.tokens, loaded.trained or args.tokens) - 1) // TIMES
+    calibration = measure_razor(loaded.model, period, loaded.tokenizer.all_special_ids)
+    return calibration, calibration.data["tokens"]
+
+
+def _duo(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
+    longest = min(args.tokens or LONGEST, loaded.trained or LONGEST)
+    texts = world_texts(longest, _FIRST_SEED) if text is None else phrases(loaded.tokenizer, text, longest)
+    steps = args.steps or (_EMBEDDED_STEPS if loaded.is_embedded else STEPS)
+    task = bar.add_task(args.what, total=steps)
+    calibration = train_duo(loaded.model, texts, steps, progress=lambda step, loss: bar.update(task, completed=step))
+    return calibration, calibration.data["tokens"]
+
+
+_MEASURES: dict[str, Callable[[Loaded, str | None, argparse.Namespace, Progress], Measured]] = {
+    CHANNELS: _channels,
+    RAZOR: _razor,
+    DUO: _duo,
+}
+
+
+def _blocks(loaded: Loaded, text: str, limit: int) -> list[Tensor]:
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[0]
+    return blocks_of(ids[:limit])
+
+
+def _own_texts(loaded: Loaded, limit: int) -> list[Tensor]:
+    """Documents of every task with their questions and answers, each a block, at most ``limit`` tokens in all."""
+    blocks: list[Tensor] = []
+    left = limit
+    for i in range(-(-limit // BLOCK)):
+        made = world.sample(world.TASKS[i % len(world.TASKS)], BLOCK - _ROOM, _FIRST_SEED + i, _FACTS)
+        parts = [made.document, *(f"{asked.prompt} {asked.answer}" for asked in made.questions)]
+        ids = loaded.tokenizer(" ".join(parts), return_tensors="pt").input_ids[0]
+        blocks += blocks_of(ids[: min(BLOCK, left)])
+        left -= blocks[-1].numel()
+    return blocks

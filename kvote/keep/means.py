@@ -1,0 +1,122 @@
+"""Keeps the first tokens and the most recent ones; the mean of what is dropped goes on answering for all of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvote.errors import MethodError
+from kvote.keep.budget import Budget
+from kvote.keep.keeper import Held, Kept
+from kvote.keep.observation import Observation
+from kvote.keep.policies import Plain
+from kvote.kernels import reference
+from kvote.read.tokens import Queries
+from kvote.store.segment import Logits
+
+
+@dataclass(frozen=True)
+class Mean:
+    """``count`` tokens as one: the means of their keys [h, d], as the model rotated them, and of their values [h, dv].
+
+    In float32: a mean of many tokens would not move any more in half precision.
+    """
+
+    count: int
+    key: Tensor
+    value: Tensor
+
+    def joined(self, other: "Mean") -> "Mean":
+        """The mean of both, every token with the same weight."""
+        count = self.count + other.count
+        share = other.count / count
+        return Mean(count, torch.lerp(self.key, other.key, share), torch.lerp(self.value, other.value, share))
+
+
+@dataclass
+class Means:
+    """By sequence: the mean of what it dropped; sequences that dropped nothing have none."""
+
+    rows: dict[int, Mean] = field(default_factory=dict)
+
+    def fold(self, row: int, key: Tensor, value: Tensor) -> None:
+        """Adds dropped tokens, ``key`` [h, n, d] and ``value`` [h, n, dv]."""
+        new = Mean(key.shape[1], key.float().mean(dim=1), value.float().mean(dim=1))
+        self.rows[row] = self.rows[row].joined(new) if row in self.rows else new
+
+    def attend(self, queries: Tensor, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
+        """What the means answer, each with the log of its tokens' number added to its logit; None without any."""
+        found = [self.rows[row] for row in rows if row in self.rows]
+        if not found:
+            return None
+        # A sequence that dropped nothing has a mean of no tokens, whose log-sum-exp is -inf.
+        none = Mean(0, torch.zeros_like(found[0].key), torch.zeros_like(found[0].value))
+        each = [self.rows.get(row, none) for row in rows]
+        key, value = (torch.stack(parts)[:, :, None] for parts in zip(*((m.key, m.value) for m in each), strict=True))
+        counts = torch.tensor([float(mean.count) for mean in each], device=key.device).log()
+        bias = counts[:, None, None].expand(-1, key.shape[1], -1)
+        return reference.attend(queries, key, value, scale=logits.scale, softcap=logits.softcap, bias=bias)
+
+    def select(self, index: list[int]) -> None:
+        self.rows = {i: self.rows[old] for i, old in enumerate(index) if old in self.rows}
+
+    def keep(self, row: int, slots: Tensor) -> None:
+        """Nothing here is about tokens that are held."""
+
+    def truncate(self, row: int, length: int) -> None:
+        """No rollback reaches behind a drop."""
+
+    @property
+    def nbytes(self) -> int:
+        storages = [part.untyped_storage() for mean in self.rows.values() for part in (mean.key, mean.value)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(frozen=True)
+class KeepRecentAndMean(Plain):
+    """The first ``sinks`` tokens and the most recent ones, together as many as ``budget`` says. ``compensation``: the
+    mean of what is dropped stays and stands for all of it."""
+
+    budget: Budget
+    sinks: int
+    compensation: bool = True
+    drops: bool = field(default=True, init=False)
+    waits: bool = field(default=True, init=False)
+    per_layer: bool = field(default=False, init=False)
+    # What has gone into a mean stays there: a crop must not forget it.
+    adds_up: bool = field(default=True, init=False)
+    # The mean of keys that stand at position 0 is another one.
+    needs_plain_keys: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
+            raise MethodError(f"sinks must be a whole number of at least 0; got {self.sinks!r}.")
+        if not isinstance(self.compensation, bool):
+            raise MethodError(f"compensation must be True or False; got {self.compensation!r}.")
+        if self.budget.unit == "tokens" and self.budget.amount <= self.sinks:
+            raise MethodError(
+                f"budget must exceed the {self.sinks} sinks, which always stay; got {self.budget.amount}."
+            )
+
+    def new_memory(self) -> Means | None:
+        return Means() if self.compensation else None
+
+    def observes(self, ahead: int | None) -> bool:
+        return False
+
+    def observe(self, seen: Observation, memory: Means | None) -> None:
+        raise NotImplementedError
+
+    def survivors(self, held: Held, memory: Means | None) -> Kept | None:
+        edge = held.length - max(1, held.budget - self.sinks)
+        if edge <= self.sinks:
+            return None
+        if memory is not None:
+            key, value = held.segment.decode([held.row], self.sinks, edge)
+            memory.fold(held.row, key[0], value[0])
+        return Kept(torch.cat([torch.arange(self.sinks), torch.arange(edge, held.length)]))
+
+    def aside(
+        self, queries: Queries, rows: list[int], logits: Logits, memory: Means | None
+    ) -> tuple[Tensor, Tensor] | None:
+        return None if memory is None else memory.attend(queries.rotated, rows, logits)

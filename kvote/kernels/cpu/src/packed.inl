@@ -1,0 +1,547 @@
+// Keys and values in 2, 4 or 8 bits with a scale and a minimum per group: packing, unpacking, scores, attention.
+//
+// `kvote/kernels/packing.py` is the law of codes and of the layout. A page holds PACKED tokens. Keys: rows
+// [token / 16][channel / STEPS], then the scales [token / group][channel] and the minima in the dtype of the model.
+// Values: rows [channel / 16][token / STEPS], then the scales [channel / group][token] and the minima. Nothing is ever
+// unpacked to memory in order to be read: a query times the scales of a group meets the codes, and so do a query's
+// weights times the scales of each token.
+
+template <class T>
+struct PackedPage {
+    const uint8_t* codes;
+    const T *scale, *minimum;
+    int64_t ahead = 0;  // bytes from here to the page that is read next
+};
+
+// Where things lie in pages of keys or values.
+struct Form {
+    int64_t bits, group, dim, params;  // params: scales in a page
+    bool by_token;                     // scales are of groups of channels of one token, as those of values
+    static Form keys(const PackedPool& p) {
+        return p.by_token ? values(p) : Form{p.bits, p.group, p.dim, PACKED / p.group * p.dim, false};
+    }
+    static Form values(const PackedPool& p) {
+        return {p.bits, p.group, p.dim, (p.dim + p.group - 1) / p.group * PACKED, true};
+    }
+    int64_t codes() const { return PACKED * dim * bits / 8; }
+    template <class T>
+    int64_t bytes() const {
+        return codes() + 2 * params * int64_t(sizeof(T));
+    }
+    // The page that holds a token of a lane.
+    template <class T>
+    PackedPage<T> page(uint8_t* pool, const Lane& lane, int64_t token, Lane::Cursor& at) const {
+        uint8_t* start = pool + lane.slot(token / PACKED * PAGE, at) / PAGE * bytes<T>();
+        const T* scale = reinterpret_cast<const T*>(start + codes());
+        return {start, scale, scale + params, 0};
+    }
+};
+
+template <class T>
+inline vf rounded_to(vf x) {
+    T row[W];
+    put(row, x);
+    return get(row);
+}
+template <>
+inline vf rounded_to<f32>(vf x) {
+    return x;
+}
+
+template <class T>
+constexpr float LARGEST = std::is_same<T, f16>::value ? 65504.0f : 3.3895314e38f;
+
+inline vf vmin(vf a, vf b) { return -vmax(-a, -b); }
+
+// Scale and codes of numbers whose group spans least .. most, each step rounded to T as the law's are.
+template <class T>
+inline vf scale_of(vf least, vf most, float top) {
+    return rounded_to<T>(vmin(rounded_to<T>(most - least), splat(LARGEST<T>)) / top);
+}
+template <class T>
+inline vu codes_of(vf x, vf least, vf scale, float top) {
+    const vf step = scale > vf{} ? scale : splat(1.0f);
+    vf code = rounded_to<T>(rounded_to<T>(x - least) / step);
+    code = vmin(vmax(code, vf{}), splat(top));
+    const vf magic = splat(12582912.0f);  // adding it rounds to whole numbers, halves to even ones
+    return as_bits(code + magic) & 0xffu;
+}
+
+inline vu lane_numbers() {
+    vu lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = uint32_t(i);
+    return lanes;
+}
+
+// The bit at which step i of a row begins in its lane.
+inline int64_t shift_of(int64_t bits, int64_t step) { return 16 * (step % 2) + bits * (step / 2); }
+
+template <class T>
+void pack_keys(const PackArgs& a) {
+    const Form form = Form::keys(a.pool);
+    const int64_t dim = form.dim, G = form.group, steps = 32 / form.bits, groups = a.count / G;
+    const float top = float((1 << form.bits) - 1);
+    vu shifts;
+    for (int i = 0; i < W; ++i) shifts[i] = uint32_t(shift_of(form.bits, i % steps));
+    parallel(a.pool.lanes_count * a.count * dim > 16384 ? a.threads : 1, [&](const Team& team) {
+        for (int64_t item = team.from(a.pool.lanes_count * groups); item < team.to(a.pool.lanes_count * groups); ++item) {
+            const int64_t lane = item / groups, from = item % groups * G, token = a.first[lane] + from;
+            const T* in = static_cast<const T*>(a.in) + lane * a.lane_stride + from * a.token_stride;
+            Lane::Cursor at;
+            const PackedPage<T> page = form.page<T>(a.pool.pages, a.pool.lanes[lane], token, at);
+            uint8_t* codes = const_cast<uint8_t*>(page.codes);
+            T *scales = const_cast<T*>(page.scale), *minima = const_cast<T*>(page.minimum);
+            for (int64_t c = 0; c < dim; c += W) {
+                vf least = get(in + c), most = least;
+                for (int64_t t = 1; t < G; ++t) {
+                    const vf x = get(in + t * a.token_stride + c);
+                    least = vmin(x, least), most = vmax(x, most);
+                }
+                const vf scale = scale_of<T>(least, most, top);
+                put(scales + token % PACKED / G * dim + c, scale);
+                put(minima + token % PACKED / G * dim + c, least);
+                for (int64_t t = 0; t < G; ++t) {
+                    const vu code = codes_of<T>(get(in + t * a.token_stride + c), least, scale, top) << shifts;
+                    const int64_t place = token % PACKED + t;
+                    for (int64_t i = 0; i < W; i += steps) {
+                        uint32_t word = 0;
+                        for (int64_t j = i; j < i + steps && j < W; ++j) word |= code[j];
+                        std::memcpy(codes + (place / W * dim + c + i) / steps * ROW + 4 * (place % W), &word, 4);
+                    }
+                }
+            }
+        }
+    });
+}
+
+// Least and most of the channels `in` .. of one token, in every lane.
+template <class T>
+inline void span_of(const T* in, int64_t channels, vf& least, vf& most) {
+    vf low = get(in), high = low;
+    for (int64_t c = W; c < channels; c += W) {
+        const vf x = get(in + c);
+        low = vmin(x, low), high = vmax(x, high);
+    }
+    least = splat(-max(-low)), most = splat(max(high));
+}
+
+template <class T>
+void pack_keys_by_token(const PackArgs& a) {
+    const Form form = Form::keys(a.pool);
+    const int64_t dim = form.dim, G = form.group, steps = 32 / form.bits, items = a.pool.lanes_count * a.count;
+    const float top = float((1 << form.bits) - 1);
+    vu shifts;
+    for (int i = 0; i < W; ++i) shifts[i] = uint32_t(shift_of(form.bits, i % steps));
+    parallel(items * dim > 16384 ? a.threads : 1, [&](const Team& team) {
+        for (int64_t item = team.from(items); item < team.to(items); ++item) {
+            const int64_t lane = item / a.count, t = item % a.count, token = a.first[lane] + t, place = token % PACKED;
+            const T* in = static_cast<const T*>(a.in) + lane * a.lane_stride + t * a.token_stride;
+            Lane::Cursor at;
+            const PackedPage<T> page = form.page<T>(a.pool.pages, a.pool.lanes[lane], token, at);
+            for (int64_t from = 0; from < dim; from += G) {
+                const int64_t to = std::min(from + G, dim);
+                vf least, most;
+                span_of(in + from, to - from, least, most);
+                const vf scale = scale_of<T>(least, most, top);
+                T row[W];
+                put(row, scale);
+                const_cast<T*>(page.scale)[from / G * PACKED + place] = row[0];
+                put(row, least);
+                const_cast<T*>(page.minimum)[from / G * PACKED + place] = row[0];
+                for (int64_t c = from; c < to; c += W) {
+                    const vu code = codes_of<T>(get(in + c), least, scale, top) << shifts;
+                    for (int64_t i = 0; i < W; i += steps) {
+                        uint32_t word = 0;
+                        for (int64_t j = i; j < i + steps && j < W; ++j) word |= code[j];
+                        uint8_t* to_word = const_cast<uint8_t*>(page.codes) + (place / W * dim + c + i) / steps * ROW;
+                        std::memcpy(to_word + 4 * (place % W), &word, 4);
+                    }
+                }
+            }
+        }
+    });
+}
+
+template <class T>
+void pack_values(const PackArgs& a) {
+    const Form form = Form::values(a.pool);
+    const int64_t dim = form.dim, G = form.group, steps = 32 / form.bits, lanes = a.pool.lanes_count;
+    const float top = float((1 << form.bits) - 1);
+    // Tokens of one row of codes must not be written by two threads, so lanes are shared out, not tokens.
+    parallel(lanes * a.count * dim > 16384 ? a.threads : 1, [&](const Team& team) {
+        for (int64_t lane = team.from(lanes); lane < team.to(lanes); ++lane) {
+            Lane::Cursor at;
+            for (int64_t t = 0; t < a.count; ++t) {
+                const int64_t token = a.first[lane] + t, place = token % PACKED;
+                const T* in = static_cast<const T*>(a.in) + lane * a.lane_stride + t * a.token_stride;
+                const PackedPage<T> page = form.page<T>(a.pool.pages, a.pool.lanes[lane], token, at);
+                const uint32_t shift = uint32_t(shift_of(form.bits, place % steps)), mask = (1u << form.bits) - 1;
+                for (int64_t from = 0; from < dim; from += G) {
+                    const int64_t to = std::min(from + G, dim);
+                    vf low = get(in + from), high = low;
+                    for (int64_t c = from + W; c < to; c += W) {
+                        const vf x = get(in + c);
+                        low = vmin(x, low), high = vmax(x, high);
+                    }
+                    const vf least = splat(-max(-low)), scale = scale_of<T>(least, splat(max(high)), top);
+                    T row[W];
+                    put(row, scale);
+                    const_cast<T*>(page.scale)[from / G * PACKED + place] = row[0];
+                    put(row, least);
+                    const_cast<T*>(page.minimum)[from / G * PACKED + place] = row[0];
+                    for (int64_t c = from; c < to; c += W) {
+                        uint8_t* to_row = const_cast<uint8_t*>(page.codes) + (c / W * PACKED + place) / steps * ROW;
+                        const vu code = codes_of<T>(get(in + c), least, scale, top);
+                        store(to_row, (load<vu>(to_row) & ~(mask << shift)) | code << shift);
+                    }
+                }
+            }
+        }
+    });
+}
+
+// Tokens [lanes, count, dim] as they decode: those listed for the lane's sequence, or `start` and what follows.
+template <class T, bool KEYS>
+void unpack(const UnpackArgs& a) {
+    const Form form = KEYS ? Form::keys(a.pool) : Form::values(a.pool);
+    const int64_t dim = form.dim, G = form.group, steps = 32 / form.bits, lanes = a.pool.lanes_count;
+    const uint32_t mask = (1u << form.bits) - 1;
+    const vu own = lane_numbers();
+    vu shifts;
+    for (int i = 0; i < W; ++i) shifts[i] = uint32_t(shift_of(form.bits, i % steps));
+    parallel(lanes * a.count * dim > 16384 ? a.threads : 1, [&](const Team& team) {
+        Lane::Cursor at;
+        int64_t last = -1;
+        for (int64_t item = team.from(lanes * a.count); item < team.to(lanes * a.count); ++item) {
+            const int64_t lane = item / a.count, i = item % a.count;
+            if (lane != last) at = Lane::Cursor{}, last = lane;
+            const int64_t token = a.index ? a.index[lane / a.lanes_per_sequence * a.count + i] : a.start + i;
+            const PackedPage<T> page = form.page<T>(a.pool.pages, a.pool.lanes[lane], token, at);
+            const int64_t place = token % PACKED;
+            T* out = static_cast<T*>(a.out) + lane * a.out_stride + i * dim;
+            for (int64_t c = 0; c < dim; c += W) {
+                vu words;
+                vf scale, least;
+                if (KEYS) {
+                    for (int64_t j = 0; j < W; j += steps) {
+                        uint32_t word;
+                        std::memcpy(&word, page.codes + (place / W * dim + c + j) / steps * ROW + 4 * (place % W), 4);
+                        words = own >= uint32_t(j) ? vu{} + word : words;
+                    }
+                    words >>= shifts;
+                } else {
+                    words = load<vu>(page.codes + (c / W * PACKED + place) / steps * ROW);
+                    words >>= uint32_t(shift_of(form.bits, place % steps));
+                }
+                if (!form.by_token) {
+                    scale = get(page.scale + place / G * dim + c), least = get(page.minimum + place / G * dim + c);
+                } else {
+                    T both[2 * W] = {};
+                    both[0] = page.scale[c / G * PACKED + place], both[W] = page.minimum[c / G * PACKED + place];
+                    scale = splat(get(both)[0]), least = splat(get(both + W)[0]);
+                }
+                put(out + c, __builtin_convertvector((vi)(words & mask), vf) * scale + least);
+            }
+        }
+    });
+}
+
+// What a page is multiplied with: bfloat16 numbers for a bfloat16 model where one instruction multiplies those.
+#if defined(__AVX512BF16__)
+template <class T, int BITS>
+using Weight = typename std::conditional<std::is_same<T, bf16>::value && BITS != 8, bf16, float>::type;
+#else
+template <class T, int BITS>
+using Weight = float;
+#endif
+
+// Asks for two vectors of numbers `ahead` bytes further.
+template <class T>
+inline void ask_for(const T* p, int64_t ahead) {
+    for (int64_t i = 0; i < 2 * W * int64_t(sizeof(T)); i += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + i, 0, 2);
+}
+
+// One thread's scratch: queries times scales of each group of a page, or weights times scales of each group of channels.
+template <class U>
+struct Folded {
+    static constexpr int64_t GROUPS = 8;  // at most 4 of tokens in a page, 8 of channels in a head
+    alignas(64) U weights[GROUPS * 4 * MAX_DIM];
+    alignas(64) float scores[4 * PACKED];
+};
+
+// As `score_page`, where scales are of groups of channels of one token: a query meets the codes of each group as it is.
+// What lies outside from .. to within the vectors that are computed becomes 0.
+template <class T, int BITS, int Q, class U>
+void score_page_by_token(const PackedPage<T>& page, const Form& form, const float* query, int64_t from, int64_t to,
+                         Folded<U>& folded, float* scores, int64_t stride) {
+    const int64_t dim = form.dim, G = form.group, groups = (dim + G - 1) / G, tile = dim / STEPS<BITS> * ROW;
+    constexpr float zero = ZERO<BITS, U>;
+    const vi lanes = (vi)lane_numbers();
+    float sums_of_queries[Folded<U>::GROUPS * Q];
+    for (int q = 0; q < Q; ++q)
+        for (int64_t g = 0; g < groups; ++g) {
+            vf total{};
+            for (int64_t c = g * G; c < std::min(dim, (g + 1) * G); c += 2 * W) {
+                const bool two = c + W < std::min(dim, (g + 1) * G);
+                const vf x0 = load<vf>(query + q * dim + c), x1 = two ? load<vf>(query + q * dim + c + W) : vf{};
+                put_weights(folded.weights + q * MAX_DIM + c, x0, x1);
+                total += x0 + x1;
+            }
+            sums_of_queries[g * Q + q] = sum(total);
+        }
+    for (int64_t t = from / (2 * W) * 2 * W; t < to; t += 2 * W) {
+        const vi t0 = lanes + int32_t(t), t1 = t0 + W;
+        const vi live0 = (t0 >= int32_t(from)) & (t0 < int32_t(to)), live1 = (t1 >= int32_t(from)) & (t1 < int32_t(to));
+        const uint8_t* codes = page.codes + t / W * tile;
+        vf totals[Q][2] = {};
+        for (int64_t g = 0; g < groups; ++g) {
+            const T *scale = page.scale + g * PACKED + t, *minimum = page.minimum + g * PACKED + t;
+            ask_for(scale, page.ahead), ask_for(minimum, page.ahead);
+            // What is not stored may be anything, even NaN.
+            const vf s0 = live0 ? get(scale) : vf{}, s1 = live1 ? get(scale + W) : vf{};
+            const vf m0 = (live0 ? get(minimum) : vf{}) + s0 * zero, m1 = (live1 ? get(minimum + W) : vf{}) + s1 * zero;
+            vf sums[Q][2] = {};
+            const int64_t rows = std::min(G, dim - g * G) / STEPS<BITS>, first = g * G / STEPS<BITS> * ROW;
+            multiply<BITS, Q>(codes + first, codes + tile + first, rows, folded.weights + g * G, MAX_DIM, sums,
+                              page.ahead);
+            for (int q = 0; q < Q; ++q) {
+                totals[q][0] += sums[q][0] * s0 + sums_of_queries[g * Q + q] * m0;
+                totals[q][1] += sums[q][1] * s1 + sums_of_queries[g * Q + q] * m1;
+            }
+        }
+        for (int q = 0; q < Q; ++q) {
+            store(scores + q * stride + t, totals[q][0]);
+            store(scores + q * stride + t + W, totals[q][1]);
+        }
+    }
+}
+
+// Scores [q][PACKED] of Q query rows [dim] with the tokens from .. to (within the page; whole groups are computed).
+template <class T, int BITS, int Q, class U>
+void score_page(const PackedPage<T>& page, const Form& form, const float* query, int64_t from, int64_t to,
+                Folded<U>& folded, float* scores, int64_t stride) {
+    if (form.by_token) return score_page_by_token<T, BITS, Q>(page, form, query, from, to, folded, scores, stride);
+    const int64_t dim = form.dim, G = form.group, first = from / G, groups = (to + G - 1) / G - first;
+    constexpr float zero = ZERO<BITS, U>;
+    vf constants[W] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+        const T *scale = page.scale + (first + g) * dim, *minimum = page.minimum + (first + g) * dim;
+        U* weights = folded.weights + g * 4 * MAX_DIM;
+        vf sum[Q] = {};
+        for (int64_t c = 0; c < dim; c += 2 * W) {
+            const bool two = c + W < dim;
+            const vf s0 = get(scale + c), s1 = two ? get(scale + c + W) : vf{};
+            ask_for(scale + c, page.ahead), ask_for(minimum + c, page.ahead);
+            const vf m0 = get(minimum + c) + s0 * zero, m1 = two ? get(minimum + c + W) + s1 * zero : vf{};
+            for (int q = 0; q < Q; ++q) {
+                const vf x0 = load<vf>(query + q * dim + c), x1 = two ? load<vf>(query + q * dim + c + W) : vf{};
+                put_weights(weights + q * MAX_DIM + c, x0 * s0, x1 * s1);
+                sum[q] += x0 * m0;
+                sum[q] += x1 * m1;
+            }
+        }
+        for (int q = 0; q < Q; ++q) constants[g * Q + q] = sum[q];
+    }
+    const vf constant = sums_of(constants);
+    const int64_t tile = dim / STEPS<BITS> * ROW;
+    for (int64_t t = first * G; t < (first + groups) * G; t += 2 * W) {
+        const int64_t g = t / G - first;
+        const uint8_t* codes = page.codes + t / W * tile;
+        vf sums[Q][2];
+        for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = splat(constant[g * Q + q]);
+        multiply<BITS, Q>(codes, codes + tile, dim / STEPS<BITS>, folded.weights + g * 4 * MAX_DIM, MAX_DIM, sums,
+                          page.ahead);
+        for (int q = 0; q < Q; ++q) {
+            store(scores + q * stride + t, sums[q][0]);
+            store(scores + q * stride + t + W, sums[q][1]);
+        }
+    }
+}
+
+// Adds weights [q][PACKED], zero outside from .. to, times values to rows [width]: dim channels, then for each group of
+// channels sixteen sums of what its minima give.
+template <class T, int BITS, int Q, class U>
+void add_page(const PackedPage<T>& page, const Form& form, const float* weight, int64_t from, int64_t to,
+              Folded<U>& folded, float* out, int64_t width) {
+    const int64_t dim = form.dim, G = form.group, groups = (dim + G - 1) / G;
+    constexpr float zero = ZERO<BITS, U>;
+    constexpr int64_t steps = STEPS<BITS>;
+    const int64_t first = from / (2 * W) * 2 * W, rows = (to + steps - 1) / steps - first / steps;
+    const vi lanes = (vi)lane_numbers();
+    for (int64_t g = 0; g < groups; ++g) {
+        U* weights = folded.weights + g * 4 * PACKED;
+        vf sum[Q];
+        for (int q = 0; q < Q; ++q) sum[q] = load<vf>(out + q * width + dim + g * W);
+        for (int64_t t = first; t < to; t += 2 * W) {
+            const T *scale = page.scale + g * PACKED + t, *minimum = page.minimum + g * PACKED + t;
+            ask_for(scale, page.ahead), ask_for(minimum, page.ahead);
+            vf s0 = get(scale), s1 = get(scale + W), m0 = get(minimum), m1 = get(minimum + W);
+            if (t < from || to < t + 2 * W) {  // what is not stored may be anything, even NaN
+                const vi t0 = lanes + int32_t(t), t1 = t0 + W;
+                const vi live0 = (t0 >= int32_t(from)) & (t0 < int32_t(to));
+                const vi live1 = (t1 >= int32_t(from)) & (t1 < int32_t(to));
+                s0 = live0 ? s0 : vf{}, m0 = live0 ? m0 : vf{}, s1 = live1 ? s1 : vf{}, m1 = live1 ? m1 : vf{};
+            }
+            m0 += s0 * zero, m1 += s1 * zero;
+            for (int q = 0; q < Q; ++q) {
+                const vf p0 = load<vf>(weight + q * PACKED + t), p1 = load<vf>(weight + q * PACKED + t + W);
+                put_weights(weights + q * PACKED + t, p0 * s0, p1 * s1);
+                sum[q] += p0 * m0;
+                sum[q] += p1 * m1;
+            }
+        }
+        for (int q = 0; q < Q; ++q) store(out + q * width + dim + g * W, sum[q]);
+    }
+    const int64_t tile = PACKED / steps * ROW;
+    for (int64_t c = 0; c < dim; c += 2 * W) {
+        const bool two = c + W < dim;
+        const uint8_t* codes = page.codes + c / W * tile + first / steps * ROW;
+        vf sums[Q][2];
+        for (int q = 0; q < Q; ++q) {
+            sums[q][0] = load<vf>(out + q * width + c);
+            sums[q][1] = two ? load<vf>(out + q * width + c + W) : vf{};
+        }
+        multiply<BITS, Q>(codes, two ? codes + tile : codes, rows, folded.weights + c / G * 4 * PACKED + first, PACKED,
+                          sums, page.ahead);
+        for (int q = 0; q < Q; ++q) {
+            store(out + q * width + c, sums[q][0]);
+            if (two) store(out + q * width + c + W, sums[q][1]);
+        }
+    }
+}
+
+// What a page of one lane adds to the answers of Q of its queries.
+template <class T, int BITS, int Q, class U>
+void attend_page(const PackedPage<T>& key, const PackedPage<T>& value, const Form& keys, const Form& values,
+                 const PackedAttendArgs& a, const float* query, int64_t from, int64_t to, const Partial& part,
+                 int64_t width, Folded<U>& folded) {
+    float* scores = folded.scores;
+    score_page<T, BITS, Q>(key, keys, query, from, to, folded, scores, PACKED);
+    const int64_t first = from / W * W;
+    for (int q = 0; q < Q; ++q) {
+        float* s = scores + q * PACKED;
+        for (int64_t t = first; t < to; t += W) store(s + t, load<vf>(s + t) * a.scale);
+        soften(s + first, from - first, to - first, a.softcap, part.out + q * width, part.peak[q], part.mass[q], width);
+        for (int64_t t = from / (2 * W) * 2 * W; t < first; ++t) s[t] = 0;
+        for (int64_t t = (to + W - 1) / W * W; t < (to + 2 * W - 1) / (2 * W) * 2 * W; ++t) s[t] = 0;
+    }
+    add_page<T, BITS, Q>(value, values, scores, from, to, folded, part.out, width);
+}
+
+// Calls `body` with the number of queries, as a constant: as many at a time as there are registers for their sums.
+template <class Body>
+inline void by_few(int64_t count, Body&& body) {
+    int64_t q = 0;
+#if defined(__AVX512F__)
+    for (; q + 4 <= count; q += 4) body(q, std::integral_constant<int, 4>{});
+    if (count - q == 3) return body(q, std::integral_constant<int, 3>{});
+#endif
+    for (; q + 2 <= count; q += 2) body(q, std::integral_constant<int, 2>{});
+    if (q < count) body(q, std::integral_constant<int, 1>{});
+}
+
+template <class T, int BITS>
+void packed_attend_of(const PackedAttendArgs& a) {
+    using U = Weight<T, BITS>;
+    const Form keys = Form::keys(a.keys), values = Form::values(a.values);
+    const int64_t lanes = a.keys.lanes_count, dim = keys.dim, groups = a.groups;
+    const int64_t width = dim + (dim + values.group - 1) / values.group * W;
+    // Parts of whole pages, 64 or so in all.
+    const int64_t first = a.start / PACKED, pages = a.stop > a.start ? (a.stop + PACKED - 1) / PACKED - first : 0;
+    const int64_t share = std::max<int64_t>(1, (pages * lanes + 63) / 64), parts = (pages + share - 1) / share;
+    const int64_t items = lanes * parts;
+    const int threads = std::max(1, items < a.threads ? int(items) : a.threads);
+    Workspace space(Workspace::bytes<float>(items * groups * (width + 2)) + Workspace::bytes<Partial>(items) +
+                    Workspace::bytes<Folded<U>>(threads));
+    float* memory = space.take<float>(items * groups * (width + 2));
+    Partial* partial = space.take<Partial>(items);
+    Folded<U>* folded = space.take<Folded<U>>(threads);
+    std::atomic<int64_t> next{0};
+    parallel(threads, [&](const Team& team) {
+        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+            float* rows = memory + item * groups * (width + 2);
+            Partial& part = partial[item] = {rows, rows + groups * width, rows + groups * (width + 1)};
+            std::memset(rows, 0, 4 * groups * width);
+            for (int64_t g = 0; g < groups; ++g) part.peak[g] = -INFINITY, part.mass[g] = 0;
+            const int64_t lane = item / parts, begin = first + item % parts * share;
+            const int64_t end = std::min(begin + share, first + pages);
+            Lane::Cursor key_at, value_at;
+            auto key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], begin * PACKED, key_at);
+            auto value = values.page<T>(a.values.pages, a.values.lanes[lane], begin * PACKED, value_at);
+            for (int64_t page = begin; page < end; ++page) {
+                const int64_t token = page * PACKED, after = std::min(page + 1, end - 1) * PACKED;
+                const auto next_key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], after, key_at);
+                const auto next_value = values.page<T>(a.values.pages, a.values.lanes[lane], after, value_at);
+                key.ahead = next_key.codes - key.codes, value.ahead = next_value.codes - value.codes;
+                const int64_t from = std::max<int64_t>(a.start - token, 0), to = std::min(a.stop - token, PACKED);
+                by_few(groups, [&](int64_t q, auto Q) {
+                    const Partial some{part.out + q * width, part.peak + q, part.mass + q};
+                    attend_page<T, BITS, decltype(Q)::value>(key, value, keys, values, a,
+                                                             a.query + (lane * groups + q) * dim, from, to, some, width,
+                                                             folded[team.rank]);
+                });
+                key = next_key, value = next_value;
+            }
+            for (int64_t g = 0; g < groups; ++g)
+                for (int64_t c = 0; c < dim; c += W) {
+                    float* out = part.out + g * width;
+                    store(out + c, load<vf>(out + c) + sum(load<vf>(out + dim + c / values.group * W)));
+                }
+        }
+    });
+    for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t g = 0; g < groups; ++g)
+            merge_parts(partial + lane * parts, 1, parts, g, width, dim, a.out + (lane * groups + g) * dim,
+                        a.lse[lane * groups + g]);
+}
+
+template <class T, int BITS>
+void packed_scores_of(const PackedScoresArgs& a) {
+    using U = Weight<T, BITS>;
+    const Form keys = Form::keys(a.keys);
+    const int64_t lanes = a.keys.lanes_count, n = a.stop - a.start;
+    const int64_t first = a.start / PACKED, pages = n > 0 ? (a.stop + PACKED - 1) / PACKED - first : 0;
+    Workspace space(Workspace::bytes<Folded<U>>(a.threads));
+    Folded<U>* folded = space.take<Folded<U>>(a.threads);
+    parallel(a.threads, [&](const Team& team) {
+        Folded<U>& mine = folded[team.rank];
+        for (int64_t item = team.from(lanes * pages); item < team.to(lanes * pages); ++item) {
+            const int64_t lane = item / pages, token = (first + item % pages) * PACKED;
+            Lane::Cursor at;
+            const auto page = keys.page<T>(a.keys.pages, a.keys.lanes[lane], token, at);
+            const int64_t from = std::max<int64_t>(a.start - token, 0), to = std::min(a.stop - token, PACKED);
+            by_few(a.rows, [&](int64_t q, auto Q) {
+                score_page<T, BITS, decltype(Q)::value>(page, keys, a.query + (lane * a.rows + q) * keys.dim, from, to,
+                                                        mine, mine.scores, PACKED);
+                for (int64_t i = 0; i < Q; ++i)
+                    std::memcpy(a.scores + (lane * a.rows + q + i) * n + token + from - a.start,
+                                mine.scores + i * PACKED + from, 4 * (to - from));
+            });
+        }
+    });
+}
+
+#define KVOTE_BY_BITS(name, kernel, Args, pool) \
+    template <class T>                          \
+    void name(const Args& a) {                  \
+        switch (a.pool.bits) {                  \
+            case 2: return kernel<T, 2>(a);     \
+            case 4: return kernel<T, 4>(a);     \
+            case 8: return kernel<T, 8>(a);     \
+        }                                       \
+    }
+
+KVOTE_BY_BITS(packed_attend, packed_attend_of, PackedAttendArgs, keys)
+KVOTE_BY_BITS(packed_scores, packed_scores_of, PackedScoresArgs, keys)
+
+template <class T>
+void pack(const PackArgs& a) {
+    if (!a.are_keys) return pack_values<T>(a);
+    a.pool.by_token ? pack_keys_by_token<T>(a) : pack_keys<T>(a);
+}
+
+template <class T>
+void unpack_tokens(const UnpackArgs& a) {
+    a.are_keys ? unpack<T, true>(a) : unpack<T, false>(a);
+}

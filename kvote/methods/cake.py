@@ -1,0 +1,54 @@
+"""CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences (Qin et al., ICLR 2025, arXiv 2503.12491)."""
+
+from kvote.keep.budget import budget as read_budget
+from kvote.keep.cascade import KeepCascade
+from kvote.method import Method, published
+
+
+@published(rooms="keep", source="Qin et al. 2025, arXiv 2503.12491")
+def cake(
+    budget: int | float | str = 1024,
+    window: int = 32,
+    gamma: float = 200.0,
+    kernel: int = 5,
+    tau1: float = 1.0,
+    tau2: float = 1.0,
+    per_head: bool = True,
+    evict_generated: bool = True,
+) -> Method:
+    """Gives layers whose attention is spread and shifts more of one budget, while the prompt goes through the layers.
+
+    The last ``window`` queries of a prompt are looked at, without the columns of the window. A layer's preference is
+    the entropy of their attention to the power of 1 / ``tau1``, times its variance from query to query, summed over
+    tokens, to the power of 1 / ``tau2``. A token is worth the mean of the attention that they pay to it plus ``gamma``
+    times its variance, averaged over the heads of a key head and over ``kernel`` neighbours. After each layer, the
+    layers so far divide the whole budget by their preferences, and each keeps its most worthy tokens and the window.
+    Shares only shrink on the way: what is dropped does not come back. So a prompt in one pass never holds more than
+    the budget of all layers, their windows and one layer's prompt.
+
+    ``budget``: tokens per layer on average, windows included, as a number (1024), a fraction of the tokens seen when
+    the prompt ended (0.25) or bytes for all layers ("512MiB"). ``evict_generated``: every generated token lets its
+    layer drop what it itself looks at least (pooled, the window apart), so that a layer stays as long as its share;
+    with False, tokens are dropped with prompts only, and generated ones stay on top. ``per_head``: every key head keeps
+    its own tokens; with False all keep the same, by the mean over heads, which readers such as ``tokenselect`` need.
+
+    Exponents that were published, (``tau1``, ``tau2``) for budgets of 1024 and of 128 tokens:
+
+    ==================  ============  ============
+    Llama-3.1-8B        (1.6, 0.4)    (1.6, 0.6)
+    Llama-2-7B          (1.9, 1.8)    (0.9, 2.3)
+    Llama-2-13B         (0.5, 0.4)    (1.8, 2.0)
+    Mistral-7B-v0.3     (0.8, 0.5)    (1.0, 0.8)
+    Qwen2.5-7B          (1.5, 0.6)    (0.4, 0.6)
+    ==================  ============  ============
+
+    A prompt that ``Cache.expect`` announced in several passes is cut down in its last pass: each layer as that pass
+    goes through it, so that until then all layers hold all tokens. The end of every other pass counts as a prompt's
+    end. Sequences of a batch have preferences and shares of their own (the published code adds them up). Attention
+    stays in float32 (published: in the model's dtype). Tokens stay in the text's order, and the budget is kept as
+    soon as a prompt exceeds it (published: exceeds it by a window). A turn shorter than the window votes with the
+    queries it has; one query alone shows no variance, and then all layers count alike. Several tokens generated in
+    one pass (drafts) are followed by one drop, by what the last of them looks at.
+    """
+    taus = (tau1, tau2)
+    return Method(keep=KeepCascade(read_budget(budget), window, gamma, kernel, *taus, per_head, evict_generated))

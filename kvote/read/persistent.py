@@ -1,0 +1,97 @@
+"""Tokens chosen in two layers and read in all others: positions persist from layer to layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvote.errors import MethodError
+from kvote.read.per_head import ReadsLists, span_of, winners
+from kvote.read.tokens import Reading, Span, everything
+
+
+@dataclass
+class Chosen:
+    """By sequence: the tokens [heads, 1, k] that a layer chose in its last step; empty where it chooses none.
+
+    In every step they are replaced before another layer reads them, so there is nothing to forget.
+    """
+
+    index: dict[int, Tensor] = field(default_factory=dict)
+
+    def select(self, index: list[int]) -> None:
+        self.index.clear()
+
+    def forget(self) -> None:
+        pass
+
+    @property
+    def nbytes(self) -> int:
+        storages = [index.untyped_storage() for index in self.index.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(frozen=True)
+class PersistentPositions(ReadsLists):
+    """Parameters as in ``methods/tidaldecode.py``, which documents them."""
+
+    top_k: int
+    first: int
+    correction: int | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("top_k", 1), ("first", 0), ("correction", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not whole and not (name == "correction" and value is None):
+                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        if self.correction and self.correction <= self.first:
+            raise MethodError(
+                f"correction must be a layer after the first selecting one ({self.first}), or 0 for none; "
+                f"got {self.correction}."
+            )
+
+    @property
+    def crosses_layers(self) -> bool:
+        return True
+
+    def new_memory(self) -> Chosen:
+        return Chosen()
+
+    def selecting(self, layers: int) -> tuple[int, ...]:
+        """Which of so many layers choose, in order. Raises MethodError if no other would read what they choose."""
+        if self.first >= layers - 1:
+            raise MethodError(
+                f"There are {layers} layers with full attention, so none would read what layer {self.first} chooses; "
+                f"first must be less than {layers - 1}."
+            )
+        if self.correction is not None and self.correction >= layers:
+            raise MethodError(
+                f"There are {layers} layers with full attention, so there is no correction layer {self.correction}; "
+                "give a smaller one, or 0 for none."
+            )
+        correction = self.correction
+        if correction is None:
+            correction = max(self.first + 2, 13 * layers // 32)
+            correction = correction if correction < layers - 1 else 0
+        return (self.first, correction) if correction else (self.first,)
+
+    def read(self, reading: Reading) -> Iterator[Span]:
+        n, number = reading.first + reading.count, reading.number
+        selecting = self.selecting(len(reading.memories))
+        if not reading.decode or number < self.first or n <= self.top_k:
+            yield everything(reading)
+        elif number in selecting:
+            # What is chosen serves the layers after this one, which itself reads everything.
+            scores = reading.segment.scores(reading.queries.rotated, reading.rows, 0, n)
+            chosen = reading.memories[number]
+            assert isinstance(chosen, Chosen)
+            chosen.index.update(zip(reading.rows, winners(scores, self.top_k), strict=True))
+            reading.activity.selections += len(reading.rows)
+            yield everything(reading)
+        else:
+            chosen = reading.memories[max(layer for layer in selecting if layer < number)]
+            assert isinstance(chosen, Chosen)
+            reading.activity.reused += len(reading.rows)
+            yield span_of(reading, torch.stack([chosen.index[row] for row in reading.rows]))

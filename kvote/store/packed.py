@@ -1,0 +1,138 @@
+"""Packed lanes: keys, or values, in a few bits, in pages of their own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.kernels import cpu, packing
+from kvote.kernels.cpu import packed
+from kvote.kernels.packing import PACKED, Packing
+from kvote.store.pages import Lane, PagePool
+
+# Room left behind a lane where it has to move: a 64th of its pages. Growth copies a token 65 times at most, which is
+# what a raw token is copied 9 times or so.
+_ROOM = 64
+
+
+class PackedLanes:
+    """Keys or values [tokens, d] of each lane in the form of a ``Packing``; lanes are (sequence, key head).
+
+    ``compiled``: whether the C++ kernels read and write them; the law does otherwise.
+    """
+
+    def __init__(self, heads: int, form: Packing, device: torch.device, *, compiled: bool) -> None:
+        self.heads, self.form, self.compiled = heads, form, compiled
+        pages = torch.empty(0, form.page_bytes, dtype=torch.uint8, device=device)
+        self.pool = PagePool({"pages": pages}, page=PACKED, room=_ROOM)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pool.nbytes
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of a token of one lane, room not counted."""
+        return self.form.page_bytes / PACKED
+
+    def length(self, row: int) -> int:
+        return self.pool.lanes[row * self.heads].length
+
+    def add_sequences(self, count: int) -> None:
+        self.pool.lanes += [Lane() for _ in range(count * self.heads)]
+
+    def _lanes(self, rows: Sequence[int]) -> tuple[int, ...]:
+        return tuple(row * self.heads + head for row in rows for head in range(self.heads))
+
+    def _slots(self, rows: Sequence[int], start: int, stop: int) -> Tensor:
+        return torch.stack([self.pool.slots(self.pool.lanes[i], start, stop) for i in self._lanes(rows)])
+
+    def reserve(self, rows: Sequence[int], tokens: int) -> None:
+        """Makes room for ``tokens`` more of some sequences, in one piece where they are empty."""
+        chosen = self._lanes(rows)
+        if not self.pool.has_room(chosen, tokens):
+            targets = [lane.length for lane in self.pool.lanes]
+            for i in chosen:
+                targets[i] += tokens
+            self.pool.grow(targets, room=any(lane.length for lane in self.pool.lanes))
+
+    def append(self, rows: list[int], x: Tensor) -> None:
+        """Packs ``x`` [b, h, t, d] behind equally long lanes; keys come in whole groups, behind whole groups."""
+        self.reserve(rows, x.shape[2])
+        chosen, first = self._lanes(rows), self.length(rows[0])
+        pages, flat = self.pool.parts["pages"], x.flatten(0, 1)
+        if self.compiled:
+            packed.pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
+        else:
+            slots = self._slots(rows, first, first + x.shape[2])
+            packing.pack(flat.flatten(0, 1), pages, self.form, slots.flatten())
+        for i in chosen:
+            self.pool.lanes[i].length += x.shape[2]
+
+    def unpack(self, rows: list[int], tokens: range | Tensor) -> Tensor:
+        """Tokens as they decode, [b, h, m, d]: a range, or lists int64 [b, m]; with a list for each of several query
+        heads per key head, [b, heads, m], as many heads as lists."""
+        pages, form, lanes = self.pool.parts["pages"], self.form, self._lanes(rows)
+        sequences, heads = len(rows), self.heads
+        m = len(tokens) if isinstance(tokens, range) else tokens.shape[-1]
+        if isinstance(tokens, Tensor) and tokens.dim() == 3:
+            # A head with a list of its own is a sequence of one head.
+            lanes = tuple(lane for lane in lanes for _ in range(tokens.shape[1] // heads))
+            sequences, heads, tokens = len(lanes), tokens.shape[1], tokens.reshape(-1, m)
+        if self.compiled:
+            out = torch.empty(len(lanes), m, form.dim, dtype=form.dtype, device=pages.device)
+            packed.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
+        else:
+            start, stop = (tokens.start, tokens.stop) if isinstance(tokens, range) else (0, self.length(rows[0]))
+            slots = torch.stack([self.pool.slots(self.pool.lanes[i], start, stop) for i in lanes])
+            if isinstance(tokens, Tensor):
+                slots = slots.gather(1, tokens.repeat_interleave(len(lanes) // sequences, 0))
+            out = packing.unpack(pages, form, slots.flatten())
+        return out.view(len(rows), heads, m, form.dim)
+
+    def held(self, rows: list[int]) -> tuple[Tensor, Packing, cpu.Lanes]:
+        """As the compiled kernels read them."""
+        return self.pool.parts["pages"], self.form, self.pool.table(self._lanes(rows))
+
+    def truncate(self, row: int, length: int) -> None:
+        for i in self._lanes([row]):
+            self.pool.truncate(self.pool.lanes[i], length)
+
+    def select(self, index: list[int]) -> None:
+        self.pool.select(self._lanes(index))
+
+
+def attend(
+    query: Tensor,
+    keys: PackedLanes,
+    values: PackedLanes,
+    rows: list[int],
+    tokens: range,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Attention [b, heads, t, dv] of a few queries [b, heads, t, d] straight from the codes, and its log-sum-exp; None
+    where no kernel can do that."""
+    t = query.shape[2]
+    groups = query.shape[1] // keys.heads
+    if not keys.compiled or keys.form.dim != values.form.dim or t > _STREAMED or groups > cpu.MAX_GROUPS:
+        return None
+    held = keys.held(rows), values.held(rows)
+    answers = [packed.attend(query[:, :, i], *held, tokens, scale=scale, softcap=softcap) for i in range(t)]
+    return torch.stack([out for out, _ in answers], dim=2), torch.stack([lse for _, lse in answers], dim=2)
+
+
+def scores(query: Tensor, keys: PackedLanes, rows: list[int], tokens: range) -> Tensor:
+    """q.k [b, r, heads, n] of ``query`` [b, heads, r, d] with packed keys."""
+    if keys.compiled:
+        return packed.scores(query, keys.held(rows), tokens).transpose(1, 2)
+    blocks = [range(i, min(i + BLOCK, tokens.stop)) for i in range(tokens.start, tokens.stop, BLOCK)]
+    return torch.cat([kernels.scores(query, keys.unpack(rows, block)) for block in blocks], dim=-1)
+
+
+# Tokens that are decoded at a time.
+BLOCK = 4096
+# Queries that read the codes one by one; more of them share decoded blocks.
+_STREAMED = 4

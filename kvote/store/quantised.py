@@ -1,0 +1,519 @@
+"""Quantised segments: a packed body and, behind it, the most recent tokens as the model made them.
+
+Of n tokens, keys are packed in whole runs of ``residual`` tokens, floor(n / residual) * residual of them, and values as
+soon as ``residual`` younger ones exist, max(0, n - residual) of them. Each token is packed once. Tokens whose values
+are packed are the body; all others lie in a raw segment, where a key that is packed already is replaced by what it
+decodes to. So there are two regions, and their answers are merged by their log-sum-exp.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.kernels import reference
+from kvote.kernels.packing import Packing
+from kvote.read.tokens import Queries, TokenSet
+from kvote.rope import Rope
+from kvote.store import packed
+from kvote.store.packed import BLOCK, PackedLanes
+from kvote.store.pages import PAGE, PagePool
+from kvote.store.raw import RawSegment
+from kvote.store.segment import Logits, Segment
+
+Answer = tuple[Tensor, Tensor]
+
+
+class QuantisedSegment:
+    """Tokens of a layer of which all but the most recent are packed. With a ``rope``, keys are packed at position 0 and
+    rotated when they are read; without, as the model rotated them."""
+
+    def __init__(
+        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, bits: int, group: int, residual: int
+    ) -> None:
+        self.heads, self.rope, self.group, self.residual = heads, rope, group, residual
+        self.raw = RawSegment(heads, like, value_dim, rope)
+        compiled = kernels.compiled(like, like.new_empty(0, value_dim))
+        keys = Packing(bits, group, like.shape[-1], like.dtype, are_keys=True)
+        values = Packing(bits, group, value_dim, like.dtype, are_keys=False)
+        self.keys = PackedLanes(heads, keys, like.device, compiled=compiled)
+        self.values = PackedLanes(heads, values, like.device, compiled=compiled)
+        # Of each sequence: the token at which the raw segment begins (whole pages before the body's end are given
+        # back), and the positions of those before it, int32 [1 or heads, tokens].
+        self._first: list[int] = []
+        self._before: list[Tensor] = []
+
+    @property
+    def sequences(self) -> int:
+        return self.raw.sequences
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw.device
+
+    @property
+    def pools(self) -> list[PagePool]:
+        return [self.raw.pool, self.keys.pool, self.values.pool]
+
+    @property
+    def nbytes(self) -> int:
+        before = {storage.data_ptr(): storage.nbytes() for storage in (x.untyped_storage() for x in self._before)}
+        return sum(pool.nbytes for pool in self.pools) + sum(before.values())
+
+    def length(self, row: int) -> int:
+        return self._first[row] + self.raw.length(row)
+
+    def add_sequences(self, count: int) -> None:
+        for part in (self.raw, self.keys, self.values):
+            part.add_sequences(count)
+        self._first += [0] * count
+        self._before += [torch.empty(1, 0, dtype=torch.int32, device=self.device)] * count
+
+    def reserve(self, tokens: int) -> None:
+        """A prompt is raw until it ends, so room is made where raw tokens lie."""
+        self.raw.reserve(tokens)
+
+    def append(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
+        self.raw.append(rows, key, value, positions)
+
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
+        pass
+
+    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> None:
+        return None
+
+    # Packing.
+
+    def seal(self, ahead: int) -> None:
+        """Packs what is old enough, once the prompt has ended: until then its own queries read it as it is."""
+        if ahead:
+            return
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for row in range(self.sequences):
+            alike.setdefault((self.length(row), *self._state(row)), []).append(row)
+        changed = [self._seal(rows) for rows in alike.values()]
+        if any(changed):
+            self.raw.trim()
+
+    def _state(self, row: int) -> tuple[int, int, int]:
+        """Keys packed, values packed, and the token at which the raw segment begins."""
+        return self.keys.length(row), self.values.length(row), self._first[row]
+
+    def _seal(self, rows: list[int]) -> bool:
+        n, (keys, values, first) = self.length(rows[0]), self._state(rows[0])
+        more_keys, more_values = max(keys, n // self.residual * self.residual), max(values, n - self.residual)
+        if (more_keys, more_values) == (keys, values):
+            return False
+        for part, done, until, which in ((self.keys, keys, more_keys, 0), (self.values, values, more_values, 1)):
+            if until > done:
+                part.reserve(rows, until - done)
+            for start in range(done, until, BLOCK):
+                stop = min(start + BLOCK, until)
+                part.append(rows, self.raw.decode(rows, start - first, stop - first)[which])
+        if more_keys > keys:
+            self._replace_keys(rows, max(keys, more_values), more_keys)
+        self._give_back(rows, (more_values - first) // PAGE)
+        return True
+
+    def _replace_keys(self, rows: list[int], start: int, stop: int) -> None:
+        """Makes raw keys of some tokens what they decode to; what follows them stays."""
+        first, n = self._first[rows[0]], self.length(rows[0])
+        if start >= stop:
+            return
+        key, value, positions = self._raw_tokens(rows, start - first, n - first)
+        key[:, :, : stop - start] = self.keys.unpack(rows, range(start, stop))
+        for row in rows:
+            self.raw.truncate(row, start - first)
+        self.raw.put(rows, key, value, positions)
+
+    def _raw_tokens(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of keys, values and positions [b, h, t, ...] of the raw segment's tokens."""
+        key, value = self.raw.decode(rows, start, stop)
+        positions = torch.stack([torch.stack(self.raw.positions(row))[:, start:stop] for row in rows])
+        return key.clone(), value.clone(), positions
+
+    def _give_back(self, rows: list[int], pages: int) -> None:
+        """Forgets whole raw pages whose tokens are packed."""
+        if pages <= 0:
+            return
+        for row in rows:
+            known = torch.stack(self.raw.positions(row))[:, : pages * PAGE]
+            self._before[row] = _joined(self._before[row], known)
+            self._first[row] += pages * PAGE
+            for i in range(row * self.heads, (row + 1) * self.heads):
+                self.raw.pool.drop_front(self.raw.pool.lanes[i], pages)
+
+    # Reading.
+
+    def _bodies(self, rows: list[int]) -> list[list[int]]:
+        """Rows whose bodies are equally long."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for row in rows:
+            alike.setdefault(self._state(row), []).append(row)
+        return list(alike.values())
+
+    def _by_body(
+        self, rows: list[int], call: Callable[[list[int], slice | list[int]], tuple[Tensor, ...]]
+    ) -> list[Tensor]:
+        """Joins, in the order of ``rows``, what ``call`` gives for rows alike and where they stand among all."""
+        parts = self._bodies(rows)
+        if len(parts) == 1:
+            return list(call(rows, slice(None)))
+        places = [[rows.index(row) for row in part] for part in parts]
+        answers = [call(part, place) for part, place in zip(parts, places, strict=True)]
+        order = torch.tensor([i for place in places for i in place], device=self.device).argsort()
+        return [torch.cat(each)[order] for each in zip(*answers, strict=True)]
+
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        def some(part: list[int], at: slice | list[int]) -> Answer:
+            raw = None if queries.raw is None else queries.raw[at]
+            own = tokens if isinstance(tokens.index, range) else replace(tokens, index=tokens.index[at])
+            return self._attend(Queries(queries.rotated[at], raw), part, own, logits)
+
+        out, lse = self._by_body(rows, some)
+        return out, lse
+
+    def _attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        body, first, index = self.values.length(rows[0]), self._first[rows[0]], tokens.index
+        recent = self._recent(rows, tokens)
+        if recent is not None:
+            return self.raw.attend(queries, rows, recent, logits)
+        if isinstance(index, Tensor):
+            return self._attend_lists(queries, rows, tokens, logits)
+        if self.rope is not None or (tokens.window is not None and tokens.window < len(tokens)):
+            return _merged(queries.rotated, self._answers(queries, rows, tokens, logits))
+        answers = []
+        if index.start < body:
+            answers.append(self._attend_body(queries.rotated, rows, range(index.start, min(index.stop, body)), logits))
+        if index.stop > body:
+            rest = range(max(index.start, body) - first, index.stop - first)
+            answers.append(self.raw.attend(queries, rows, replace(tokens, index=rest), logits))
+        return _merged(queries.rotated, iter(answers))
+
+    def _recent(self, rows: list[int], tokens: TokenSet) -> TokenSet | None:
+        """``tokens`` as the raw segment names them, if it holds them all: while a prompt goes on, and for a range that
+        the body has no part in."""
+        body, first = self.values.length(rows[0]), self._first[rows[0]]
+        if isinstance(tokens.index, Tensor):
+            return tokens if body == 0 else None
+        if tokens.index.start < body:
+            return None
+        return replace(tokens, index=range(tokens.index.start - first, tokens.index.stop - first))
+
+    def _attend_body(self, query: Tensor, rows: list[int], tokens: range, logits: Logits) -> Answer:
+        """Attention over packed tokens that all queries see."""
+        answer = packed.attend(query, self.keys, self.values, rows, tokens, scale=logits.scale, softcap=logits.softcap)
+        if answer is not None:
+            return answer
+
+        def blocks() -> Iterator[Answer]:
+            for start in range(tokens.start, tokens.stop, BLOCK):
+                block = range(start, min(start + BLOCK, tokens.stop))
+                key, value = self.keys.unpack(rows, block), self.values.unpack(rows, block)
+                yield kernels.attend(query, key, value, causal=False, scale=logits.scale, softcap=logits.softcap)
+
+        return _merged(query, blocks())
+
+    def _answers(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Iterator[Answer]:
+        """Answers over a range, a block of tokens at a time: where keys must be rotated, or rows see a window."""
+        index, m, t = tokens.index, len(tokens), queries.rotated.shape[2]
+        assert isinstance(index, range)
+        query = self.raw._place_queries(queries, tokens)
+        # The queries themselves, at the end of a causal list, are a block of their own.
+        past = m - t if tokens.causal else m
+        blocks = [(i, min(i + BLOCK, past)) for i in range(0, past, BLOCK)] + ([(past, m)] if tokens.causal else [])
+        last = past + torch.arange(t, device=self.device)[:, None]
+        for start, stop in blocks:
+            key, value, positions = self._tokens(rows, index.start + start, index.start + stop)
+            if self.rope is not None:
+                if tokens.positions == "contiguous":
+                    angles = self.rope.contiguous(max(m, (tokens.query_at or 0) + 1), self.device)
+                    key = self.rope.apply(key, (angles[0][start:stop], angles[1][start:stop]))
+                else:
+                    key = self.rope.apply(key, self.rope.angles(positions, torch.float32))
+            if start == past or tokens.window is None:
+                yield kernels.attend(
+                    query,
+                    key,
+                    value,
+                    scale=logits.scale,
+                    softcap=logits.softcap,
+                    causal=start == past,
+                    window=tokens.window if start == past else None,
+                )
+                continue
+            seen = torch.arange(start, stop, device=self.device) > last - tokens.window
+            if bool(seen.any()):
+                yield _masked(query, key, value, seen, logits)
+
+    def _attend_lists(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        """Every block of queries reads a list of its own; one list at a time is decoded."""
+        assert isinstance(tokens.index, Tensor)
+        each = queries.rotated.shape[2] // tokens.blocks
+        answers = []
+        for j in range(tokens.blocks):
+            own = replace(tokens, index=tokens.index[..., j : j + 1, :])
+            some = queries.rows(j * each, (j + 1) * each)
+            key, value = self._listed(rows, own)
+            query = self.raw._place_queries(some, own)
+            answers.append(
+                kernels.attend(
+                    query,
+                    key,
+                    value,
+                    causal=tokens.causal,
+                    window=tokens.window,
+                    scale=logits.scale,
+                    softcap=logits.softcap,
+                )
+            )
+        if len(answers) == 1:
+            return answers[0]
+        return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)
+
+    def _listed(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor]:
+        """Keys, where they stand for the queries, and values [b, h, m, c] of one list [b, 1, m] per sequence, or
+        [b, heads, 1, m] per query head, which makes h as many heads."""
+        assert isinstance(tokens.index, Tensor)
+        index = tokens.index[..., 0, :].contiguous()
+        body, first = self.values.length(rows[0]), self._first[rows[0]]
+        recent = (index - first).clamp(min=0)
+        key, value, _ = self.raw._read(rows, TokenSet(recent[..., None, :]))
+        each = index if tokens.by_head else index[:, None]
+        if bool((index < body).any()):
+            old, where = index.clamp(max=body - 1), (each < body)[..., None]
+            key = torch.where(where, self.keys.unpack(rows, old), key)
+            value = torch.where(where, self.values.unpack(rows, old), value)
+        if self.rope is None:
+            return key, value
+        if tokens.positions == "original":
+            held = torch.stack([torch.stack(self.positions(row)) for row in rows])
+            heads = key.shape[1]
+            held = held.repeat_interleave(heads // self.heads, dim=1)
+            positions = held.gather(2, each.expand(-1, heads, -1))
+            return self.rope.apply(key, self.rope.angles(positions, torch.float32)), value
+        cos, sin = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.device)
+        return self.rope.apply(key, (cos[: len(tokens)], sin[: len(tokens)])), value
+
+    def attention_mass(
+        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
+    ) -> Tensor:
+        def some(part: list[int], at: slice | list[int]) -> tuple[Tensor]:
+            raw = None if queries.raw is None else queries.raw[at]
+            own = tokens if isinstance(tokens.index, range) else replace(tokens, index=tokens.index[at])
+            return (self._mass(Queries(queries.rotated[at], raw), lse[at], part, own, logits),)
+
+        return self._by_body(rows, some)[0]
+
+    def _mass(self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Tensor:
+        body, first, index = self.values.length(rows[0]), self._first[rows[0]], tokens.index
+        recent = self._recent(rows, tokens)
+        if recent is not None:
+            return self.raw.attention_mass(queries, lse, rows, recent, logits)
+        if isinstance(index, Tensor):
+            each, pieces = queries.rotated.shape[2] // tokens.blocks, []
+            for j in range(tokens.blocks):
+                own, at = replace(tokens, index=index[..., j : j + 1, :]), slice(j * each, (j + 1) * each)
+                query = self.raw._place_queries(queries.rows(at.start, at.stop), own)
+                key = self._listed(rows, own)[0]
+                pieces.append(
+                    kernels.attention_mass(
+                        query,
+                        lse[:, :, at],
+                        key,
+                        causal=tokens.causal,
+                        window=tokens.window,
+                        scale=logits.scale,
+                        softcap=logits.softcap,
+                    )
+                )
+            return torch.stack(pieces, dim=2)
+        if index.stop <= body or self.rope is not None or tokens.window is not None:
+            key, _, positions = self._tokens(rows, index.start, index.stop)
+            query = self.raw._place_queries(queries, tokens)
+            if self.rope is not None:
+                angles = self.rope.angles(positions, torch.float32)
+                if tokens.positions == "contiguous":
+                    table = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.device)
+                    angles = table[0][: len(tokens)], table[1][: len(tokens)]
+                key = self.rope.apply(key, angles)
+            mass = kernels.attention_mass(
+                query, lse, key, causal=tokens.causal, window=tokens.window, scale=logits.scale, softcap=logits.softcap
+            )
+            return mass[:, :, None]
+        pieces = []
+        for start in range(index.start, min(index.stop, body), BLOCK):
+            key = self.keys.unpack(rows, range(start, min(start + BLOCK, index.stop, body)))
+            pieces.append(
+                kernels.attention_mass(
+                    queries.rotated, lse, key, causal=False, scale=logits.scale, softcap=logits.softcap
+                )[:, :, None]
+            )
+        rest = range(max(index.start, body) - first, index.stop - first)
+        pieces.append(self.raw.attention_mass(queries, lse, rows, replace(tokens, index=rest), logits))
+        return torch.cat(pieces, dim=-1)
+
+    def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
+        def some(part: list[int], at: slice | list[int]) -> tuple[Tensor]:
+            body, first, pieces = self.values.length(part[0]), self._first[part[0]], []
+            if start < body:
+                pieces.append(packed.scores(query[at], self.keys, part, range(start, min(stop, body))))
+            if stop > body:
+                pieces.append(self.raw.scores(query[at], part, max(start, body) - first, stop - first))
+            return (torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0],)
+
+        return self._by_body(rows, some)[0]
+
+    def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
+        if self._is_raw(rows):
+            return self.raw.votes(query, rows, start, limits)
+        return kernels.soft_votes(kernels.forbid(self.scores(query, rows, start, max(limits)), start, limits))
+
+    def winners(
+        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
+    ) -> Tensor:
+        if self._is_raw(rows):
+            return self.raw.winners(query, rows, start, limits, k, nominate)
+        return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
+
+    def _is_raw(self, rows: list[int]) -> bool:
+        """Whether nothing of these sequences is packed."""
+        return not any(self.values.length(row) for row in rows)
+
+    def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        def some(part: list[int], at: slice | list[int]) -> tuple[Tensor, Tensor]:
+            return self._tokens(part, start, stop)[:2]
+
+        key, value = self._by_body(rows, some)
+        return key, value
+
+    def _tokens(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions [b, h, n, ...] of rows with equally long bodies, decoded where they are packed."""
+        body, first = self.values.length(rows[0]), self._first[rows[0]]
+        held = torch.stack([torch.stack(self.positions(row))[:, start:stop] for row in rows])
+        if start >= body:
+            return *self.raw.decode(rows, start - first, stop - first), held
+        old = range(start, min(stop, body))
+        key, value = self.keys.unpack(rows, old), self.values.unpack(rows, old)
+        if stop > body:
+            recent = self.raw.decode(rows, body - first, stop - first)
+            key, value = torch.cat([key, recent[0]], dim=2), torch.cat([value, recent[1]], dim=2)
+        return key, value, held
+
+    def positions(self, row: int) -> list[Tensor]:
+        before = self._before[row].expand(self.heads, -1)
+        return [torch.cat(pair) for pair in zip(before, self.raw.positions(row), strict=True)]
+
+    # Taking tokens away.
+
+    def keep(self, row: int, slots: Tensor, content: tuple[Tensor, Tensor] | None = None) -> None:
+        """As ``Segment.keep``. From the first token that moves on, what stays is decoded, and packed anew by the next
+        ``seal``."""
+        slots = slots.to(self.device).expand(self.heads, -1)
+        moving = (slots != torch.arange(slots.shape[1], device=self.device)).any(dim=0)
+        start = int(moving.int().argmax()) if bool(moving.any()) else slots.shape[1]
+        start = 0 if content is not None else start
+        n = self.length(row)
+        key, value, positions = self._tokens([row], start, n)
+        chosen = slots[:, start:] - start
+        positions = positions.gather(2, chosen[None])
+        if content is None:
+            key, value = (x.gather(2, chosen[None, :, :, None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
+        else:
+            key, value = (new[None].to(old.dtype) for new, old in zip(content, (key, value), strict=True))
+        self.truncate(row, start)
+        if chosen.shape[1]:
+            self.raw.put([row], key, value, positions)
+        self.trim()
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets the last tokens of a sequence. Tokens of a group of keys that is cut become raw again, as they
+        decode; they are packed a second time when their group is full again."""
+        keys, values, first = self._state(row)
+        kept_keys = keys if length >= keys else length // self.group * self.group
+        kept_values = min(values, kept_keys)
+        if kept_values == values and length >= first:
+            self.raw.truncate(row, length - first)
+        else:
+            again = [part.clone() for part in self._tokens([row], kept_values, length)]
+            self._before[row] = torch.stack(self.positions(row))[:, :kept_values].clone()
+            self._first[row] = kept_values
+            self.raw.truncate(row, 0)
+            if length > kept_values:
+                self.raw.put([row], *again)
+        self.keys.truncate(row, kept_keys)
+        self.values.truncate(row, kept_values)
+
+    def select(self, index: list[int]) -> None:
+        for part in (self.raw, self.keys, self.values):
+            part.select(index)
+        self._first = [self._first[i] for i in index]
+        self._before = [self._before[i] for i in index]
+
+    def trim(self) -> None:
+        for pool in self.pools:
+            pool.trim()
+
+    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
+        raw = self.raw.tokens_within(nbytes, beside)
+        lanes = max(1, self.sequences * self.heads)
+        # The residual, as many keys that wait for their run to be full, and unfilled pages.
+        recent = 2 * self.residual + 4 * PAGE
+        each = self.raw.pool.parts
+        spent = recent * sum(part[:0].element_size() * part.shape[1:].numel() for part in each.values()) / PAGE
+        packed_bytes = (self.keys.token_bytes + self.values.token_bytes + beside + 4) * (1 + 1 / self.keys.pool.room)
+        return max(raw, int((nbytes / lanes - spent) / packed_bytes))
+
+
+def _joined(before: Tensor, more: Tensor) -> Tensor:
+    """Positions [1 or heads, n] and [heads, m] side by side, once if they are the same in every head."""
+    if bool((more == more[:1]).all()):
+        more = more[:1]
+    if not before.shape[1]:
+        return more.clone()
+    rows = max(len(before), len(more))
+    return torch.cat([before.expand(rows, -1), more.expand(rows, -1)], dim=1)
+
+
+def _merged(query: Tensor, answers: Iterator[Answer]) -> Answer:
+    """Joins answers one after the other in float32; the result in the dtype of the query."""
+    out, lse = next(answers)
+    for more in answers:
+        out, lse = kernels.merge([(out.float(), lse), more])
+    return out.to(query.dtype), lse
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, logits: Logits) -> Answer:
+    """Attention under a mask [t, m], some rows at a time, so that the logits stay small."""
+    rows = max(1, (1 << 24) // (query.shape[0] * query.shape[1] * key.shape[2]))
+    answers = [
+        reference.attend(
+            query[:, :, i : i + rows], key, value, scale=logits.scale, softcap=logits.softcap, mask=mask[i : i + rows]
+        )
+        for i in range(0, query.shape[2], rows)
+    ]
+    return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Old tokens are packed in ``bits`` per number: keys per channel in groups of ``group`` tokens, values per token in
+    groups of ``group`` channels. The last ``residual`` tokens stay as they are."""
+
+    bits: int
+    group: int
+    residual: int
+    needs_raw_keys: bool = False
+    lists: bool = True
+    regroups: bool = True
+    labels: bool = False
+
+    def new_segment(
+        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
+    ) -> QuantisedSegment:
+        return QuantisedSegment(heads, like, value_dim, rope, bits=self.bits, group=self.group, residual=self.residual)
+
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
+        pass

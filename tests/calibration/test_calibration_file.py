@@ -1,0 +1,181 @@
+"""A calibration file is read back as it was written, and anything else is refused in one sentence."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from kvote import Cache, InputError
+from kvote.calibration import Calibration, Fingerprint, load, save
+from kvote.calibration import file as calibration_file
+from kvote.calibration.channels import order_of
+
+KIND = "channels"
+
+
+@pytest.fixture
+def made() -> Calibration:
+    model = Fingerprint("llama", layers=2, heads=4, kv_heads=2, head_dim=4, checksum="ab" * 16)
+    order = [[3, 1, 0, 2], [0, 1, 2, 3]]
+    return Calibration(KIND, model, {"tokens": 9, "layers": {"0": order, "1": order[::-1]}})
+
+
+def test_what_was_saved_is_loaded(made, tmp_path):
+    path = tmp_path / "model.json"
+    save(made, path)
+    assert load(path, KIND) == replace(made, name=str(path))
+    held = json.loads(path.read_text())
+    assert list(held) == ["format", "version", "kind", "model", "data"]
+    assert (held["format"], held["version"], held["model"]) == ("kvote-calibration", 1, asdict(made.model))
+    assert os.listdir(tmp_path) == ["model.json"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(made, tmp_path, monkeypatch):
+    path = tmp_path / "model.json"
+    save(made, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match=r"Cannot write .*: No space left on device\.$"):
+        save(replace(made, data={"tokens": 1, "layers": {}}), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.json"]
+
+
+def changed(made: Calibration, path: Path, **changes: Any) -> Path:
+    save(made, path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format": "other"}, "is not a calibration of kvote: its format is not 'kvote-calibration'"),
+        ({"version": 2}, "is a calibration of version 2; this kvote reads 1"),
+        ({"version": True}, "is a calibration of version True"),
+        ({"kind": "heads"}, "holds 'heads', not 'channels'; make that with `kvote calibrate"),
+        ({"kind": ["channels"]}, r"holds \['channels'\], not 'channels'"),
+        ({"data": [1]}, "it must hold data, format, kind, model, version"),
+        ({"more": 1}, "it must hold data, format, kind, model, version"),
+        ({"model": None}, "its model must hold model_type, layers, heads, kv_heads, head_dim, checksum"),
+        ({"model": {"layers": 2}}, "its model must hold model_type"),
+    ],
+)
+def test_a_file_that_is_no_calibration_is_refused(made, tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        load(changed(made, tmp_path / "x.json", **changes), KIND)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 0}, {"heads": True}, {"head_dim": 4.0}, {"checksum": 7}, {"layers": "2"}]
+)
+def test_a_fingerprint_that_makes_no_sense_is_refused(made, tmp_path, change):
+    path = changed(made, tmp_path / "x.json", model={**asdict(made.model), **change})
+    with pytest.raises(InputError, match=f"{next(iter(change))} of its model makes no sense"):
+        load(path, KIND)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "it is not plain JSON"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
+        (b'{"format": NaN}', "it is not plain JSON"),
+        (b'{"format": 1, "format": 1}', "it is not plain JSON"),
+        (b"[" * 100_000, "it is not plain JSON"),
+        (b'{"version": ' + b"9" * 10_000 + b"}", "it is not plain JSON"),
+        (b"[]", "its format is not"),
+        (b"\x80\x04N.", "it is not UTF-8 text"),
+    ],
+    ids=range(8),
+)
+def test_bytes_that_are_no_calibration_are_refused(tmp_path, content, sentence):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        load(path, KIND)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    with path.open("wb") as file:
+        file.truncate(calibration_file._LARGEST + 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("it was read"))
+    with pytest.raises(InputError, match="is larger than any calibration"):
+        load(path, KIND)
+
+
+def test_a_file_that_is_not_there_names_the_command(tmp_path):
+    with pytest.raises(InputError, match=r"Cannot read .*gone.json: No such file.*kvote calibrate .*--what channels"):
+        load(tmp_path / "gone.json", KIND)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {},
+        [],
+        {"2": [[0, 1, 2, 3]] * 2},
+        {"-1": [[0, 1, 2, 3]] * 2},
+        {"00": [[0, 1, 2, 3]] * 2},
+        {"²": [[0, 1, 2, 3]] * 2},
+        {"9" * 6000: [[0, 1, 2, 3]] * 2},
+        {"0": [[0, 1, 2, 3]]},
+        {"0": [[0, 1, 2, 3], [0, 1, 2]]},
+        {"0": [[0, 1, 2, 3], [0, 1, 2, 4]]},
+        {"0": [[0, 1, 2, 3], [0, 1, 2, 2]]},
+        {"0": [[0, 1, 2, 3], [0, True, 2, 3]]},
+        {"0": [[0, 1, 2, 3], [0, 1.0, 2, 3]]},
+        {"0": [[0, 1, 2, 3], "0123"]},
+        {"0": [[0, 1, 2, 3], [0, 1, 2, [3]]]},
+    ],
+    ids=range(15),
+)
+def test_orders_that_are_none_are_refused(made, layers):
+    with pytest.raises(InputError, match=r"^the calibration.*(layer|key heads|channels)"):
+        order_of(replace(made, data={"tokens": 9, "layers": layers}))
+
+
+def test_orders_are_those_of_the_file(made):
+    order = order_of(made)
+    assert order[0] == ((3, 1, 0, 2), (0, 1, 2, 3))
+    assert order[1] == ((0, 1, 2, 3), (3, 1, 0, 2))
+
+
+def test_a_model_is_recognised_in_any_precision_and_no_other_model_is():
+    net = tiny.model()
+    # As from a checkpoint in bfloat16.
+    weights = {name: weight.bfloat16() for name, weight in net.state_dict().items()}
+    copy = type(net)(net.config)
+    copy.load_state_dict(weights)
+    mine = Fingerprint.of(copy)
+    assert (mine.model_type, mine.layers, mine.heads, mine.kv_heads, mine.head_dim) == ("llama", 2, 4, 2, 16)
+    assert Fingerprint.of(copy.bfloat16()) == mine
+    assert Fingerprint.of(tiny.model(seed=1)) != mine
+    assert Fingerprint.of(tiny.model(num_hidden_layers=3)) != mine
+
+
+def test_every_matrix_looked_at_counts():
+    net = tiny.model(num_hidden_layers=1)
+    before = Fingerprint.of(net)
+    for weight in [weight for weight in net.parameters() if weight.dim() > 1]:
+        kept = weight.data.clone()
+        weight.data += 1
+        assert Fingerprint.of(net) != before
+        weight.data = kept
+    assert Fingerprint.of(net) == before
+
+
+def test_another_models_calibration_is_refused_in_one_sentence():
+    made = Calibration(KIND, Fingerprint.of(tiny.model()), {}, "mine.json")
+    made.check(tiny.model())
+    Cache(tiny.model())
+    made.check(tiny.model())
+    with pytest.raises(InputError, match=r"^mine.json was made for another model \(checksum '.*kvote calibrate.*\.$"):
+        made.check(tiny.model(seed=1))
+    with pytest.raises(InputError, match=r"\(kv_heads 2 is 4 here\)"):
+        made.check(tiny.model(num_key_value_heads=4))

@@ -1,0 +1,35 @@
+"""Calibrations with scores of heads as a test wants them."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from kvote.calibration import Calibration, Fingerprint, save
+from kvote.calibration.heads import DUO, RAZOR
+
+Heads = list[list[float]]
+
+
+def razor(net: Any, induction: Heads, echo: Heads | None = None) -> Calibration:
+    """``induction`` and ``echo`` of the key heads, by layer."""
+    echo = [[0.0] * len(heads) for heads in induction] if echo is None else echo
+    layers = {str(i): {"induction": a, "echo": b} for i, (a, b) in enumerate(zip(induction, echo, strict=True))}
+    return Calibration(RAZOR, Fingerprint.of(net), {"tokens": 9, "layers": layers})
+
+
+def duo(net: Any, gates: Heads) -> Calibration:
+    layers = {str(layer): {"gate": heads} for layer, heads in enumerate(gates)}
+    return Calibration(DUO, Fingerprint.of(net), {"steps": 9, "layers": layers})
+
+
+@cache
+def _folder() -> Path:
+    return Path(mkdtemp(prefix="kvote-heads-"))
+
+
+def file(calibration: Calibration) -> str:
+    """Where it lies, for methods that are written as a spec."""
+    path = _folder() / f"{calibration.kind}-{calibration.model.checksum}.json"
+    save(calibration, path)
+    return str(path)

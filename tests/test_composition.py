@@ -1,0 +1,43 @@
+"""Which methods may be joined: pairs that make no sense are refused when they are built, by name, with the reason."""
+
+import pytest
+
+from kvote.errors import MethodError
+from kvote.keep.by_head import KeepByHead
+from kvote.keep.policies import KeepSinksAndRecent
+from kvote.method import Method, parse
+from kvote.read.labels import LabelWinners
+
+LABELS = Method("labels", read=LabelWinners({}, 8, 0.5, 0))
+HEADS = Method("heads", keep=KeepByHead(frozenset({(0, 0)}), ((0, 2),), KeepSinksAndRecent(1, 4)))
+
+REFUSED = [
+    (parse("snapkv"), parse("tokenselect"), "takes one list of tokens for all heads.*per_head=False"),
+    (parse("h2o"), parse("kivi"), "decoded and encoded again"),
+    (parse("mikv"), parse("tokenselect"), "can only be read as a whole"),
+    (parse("kivi"), LABELS, "kept beside keys as the model made them"),
+    (HEADS, LABELS, "all key heads of a layer held together"),
+    (parse("h2o"), parse("tidaldecode"), "layers do not keep the same tokens"),
+]
+
+
+@pytest.mark.parametrize(("left", "right", "reason"), REFUSED, ids=lambda part: getattr(part, "spec", None))
+def test_a_pair_that_makes_no_sense_is_refused_by_name(left, right, reason):
+    for a, b in ((left, right), (right, left)):
+        with pytest.raises(MethodError, match=reason) as refusal:
+            a | b
+        assert str(refusal.value).startswith(f"{a.spec} | {b.spec}: ")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "snapkv(per_head=False) | tokenselect",
+        "snapkv | kivi",
+        "kivi | tokenselect",
+        "cake(per_head=False, evict_generated=False) | kivi | tokenselect",
+        "streamingllm",
+    ],
+)
+def test_pairs_that_answer_different_questions_are_joined(spec):
+    assert parse(spec).spec == spec
