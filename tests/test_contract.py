@@ -56,6 +56,10 @@ METHODS = {
     "razorattention-none": "razorattention(heads='{razor}', induction=0, echo=0, sinks=2, least=8, share=0.0)",
     "razorattention-tokenselect": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
     f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "razorattention-kivi": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
+    "kivi(residual=32)",
+    "cake-kivi-tokenselect": "cake(budget=48, window=6, per_head=False, evict_generated=False) | kivi(residual=32) | "
+    f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "duoattention-all": "duoattention(heads='{duo}', window=500)",
     "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
 }
@@ -73,7 +77,11 @@ def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str:
     )
 
 
-@pytest.fixture(params=[1, 4, 7], ids="gqa{}".format)
+# How query heads share key heads is asked of every method where it can go wrong; all else is asked of one model.
+SHARING = pytest.mark.parametrize("net", [1, 4, 7], ids="gqa{}".format, indirect=True)
+
+
+@pytest.fixture(params=[4], ids="gqa{}".format)
 def net(request: pytest.FixtureRequest) -> PreTrainedModel:
     heads = 2 * request.param
     return tiny.model(hidden_size=16 * heads, head_dim=16, num_attention_heads=heads, num_key_value_heads=2)
@@ -103,6 +111,7 @@ def more(rows: int, mask: Tensor | None, columns: int = 3, seed: int = 9) -> tup
     return tiny.ids(rows, columns, seed), longer
 
 
+@SHARING
 @pytest.mark.parametrize("passes", [1, 7, 64])
 def test_one_shot_equals_passes(net, method, batch, passes):
     tokens, mask = batch
@@ -297,6 +306,7 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_it(net, method, batch)
     tiny.feed(net, cache, *more(3, None if longer is None else longer[[1, 1, 0]]))
 
 
+@SHARING
 def test_a_row_alone_equals_the_row_in_a_padded_batch(net, method):
     pads = [11, 0, 66]
     tokens, mask = tiny.padded(3, COLUMNS, pads)
