@@ -71,6 +71,8 @@ def test_a_sketch_selects_on_the_gpu_too(monkeypatch, sketch):
 def test_the_device_decides_like_the_host(monkeypatch):
     """The selection cache, step by step: what is reused, what is read, and what is counted."""
     lists, counts = {}, {}
+    # Weights are made once per process, from a seed of their own.
+    tiny.model()
     for backend in ("reference", "triton"):
         torch.manual_seed(3)
         monkeypatch.setenv("KVOTE_BACKEND", backend)
