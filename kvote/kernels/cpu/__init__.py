@@ -35,13 +35,15 @@ class Lanes:
     Held by whoever owns the pool for as long as the pages do not change hands.
     """
 
-    __slots__ = ("address", "begins", "count", "runs")
+    __slots__ = ("address", "begins", "count", "runs", "tables")
 
     def __init__(self, runs: Sequence[Sequence[tuple[int, int]]]) -> None:
         self.count = len(runs)
         self.runs = np.array([run for lane in runs for run in lane], np.int64).reshape(-1, 2)
         self.begins = np.cumsum([0, *(len(lane) for lane in runs)], dtype=np.int64)
         self.address = (self.runs.ctypes.data, self.begins.ctypes.data, self.count)
+        # The same as the kernels of a GPU read it: a page table per device.
+        self.tables: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Lanes:
         # Never changed once made, and a copy's addresses would be those of the original's arrays.
