@@ -209,6 +209,7 @@ def run(examiner: Examiner, results: Results, subjects: list[Subject], ways: lis
         for asked in ways:
             way = "steps" if subject.stepwise and asked == "prompt" else asked
             dense = measured(examiner, results, "dense", parse("dense"), way)
+            results.row("dense", 1.0, way, "dense", "keep", None)
             for share, spec in subject.small.items():
                 method = built(spec)
                 if isinstance(method, str):

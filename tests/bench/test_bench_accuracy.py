@@ -35,7 +35,7 @@ def test_snapkv_answers_from_a_quarter_of_the_bytes_and_chance_does_not(run, res
         assert right == 1.0
         assert nbytes < 0.35
     rows = {row["share"]: row for row in held["rows"]}
-    assert rows.keys() == {0.5, 0.25, 0.125, 0.0625}
+    assert rows.keys() == {1.0, 0.5, 0.25, 0.125, 0.0625}
     chance = rows[0.25]["chance"]
     assert chance.startswith("randomkeep(budget=")
     right, nbytes = _share(held, chance, "several")
