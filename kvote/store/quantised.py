@@ -107,12 +107,14 @@ class QuantisedSegment:
         more_keys, more_values = max(keys, n // self.residual * self.residual), max(values, n - self.residual)
         if (more_keys, more_values) == (keys, values):
             return False
-        for part, done, until, which in ((self.keys, keys, more_keys, 0), (self.values, values, more_values, 1)):
+        raw = self.raw.pool
+        whole = (self.keys, keys, more_keys, raw.keys), (self.values, values, more_values, raw.values)
+        for part, done, until, pool in whole:
             if until - done > BLOCK:
                 part.reserve(rows, until - done)
             for start in range(done, until, BLOCK):
                 stop = min(start + BLOCK, until)
-                part.append(rows, self.raw.decode(rows, start - first, stop - first)[which])
+                part.append(rows, self.raw._view(pool, rows, start - first, stop - first))
         if more_keys > keys:
             self._replace_keys(rows, max(keys, more_values), more_keys)
         self._give_back(rows, (more_values - first) // PAGE)

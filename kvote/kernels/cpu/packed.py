@@ -42,7 +42,7 @@ def _pool(pages: Tensor, form: Packing, lanes: Lanes) -> tuple[int, ...]:
 def _raw(recent: Recent, form: Packing, lanes: int, sequences: int, groups: int) -> tuple[int, ...]:
     keys, values, table, tokens = recent
     _check(groups <= cpu.MAX_GROUPS, f"more than {cpu.MAX_GROUPS} query heads share a key head")
-    _check(keys.shape == values.shape and keys.shape[-1] == form.dim, "recent tokens must have the head size of the form")
+    _check(keys.shape == values.shape and keys.shape[-1] == form.dim, "recent tokens must have the head size")
     _check(keys.dtype == values.dtype == form.dtype, "recent tokens must be of the dtype of the form")
     _check(keys.is_contiguous() and values.is_contiguous(), "recent tokens must be in contiguous pools")
     _check(table.count == lanes, "recent tokens must be of as many lanes")
