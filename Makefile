@@ -18,8 +18,9 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 demo: $(VENV)/.run
 	$(BIN)/kvote ask --compare
 
+# Tests run on all cores, each on one thread unless it asks for more.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

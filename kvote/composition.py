@@ -26,10 +26,17 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
         )
     if read.needs_plain_keys and store.needs_raw_keys:
         return "the reader scores keys as the model rotated them, but the store holds keys without rotation"
+    if store.needs_plain_keys and read.needs_raw_keys:
+        return "what is stored is made of keys as the model rotated them, but the reader needs them without rotation"
     if read.labels and not store.labels:
         return "the reader scores labels, and they are kept beside keys as the model made them only"
     if read.labels and keep.splits:
         return "the reader needs all key heads of a layer held together, but some of them keep their tokens apart"
+    if store.spans_layers and (keep.splits or (keep.drops and (keep.per_layer or keep.per_head))):
+        return (
+            "layers share what is stored of a token, but they, or their heads, would not keep the same tokens; use a "
+            "method that keeps the same everywhere"
+        )
     if read.crosses_layers and keep.drops and keep.per_layer:
         return "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens"
     return None

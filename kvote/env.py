@@ -5,13 +5,12 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from kvote import __version__, kernels
-from kvote.kernels import cpu, fused
+from kvote.kernels import cpu, fused, gpu
 
 _SIMD = frozenset(
     "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 "
@@ -105,28 +104,26 @@ def _fused() -> str | None:
     return None
 
 
-def _triton() -> str | None:
-    if find_spec("kvote.kernels.triton") is None:
-        return "this release of kvote has no GPU kernels"
-    return None if torch.cuda.is_available() else "torch sees no GPU"
-
-
 # What each implementation computes, and a probe that gives the reason why it cannot run here.
 _BACKENDS: dict[str, tuple[str, Callable[[], str | None]]] = {
     "reference": ("everything, in plain torch", _reference),
     "fused": ("attention, torch's fused CPU kernel", _fused),
     "cpu": ("votes, top-k, gathering and sketches, C++", cpu.why_not),
-    "triton": ("everything, on a GPU", _triton),
+    "triton": ("everything, on a GPU", gpu.why_not),
 }
+# What goes on answering for the rest where one is forced.
+_BESIDE = {"fused": ("cpu", "triton")}
 
 
 def _backends() -> list[Backend]:
-    found = []
+    found, forced = [], os.environ.get("KVOTE_BACKEND") and kernels.backend()
     for name, (computes, probe) in _BACKENDS.items():
         missing = probe()
         if name == "cpu" and missing is None:
             computes = f"{computes} with {cpu.instruction_set()}"
-        # The reference does whatever the others cannot.
-        in_use = name == "reference" or (missing is None and kernels.backend() != "reference")
+        # The reference does whatever the others cannot; the interpreter of GPU kernels only what it is asked for.
+        in_use = name == "reference" or (missing is None and forced in (None, name, *_BESIDE.get(name, ())))
+        if name == "triton" and missing is None and gpu.interpreted():
+            computes, in_use = f"{computes}; here interpreted on the CPU", forced == name
         found.append(Backend(name, computes, in_use, missing))
     return found

@@ -1,5 +1,6 @@
 """Every test starts from the same seed, and memory that kvote leaves uninitialised is poison."""
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -9,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+# Without a GPU, Triton's interpreter stands in for one. Triton asks when it is loaded.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The models here are tiny: a second thread would only wait for the first, and for every other process.
 torch.set_num_threads(1)

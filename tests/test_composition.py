@@ -18,6 +18,12 @@ REFUSED = [
     (parse("kivi"), LABELS, "kept beside keys as the model made them"),
     (HEADS, LABELS, "all key heads of a layer held together"),
     (parse("h2o"), parse("tidaldecode"), "layers do not keep the same tokens"),
+    (parse("think"), LABELS, "kept beside keys as the model made them"),
+    (parse("xkv"), LABELS, "the store holds keys without rotation"),
+    (parse("think"), parse("tokenselect"), "made of keys as the model rotated them, but the reader needs them without"),
+    (parse("xkv"), parse("tidaldecode"), "scores keys as the model rotated them, but the store holds keys without"),
+    (parse("xkv"), parse("snapkv(per_head=False)"), "layers share what is stored of a token"),
+    (parse("xkv"), HEADS, "layers share what is stored of a token"),
 ]
 
 
@@ -37,6 +43,10 @@ def test_a_pair_that_makes_no_sense_is_refused_by_name(left, right, reason):
         "kivi | tokenselect",
         "cake(per_head=False, evict_generated=False) | kivi | tokenselect",
         "streamingllm",
+        "snapkv | think",
+        "think | tidaldecode",
+        "xkv | tokenselect",
+        "streamingllm | xkv",
     ],
 )
 def test_pairs_that_answer_different_questions_are_joined(spec):

@@ -1,7 +1,7 @@
 """What generate() and its users do to a cache, the same for every method."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from calibrated import double_sparsity
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvote import CropError
+from kvote import CropError, Method
 from kvote.method import parse
 
 _ALL = "top_k=500, sinks=2, window=6, chunk=4"
@@ -31,6 +31,9 @@ METHODS = {
     "h2o": "h2o(budget=20)",
     "snapkv-all": "snapkv(budget=500, window=6)",
     "snapkv": "snapkv(budget=20, window=6)",
+    "randomkeep-all": "randomkeep(budget=500, window=6)",
+    "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
+    "randomkeep-tokenselect": f"randomkeep(budget=20, sinks=2, window=6) | tokenselect({_FEW}, chunk=1, theta=2.0)",
     "tidaldecode-all": "tidaldecode(top_k=500, first=0)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",
     "doublesparsity-all": double_sparsity(top_k=500, dense_layers=0),
@@ -56,16 +59,34 @@ METHODS = {
     "razorattention-none": "razorattention(heads='{razor}', induction=0, echo=0, sinks=2, least=8, share=0.0)",
     "razorattention-tokenselect": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
     f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "razorattention-kivi": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
+    "kivi(residual=32)",
+    "cake-kivi-tokenselect": "cake(budget=48, window=6, per_head=False, evict_generated=False) | kivi(residual=32) | "
+    f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "duoattention-all": "duoattention(heads='{duo}', window=500)",
     "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
+    "think-all": "think(ratio=0.0, window=6, recent=5)",
+    "think": "think(ratio=0.5, window=6, recent=5)",
+    "snapkv-think": "snapkv(budget=20, window=6) | think(ratio=0.5, window=6, recent=5)",
+    "h2o-think": "h2o(budget=20) | think(ratio=0.5, window=6, recent=5)",
+    "think-tidaldecode": "think(ratio=0.5, window=6, recent=5) | tidaldecode(top_k=5, first=0)",
+    "razorattention-think": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
+    "think(ratio=0.5, window=6, recent=5)",
+    "xkv-all": "xkv(group=2, key_rank=1.0, value_rank=1.0)",
+    "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
+    "xkv-tokenselect": f"xkv(group=2, key_rank=6, value_rank=6) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
 }
 # What a prompt in one pass lets all heads read is more than passes do: so it is published.
 PASSES_MATTER = "duoattention"
+# What a prompt's end has encoded stays so when the prompt is rolled back into.
+STAYS_ENCODED = (METHODS["think"], METHODS["think-tidaldecode"], METHODS["xkv"], METHODS["xkv-tokenselect"])
 COLUMNS = 70
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
-def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str:
+def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str | Callable[[PreTrainedModel], Method]:
+    if callable(request.param):
+        return request.param
     # In each layer one head keeps everything and one does not.
     scores = [[0.1, 0.9], [0.8, 0.2]]
     return request.param.replace("{razor}", scored.file(scored.razor(net, scores))).replace(
@@ -73,7 +94,11 @@ def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str:
     )
 
 
-@pytest.fixture(params=[1, 4, 7], ids="gqa{}".format)
+# How query heads share key heads is asked of every method where it can go wrong; all else is asked of one model.
+SHARING = pytest.mark.parametrize("net", [1, 4, 7], ids="gqa{}".format, indirect=True)
+
+
+@pytest.fixture(params=[4], ids="gqa{}".format)
 def net(request: pytest.FixtureRequest) -> PreTrainedModel:
     heads = 2 * request.param
     return tiny.model(hidden_size=16 * heads, head_dim=16, num_attention_heads=heads, num_key_value_heads=2)
@@ -103,6 +128,7 @@ def more(rows: int, mask: Tensor | None, columns: int = 3, seed: int = 9) -> tup
     return tiny.ids(rows, columns, seed), longer
 
 
+@SHARING
 @pytest.mark.parametrize("passes", [1, 7, 64])
 def test_one_shot_equals_passes(net, method, batch, passes):
     tokens, mask = batch
@@ -112,7 +138,7 @@ def test_one_shot_equals_passes(net, method, batch, passes):
         cache.expect(COLUMNS)
     expected = tiny.feed(net, whole, tokens, mask)
     got = tiny.feed(net, parts, tokens, mask, passes)
-    if not method.startswith(PASSES_MATTER) or "window=500" in method:
+    if not str(method).startswith(PASSES_MATTER) or "window=500" in method:
         same(got, expected, mask)
     else:
         # Of the row without padding.
@@ -158,7 +184,7 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
         assert cache.get_seq_length() == COLUMNS - 40
         return
     what = "dropped tokens" if dropped else "added up attention"
-    names = "h2o|mikv|snapkv|streamingllm|{names}"
+    names = "cake|duo|ems|h2o|mikv|randomkeep|razor|snapkv|streamingllm"
     with pytest.raises(CropError, match=rf"({names}).*has {what}.*activate_past_recording"):
         cache.crop(-1)
     assert cache.get_seq_length() == COLUMNS
@@ -170,9 +196,15 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
     tiny.feed(net, cache, tokens[:, :60], cut(mask, 60))
     cache.activate_past_recording()
     tiny.feed(net, cache, tokens[:, 60:], mask)
+    held = stored(cache) if method in STAYS_ENCODED else []
     try:
         cache.crop(-30)
     except CropError:
+        return
+    if method in STAYS_ENCODED:
+        assert all(segment.encoded(row) == len(segment.positions(row)[0]) for segment, row in every(cache) if row != 2)
+        for mine, before in zip(stored(cache), held, strict=True):
+            assert torch.equal(mine, before[:, : mine.shape[1]])
         return
     fresh = tiny.cache(net, method)
     tiny.feed(net, fresh, tokens[:, :40], cut(mask, 40))
@@ -184,6 +216,17 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
         assert cache.get_seq_length() == 43
         return
     same(got, tiny.feed(net, fresh, extra, longer), longer)
+
+
+def every(cache: Any) -> list[tuple[Any, int]]:
+    """Segments and rows."""
+    return [(layer.segment, row) for layer in cache.managed for row in range(layer.sequences)]
+
+
+def stored(cache: Any) -> list[Tensor]:
+    """Keys, and values, that every sequence holds in every layer, [h, n, d]."""
+    held = [segment.decode([row], 0, segment.length(row)) for segment, row in every(cache)]
+    return [part[0].clone() for pair in held for part in pair]
 
 
 def test_cropping_nothing_changes_nothing(net, method, batch):
@@ -297,6 +340,7 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_it(net, method, batch)
     tiny.feed(net, cache, *more(3, None if longer is None else longer[[1, 1, 0]]))
 
 
+@SHARING
 def test_a_row_alone_equals_the_row_in_a_padded_batch(net, method):
     pads = [11, 0, 66]
     tokens, mask = tiny.padded(3, COLUMNS, pads)
@@ -352,6 +396,7 @@ def test_nbytes_is_the_sum_of_the_buffers(net, method, batch):
 
 
 def pools_of(segment: Any) -> list[Any]:
+    segment = getattr(segment, "tail", segment)
     return segment.pools if hasattr(segment, "pools") else [segment.pool]
 
 

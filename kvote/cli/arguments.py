@@ -76,7 +76,13 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def _methods(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    _json(_command(commands, "methods", "methods", "list the methods, their sources and what each needs"))
+    methods = _command(
+        commands, "methods", "methods", "list the methods, their sources, what each needs and what was measured"
+    )
+    methods.add_argument(
+        "--table", action="store_true", help="print docs/methods.md instead: also which methods compose with which"
+    )
+    _json(methods)
 
 
 def _env(commands: "argparse._SubParsersAction[_Parser]") -> None:

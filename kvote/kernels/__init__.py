@@ -1,16 +1,19 @@
 """Kernels: attention over tokens, scores, votes, top-k. Nothing here knows a store, a method or transformers.
 
 ``reference`` is the law (short torch, float32). ``cpu`` is C++ and runs where it was compiled; attention over blocks
-of queries goes through torch's own fused CPU kernel (``fused``). ``KVOTE_BACKEND=reference`` forces the law everywhere.
+of queries goes through torch's own fused CPU kernel (``fused``). ``triton`` runs on GPUs and is loaded only there.
+``KVOTE_BACKEND=reference`` forces the law everywhere.
 """
 
+import importlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvote.errors import InputError
-from kvote.kernels import cpu, fused, reference
+from kvote.kernels import cpu, fused, gpu, reference
 from kvote.kernels.masks import end_aligned
 from kvote.kernels.reference import forbid, max_pool, merge, scores, soft_votes, with_sink_logits
 
@@ -18,10 +21,12 @@ __all__ = [
     "attend",
     "attention_mass",
     "backend",
+    "chosen",
     "compiled",
     "forbid",
     "max_pool",
     "merge",
+    "named",
     "rotate",
     "scores",
     "soft_votes",
@@ -33,24 +38,48 @@ __all__ = [
 _LOGITS_HELD = 1 << 24
 
 
+# Those that are faster than the law, and whether one can run at all or read a tensor.
+_FAST = {"cpu": cpu.why_not, "triton": gpu.why_not}
+
+
 def backend() -> str:
-    """The backend in force: ``KVOTE_BACKEND``, or the fastest one that runs here.
+    """The backend in force for tensors on the CPU: ``KVOTE_BACKEND``, or the fastest one that runs here.
 
     Raises InputError for one that does not exist or cannot run.
     """
     forced = os.environ.get("KVOTE_BACKEND")
     if forced is None:
         return "cpu" if cpu.why_not() is None else "reference"
-    if forced not in ("cpu", "reference"):
-        raise InputError(f"KVOTE_BACKEND must be 'cpu' or 'reference'; got {forced!r}.")
-    if forced == "cpu" and cpu.why_not() is not None:
-        raise InputError(f"KVOTE_BACKEND=cpu cannot run: {cpu.why_not()}.")
+    if forced not in (*_FAST, "reference"):
+        raise InputError(f"KVOTE_BACKEND must be 'cpu', 'triton' or 'reference'; got {forced!r}.")
+    missing = _FAST[forced]() if forced in _FAST else None
+    if missing is not None:
+        raise InputError(f"KVOTE_BACKEND={forced} cannot run: {missing}.")
     return forced
+
+
+def chosen(*tensors: Tensor) -> str:
+    """The backend that is to read these tensors: 'cpu', 'triton', or 'reference' where neither can or may.
+
+    Raises InputError as ``backend``.
+    """
+    names = list(_FAST) if os.environ.get("KVOTE_BACKEND") is None else [backend()]
+    for name in names:
+        # The interpreter of GPU kernels is there for tests, which ask for it.
+        asked = len(names) == 1 or name != "triton" or not gpu.interpreted()
+        if name in _FAST and asked and all(_FAST[name](tensor) is None for tensor in tensors):
+            return name
+    return "reference"
+
+
+def named(backend: str) -> Any:
+    """The kernels 'cpu' or 'triton': modules of the same functions."""
+    return cpu if backend == "cpu" else importlib.import_module("kvote.kernels.triton")
 
 
 def compiled(*tensors: Tensor) -> bool:
     """Whether the C++ kernels are to read these tensors."""
-    return backend() == "cpu" and all(cpu.why_not(tensor) is None for tensor in tensors)
+    return chosen(*tensors) == "cpu"
 
 
 def top_k(votes: Tensor, k: int) -> Tensor:
@@ -63,15 +92,16 @@ def top_k(votes: Tensor, k: int) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """``reference.rotate``; ``x`` [..., n, d], ``cos`` and ``sin`` [n or 1, r] or [b, 1, n, r]."""
     rows = (cos.dim() == 2 and cos.shape[0] == x.shape[-2]) or (cos.dim() == x.dim() == 4 and cos.shape[1] == 1)
-    if not rows or not compiled(x) or x.stride(-1) != 1 or cos.dtype != torch.float32:
+    if not rows or chosen(x) == "reference" or x.stride(-1) != 1 or cos.dtype != torch.float32:
         return reference.rotate(x, cos, sin, interleaved=interleaved)
+    turn = named(chosen(x)).turn
     if cos.dim() == 2:
         flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
         angles = cos.contiguous()[None], sin.contiguous()[None]
-        return cpu.turn(flat, angles, interleaved).view(x.shape)
+        return turn(flat, angles, interleaved).view(x.shape)
     if cos.shape[0] not in (1, x.shape[0]):
         return reference.rotate(x, cos, sin, interleaved=interleaved)
-    return cpu.turn(x, (cos[:, 0].contiguous(), sin[:, 0].contiguous()), interleaved)
+    return turn(x, (cos[:, 0].contiguous(), sin[:, 0].contiguous()), interleaved)
 
 
 def attend(
@@ -85,6 +115,9 @@ def attend(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``reference.attend`` with the mask given as a rule: rows are the last entries of the list (``masks``)."""
+    if chosen(query, key) == "triton" and named("triton").why_not_attend(query, key, value) is None:
+        attend = named("triton").attend
+        return attend(query, key, value, scale=scale, softcap=softcap, causal=causal, window=window)
     if os.environ.get("KVOTE_BACKEND") != "reference" and fused.why_not(query, key, value, softcap) is None:
         return fused.attend(query, key, value, scale=scale, causal=causal, window=window)
     return _in_rows(query, key, value, scale=scale, softcap=softcap, causal=causal, window=window)

@@ -4,18 +4,20 @@ Every kernel answers another query first, so that an answer left over from an ea
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvote.errors import KvoteError
+from kvote.heads import HeadGroups
 from kvote.kernels import reference
 from kvote.layer import Layer
 from kvote.measure.geometry import Geometry
 from kvote.method import Method
-from kvote.read.tokens import Reading, Span
+from kvote.read.tokens import Queries, Reading, Span, TokenSet
+from kvote.store.segment import Logits
 
 # Relative errors that rounding leaves in any head's attention, in exact votes and in votes from a sketch. A page of 64
 # tokens gone from 131,072 makes 0.02.
@@ -133,6 +135,91 @@ def answers(name: str, run: Callable[[Tensor], Tensor], geometry: Geometry, law:
     run(geometry.query())
     query = geometry.query()
     close(name, run(query), law(query))
+
+
+@dataclass
+class Lawful:
+    """The reader of a layer, and what the law answers [1, heads, dim] in a decode step to what it read last."""
+
+    reader: Any
+    layer: Layer
+    logits: Logits
+    answer: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
+    def read(self, reading: Reading) -> Iterator[Span]:
+        for span in self.reader.read(reading):
+            queries = reading.queries.rows(span.start, span.stop)
+            answers = [_lawful(reading, tokens, self.logits) for tokens in span.reads]
+            answers += [aside for aside in self._asides(queries, reading) if aside is not None]
+            self.answer = reference.merge(answers)[0][:, :, 0]
+            yield span
+
+    def _asides(self, queries: Queries, reading: Reading) -> list[tuple[Tensor, Tensor] | None]:
+        held = reading.segment.aside(queries, reading.rows, self.logits)
+        return [held, self.layer.method.keep.aside(queries, reading.rows, self.logits, self.layer.record.memory)]
+
+
+def decoding(name: str, layer: Layer | HeadGroups, geometry: Geometry) -> None:
+    """Raises WrongAnswerError unless a decode step answers what the law does with the tokens that it reads, as they are
+    stored. The token of the step stays."""
+    watched = []
+    for part in layer.parts:
+        reader = Lawful(part.method.read, part, Logits(geometry.scale))
+        watched.append((part, part.method, reader))
+        part.method = replace(part.method, read=reader)
+    out = layer.attend(geometry.step(layer.seen))[0, 0]
+    for part, method, _ in watched:
+        part.method = method
+    each = geometry.heads // geometry.kv_heads
+    heads = [g.query_heads(each) for g in layer.groups] if isinstance(layer, HeadGroups) else [list(range(len(out)))]
+    for (_, _, reader), mine in zip(watched, heads, strict=True):
+        assert reader.answer is not None
+        close(name, out[mine], reader.answer[0])
+
+
+def _lawful(reading: Reading, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    """The law's answer of one query to a token set: out [1, heads, 1, dim] and its log-sum-exp."""
+    segment, index = reading.segment, tokens.index
+    n, heads = reading.first + reading.count, reading.queries.rotated.shape[1]
+    each = heads // segment.heads
+    key, value = segment.decode(reading.rows, 0, n)
+    # The query is the last of its list: a window is the end of it.
+    begin = 0 if tokens.window is None else max(0, len(tokens) - tokens.window)
+    outs, totals = [], []
+    for head in range(heads):
+        lane = slice(head // each, head // each + 1)
+        slots = torch.arange(index.start, index.stop) if isinstance(index, range) else index.flatten(0, -2)
+        slots = slots if slots.dim() == 1 else slots[head if len(slots) == heads else 0]
+        slots = slots[begin:]
+        k, v, q = key[:, lane, slots].float(), value[:, lane, slots], reading.queries.rotated[:, head : head + 1]
+        if reading.rope is not None:
+            k, q = _placed(reading, tokens, k, slots, head, begin)
+        out, lse = reference.attend(q.float(), k, v, scale=logits.scale, softcap=logits.softcap)
+        outs.append(out)
+        totals.append(lse)
+    return torch.cat(outs, dim=1), torch.cat(totals, dim=1)
+
+
+def _placed(
+    reading: Reading, tokens: TokenSet, key: Tensor, slots: Tensor, head: int, begin: int
+) -> tuple[Tensor, Tensor]:
+    """Keys from position 0, and the query of a head, where they stand for each other; the first is ``begin``th of the
+    list."""
+    rope, raw = reading.rope, reading.queries.raw
+    assert rope is not None
+    assert raw is not None
+    if tokens.positions == "original":
+        each = raw.shape[1] // reading.segment.heads
+        places = reading.segment.positions(reading.rows[0])[head // each][slots]
+        cos, sin = rope.angles(places[None], torch.float32)
+        return rope.apply(key, (cos[:, None], sin[:, None])), reading.queries.rotated[:, head : head + 1]
+    last = len(tokens) - 1 if tokens.query_at is None else tokens.query_at
+    angles = rope.contiguous(max(len(tokens), last + 1), key.device)
+    placed = turned(key, angles, slice(begin, len(tokens)))
+    return placed, turned(raw[:, head : head + 1].float(), angles, slice(last, last + 1))
 
 
 def turned(x: Tensor, angles: tuple[Tensor, Tensor], at: slice) -> Tensor:

@@ -1,12 +1,13 @@
 """Attention of one layer in the geometry of a model, with random tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kvote.heads import HeadGroups, in_groups
 from kvote.layer import Layer, Step
 from kvote.method import Method
 from kvote.rope import Rope
@@ -15,6 +16,8 @@ from kvote.store.segment import Logits
 _BASE = 500_000.0
 # Tokens stored at a time, so that nothing on the way is as large as what is stored.
 _PASS = 8192
+# Tokens that end a prompt: methods that decide by its last queries look at 32, or a few more.
+_PROMPT_END = 64
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,47 @@ class Geometry:
             layer.seen = stop
             layer.drop()
 
+    def prefilled(self, method: Method, key: Tensor, value: Tensor, layers: int = 1) -> list[Layer | HeadGroups]:
+        """Neighbouring layers of ``method``, each with ``key`` and ``value`` [1, kv_heads, n, dim] as after a prompt:
+        its end went through them as a real pass, so that they have dropped or encoded what they would."""
+        crew: list[Layer] = []
+        rope = Rope(self.rotary)
+        made = [
+            in_groups(i, method, rope, layers, self.kv_heads) or Layer(i, method, rope, layers, crew)
+            for i in range(layers)
+        ]
+        n = key.shape[2] - _PROMPT_END
+        if n < 1:
+            raise ValueError(f"A prompt of {key.shape[2]} tokens has nothing before its last {_PROMPT_END}.")
+        for layer in made:
+            self.begin(layer, key[:, :, :n], value[:, :, :n], key.shape[2])
+        positions = torch.arange(n, n + _PROMPT_END)[None]
+        query = torch.randn(1, self.heads, _PROMPT_END, self.dim, dtype=self.dtype)
+        for layer in made:
+            solo = min(_PROMPT_END, method.read.tail)
+            layer.attend(Step(query, key[:, :, n:], value[:, :, n:], positions, None, solo, Logits(self.scale)))
+        return made
+
+    def begin(self, layer: Layer | HeadGroups, key: Tensor, value: Tensor, announced: int) -> None:
+        """Puts the first tokens of an announced prompt into an empty layer; no query is asked."""
+        for part, heads in _parts(layer, self.kv_heads):
+            first = self.step(0)
+            part.expected = announced
+            segment = part.start(replace(first, key=first.key[:, heads], value=first.value[:, heads]))
+            for start in range(0, key.shape[2], _PASS):
+                stop = min(key.shape[2], start + _PASS)
+                own = key[:, heads, start:stop], value[:, heads, start:stop]
+                segment.append([0], *own, torch.arange(start, stop)[None])
+                part.seen, part.ahead = stop, announced - stop
+                part.drop()
+                part.seal()
+
     def step(self, position: int, batch: int = 1) -> Step:
         """A decode step of a random token at ``position``."""
         key, value = self.tokens(1, batch)
         positions = torch.full((batch, 1), position)
-        return Step(self.query(batch), key, value, positions, None, 1, Logits(self.scale), decode=True)
+        logits = Logits(self.scale)
+        return Step(self.query(batch), key, value, positions, None, 1, logits, decode=True, ahead=None)
 
     def packed(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
         """torch's sdpa, the strongest way to call it for one token: query heads of one key head as its rows."""
@@ -88,6 +127,13 @@ class Geometry:
         """torch's sdpa as transformers calls it."""
         module = _Module(self.heads // self.kv_heads)
         return lambda: sdpa_attention_forward(module, query, key, value, None, scaling=self.scale)[0]
+
+
+def _parts(layer: Layer | HeadGroups, kv_heads: int) -> list[tuple[Layer, list[int]]]:
+    """What holds the tokens of a layer, and of which key heads."""
+    if isinstance(layer, HeadGroups):
+        return [(group.layer, list(group.heads)) for group in layer.groups]
+    return [(layer, list(range(kv_heads)))]
 
 
 class _Module(torch.nn.Module):

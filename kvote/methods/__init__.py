@@ -9,11 +9,14 @@ from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
 from kvote.methods.mikv import mikv
 from kvote.methods.random import random
+from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
 from kvote.methods.streamingllm import streamingllm
+from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
+from kvote.methods.xkv import xkv
 
 __all__ = [
     "cake",
@@ -25,9 +28,12 @@ __all__ = [
     "kivi",
     "mikv",
     "random",
+    "randomkeep",
     "razorattention",
     "snapkv",
     "streamingllm",
+    "think",
     "tidaldecode",
     "tokenselect",
+    "xkv",
 ]

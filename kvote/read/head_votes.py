@@ -158,7 +158,10 @@ class HeadVotes:
         query = self._scoring_queries(reading, row, stop)
         memory = reading.memory
         if reading.decode and isinstance(memory, SelectionMemory):
-            index = self._select_or_reuse(reading, query, edges[0], memory)
+            # A GPU decides by itself: asking it would mean to wait for it in every layer.
+            ahead = kernels.chosen(query) == "triton"
+            reuse = self._select_or_reuse_unasked if ahead else self._select_or_reuse
+            index = reuse(reading, query, edges[0], memory)
         else:
             index = self._select(reading, query, edges)
         return self._span(reading, row, stop, index, edges)
@@ -174,12 +177,17 @@ class HeadVotes:
         first, stop_at = self.window, self.window + (1 if alone else stop - row)
         return rope.apply(rows, (cos[first:stop_at].expand(stop - row, -1), sin[first:stop_at].expand(stop - row, -1)))
 
-    def _select(self, reading: Reading, query: Tensor, edges: list[int]) -> Tensor:
-        """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j]."""
+    def _select(self, reading: Reading, query: Tensor, edges: list[int], skip: Tensor | None = None) -> Tensor:
+        """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j].
+
+        ``skip`` bool [b]: sequences whose winners nobody will look at.
+        """
         reading.activity.selections += query.shape[0] * query.shape[2]
         if self._fused:
             query = self._paired(query, reading)
-            return reading.segment.winners(query, reading.rows, self.sinks, edges, self.top_k, self.nominated)
+            more = {"skip": skip} if skip is not None and getattr(reading.segment, "skips", False) else {}
+            winners = reading.segment.winners
+            return winners(query, reading.rows, self.sinks, edges, self.top_k, self.nominated, **more)
         votes = SumOverRanks(self.tensor_parallel)(self._votes(reading, query, edges))
         if self.max_pool > 1 or len(edges) > 1:
             pooled = kernels.max_pool(kernels.forbid(votes, self.sinks, edges), self.max_pool)
@@ -214,13 +222,35 @@ class HeadVotes:
             memory.edge[rows[fresh]] = edge
         return memory.index[rows][:, None]
 
+    def _select_or_reuse_unasked(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
+        """The same with the decision left on the device: flags skip the reading of keys, and choose what is kept."""
+        flat = query.reshape(len(reading.rows), -1)
+        memory.prepare(reading.sequences, flat, self.top_k)
+        assert memory.query is not None
+        assert memory.index is not None
+        assert memory.edge is not None
+        everyone = reading.rows == list(range(reading.sequences))
+        rows = slice(None) if everyone else torch.tensor(reading.rows, device=flat.device)
+        past, kept = memory.query[rows], memory.index[rows]
+        same = resembles(flat, past, self.theta, SumOverRanks(self.tensor_parallel)) & (memory.edge[rows] == edge)
+        fresh = self._select(reading, query, [edge], skip=same)[:, 0]
+        index = torch.where(same[:, None], kept, fresh)
+        memory.index[rows] = index
+        memory.query[rows] = torch.where(same[:, None], past, flat)
+        memory.edge[rows] = edge
+        hits = same.sum()
+        reading.activity.reused = reading.activity.reused + hits
+        reading.activity.selections = reading.activity.selections - hits
+        return index[:, None]
+
     def _span(self, reading: Reading, row: int, stop: int, winners: Tensor, edges: list[int]) -> Span:
         """Sinks, winners and local context as one ascending list per block of queries."""
         b, blocks, _ = winners.shape
         device = winners.device
         size = (stop - row) // blocks
         length = reading.first + row + size - edges[0]
-        local = torch.tensor(edges, device=device)[:, None] + torch.arange(length, device=device)
+        # Edges follow one another, as the queries do; made on the device, nothing is copied there.
+        local = torch.arange(edges[0], edges[0] + blocks, device=device)[:, None] + torch.arange(length, device=device)
         parts = (torch.arange(self.sinks, device=device).expand(b, blocks, -1), winners, local.expand(b, -1, -1))
         index = torch.cat(parts, dim=-1)
         reading.activity.tokens_read = index.shape[-1]

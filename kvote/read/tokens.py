@@ -79,11 +79,12 @@ class Queries:
 
 @dataclass
 class Activity:
-    """What a layer did, for ``cache.report()`` and for tests that ask whether a method really acted."""
+    """What a layer did, for ``cache.report()`` and for tests that ask whether a method really acted. What a GPU decides
+    by itself is counted there too, in tensors that nobody looks at before the report."""
 
     calls: int = 0
-    selections: int = 0
-    reused: int = 0
+    selections: int | Tensor = 0
+    reused: int | Tensor = 0
     tokens_read: int = 0
     dropped: int = 0
 

@@ -74,6 +74,7 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         tables = self.owners.nbytes + 16 * sum(len(lane.runs) for lane in self.lanes)
+        tables += sum(table.nbytes for lanes in self._tables.values() for table in lanes.tables.values())
         return tables + sum(part.untyped_storage().nbytes() for part in self.parts.values())
 
     def table(self, lanes: tuple[int, ...]) -> cpu.Lanes:

@@ -20,7 +20,7 @@ from kvote.rope import Rope
 from kvote.store import packed
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PAGE, PagePool
-from kvote.store.raw import RawSegment
+from kvote.store.raw import RawSegment, answers, received
 from kvote.store.segment import Logits, Segment
 
 Answer = tuple[Tensor, Tensor]
@@ -165,9 +165,9 @@ class QuantisedSegment:
         if len(parts) == 1:
             return list(call(rows, slice(None)))
         places = [[rows.index(row) for row in part] for part in parts]
-        answers = [call(part, place) for part, place in zip(parts, places, strict=True)]
+        each = [call(part, place) for part, place in zip(parts, places, strict=True)]
         order = torch.tensor([i for place in places for i in place], device=self.device).argsort()
-        return [torch.cat(each)[order] for each in zip(*answers, strict=True)]
+        return [torch.cat(part)[order] for part in zip(*each, strict=True)]
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
         def some(part: list[int], at: slice | list[int]) -> Answer:
@@ -193,13 +193,13 @@ class QuantisedSegment:
             answer = self._attend_both(queries.rotated, rows, index, logits)
             if answer is not None:
                 return answer
-        answers = []
+        parts = []
         if index.start < body:
-            answers.append(self._attend_body(queries.rotated, rows, range(index.start, min(index.stop, body)), logits))
+            parts.append(self._attend_body(queries.rotated, rows, range(index.start, min(index.stop, body)), logits))
         if index.stop > body:
             rest = range(max(index.start, body) - first, index.stop - first)
-            answers.append(self.raw.attend(queries, rows, replace(tokens, index=rest), logits))
-        return _merged(queries.rotated, iter(answers))
+            parts.append(self.raw.attend(queries, rows, replace(tokens, index=rest), logits))
+        return _merged(queries.rotated, iter(parts))
 
     def _attend_both(self, query: Tensor, rows: list[int], tokens: range, logits: Logits) -> Answer | None:
         """One query's attention over packed and over raw tokens by one kernel call, as a decode step is short; None
@@ -238,7 +238,7 @@ class QuantisedSegment:
         """Answers over a range, a block of tokens at a time: where keys must be rotated, or rows see a window."""
         index, m, t = tokens.index, len(tokens), queries.rotated.shape[2]
         assert isinstance(index, range)
-        query = self.raw._place_queries(queries, tokens)
+        query = self.raw.place_queries(queries, tokens)
         # The queries themselves, at the end of a causal list, are a block of their own.
         past = m - t if tokens.causal else m
         blocks = [(i, min(i + BLOCK, past)) for i in range(0, past, BLOCK)] + ([(past, m)] if tokens.causal else [])
@@ -247,7 +247,8 @@ class QuantisedSegment:
             key, value, positions = self._tokens(rows, index.start + start, index.start + stop)
             if self.rope is not None:
                 if tokens.positions == "contiguous":
-                    angles = self.rope.contiguous(max(m, (tokens.query_at or 0) + 1), self.device)
+                    angles = self.raw.angles(tokens)
+                    assert angles is not None
                     key = self.rope.apply(key, (angles[0][start:stop], angles[1][start:stop]))
                 else:
                     key = self.rope.apply(key, self.rope.angles(positions, torch.float32))
@@ -270,26 +271,14 @@ class QuantisedSegment:
         """Every block of queries reads a list of its own; one list at a time is decoded."""
         assert isinstance(tokens.index, Tensor)
         each = queries.rotated.shape[2] // tokens.blocks
-        answers = []
+        parts = []
         for j in range(tokens.blocks):
             own = replace(tokens, index=tokens.index[..., j : j + 1, :])
-            some = queries.rows(j * each, (j + 1) * each)
-            key, value = self._listed(rows, own)
-            query = self.raw._place_queries(some, own)
-            answers.append(
-                kernels.attend(
-                    query,
-                    key,
-                    value,
-                    causal=tokens.causal,
-                    window=tokens.window,
-                    scale=logits.scale,
-                    softcap=logits.softcap,
-                )
-            )
-        if len(answers) == 1:
-            return answers[0]
-        return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)
+            query = self.raw.place_queries(queries.rows(j * each, (j + 1) * each), own)
+            parts.append(answers(query, *self._listed(rows, own), own, logits))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
     def _listed(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor]:
         """Keys, where they stand for the queries, and values [b, h, m, c] of one list [b, 1, m] per sequence, or
@@ -298,7 +287,7 @@ class QuantisedSegment:
         index = tokens.index[..., 0, :].contiguous()
         body, first = self.values.length(rows[0]), self._first[rows[0]]
         recent = (index - first).clamp(min=0)
-        key, value, _ = self.raw._read(rows, TokenSet(recent[..., None, :]))
+        key, value, _ = self.raw.read(rows, TokenSet(recent[..., None, :]))
         each = index if tokens.by_head else index[:, None]
         if bool((index < body).any()):
             old, where = index.clamp(max=body - 1), (each < body)[..., None]
@@ -312,8 +301,9 @@ class QuantisedSegment:
             held = held.repeat_interleave(heads // self.heads, dim=1)
             positions = held.gather(2, each.expand(-1, heads, -1))
             return self.rope.apply(key, self.rope.angles(positions, torch.float32)), value
-        cos, sin = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.device)
-        return self.rope.apply(key, (cos[: len(tokens)], sin[: len(tokens)])), value
+        angles = self.raw.angles(tokens)
+        assert angles is not None
+        return self.rope.apply(key, angles), value
 
     def attention_mass(
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
@@ -334,33 +324,16 @@ class QuantisedSegment:
             each, pieces = queries.rotated.shape[2] // tokens.blocks, []
             for j in range(tokens.blocks):
                 own, at = replace(tokens, index=index[..., j : j + 1, :]), slice(j * each, (j + 1) * each)
-                query = self.raw._place_queries(queries.rows(at.start, at.stop), own)
-                key = self._listed(rows, own)[0]
-                pieces.append(
-                    kernels.attention_mass(
-                        query,
-                        lse[:, :, at],
-                        key,
-                        causal=tokens.causal,
-                        window=tokens.window,
-                        scale=logits.scale,
-                        softcap=logits.softcap,
-                    )
-                )
-            return torch.stack(pieces, dim=2)
+                query = self.raw.place_queries(queries.rows(at.start, at.stop), own)
+                pieces.append(received(query, lse[:, :, at], self._listed(rows, own)[0], own, logits))
+            return torch.cat(pieces, dim=2)
         if index.stop <= body or self.rope is not None or tokens.window is not None:
             key, _, positions = self._tokens(rows, index.start, index.stop)
-            query = self.raw._place_queries(queries, tokens)
+            query = self.raw.place_queries(queries, tokens)
             if self.rope is not None:
-                angles = self.rope.angles(positions, torch.float32)
-                if tokens.positions == "contiguous":
-                    table = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.device)
-                    angles = table[0][: len(tokens)], table[1][: len(tokens)]
-                key = self.rope.apply(key, angles)
-            mass = kernels.attention_mass(
-                query, lse, key, causal=tokens.causal, window=tokens.window, scale=logits.scale, softcap=logits.softcap
-            )
-            return mass[:, :, None]
+                placed = self.raw.angles(tokens) if tokens.positions == "contiguous" else None
+                key = self.rope.apply(key, placed or self.rope.angles(positions, torch.float32))
+            return received(query, lse, key, tokens, logits)
         pieces = []
         for start in range(index.start, min(index.stop, body), BLOCK):
             key = self.keys.unpack(rows, range(start, min(start + BLOCK, index.stop, body)))
@@ -495,10 +468,10 @@ def _joined(before: Tensor, more: Tensor) -> Tensor:
     return torch.cat([before.expand(rows, -1), more.expand(rows, -1)], dim=1)
 
 
-def _merged(query: Tensor, answers: Iterator[Answer]) -> Answer:
+def _merged(query: Tensor, parts: Iterator[Answer]) -> Answer:
     """Joins answers one after the other in float32; the result in the dtype of the query."""
-    out, lse = next(answers)
-    for more in answers:
+    out, lse = next(parts)
+    for more in parts:
         out, lse = kernels.merge([(out.float(), lse), more])
     return out.to(query.dtype), lse
 
@@ -506,13 +479,13 @@ def _merged(query: Tensor, answers: Iterator[Answer]) -> Answer:
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, logits: Logits) -> Answer:
     """Attention under a mask [t, m], some rows at a time, so that the logits stay small."""
     rows = max(1, (1 << 24) // (query.shape[0] * query.shape[1] * key.shape[2]))
-    answers = [
+    parts = [
         reference.attend(
             query[:, :, i : i + rows], key, value, scale=logits.scale, softcap=logits.softcap, mask=mask[i : i + rows]
         )
         for i in range(0, query.shape[2], rows)
     ]
-    return torch.cat([out for out, _ in answers], dim=2), torch.cat([lse for _, lse in answers], dim=2)
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
 @dataclass(frozen=True)
@@ -524,9 +497,11 @@ class Quantised:
     group: int
     residual: int
     needs_raw_keys: bool = False
+    needs_plain_keys: bool = False
     lists: bool = True
     regroups: bool = True
     labels: bool = False
+    spans_layers: bool = False
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

@@ -1,21 +1,57 @@
 """Raw pages: keys and values as the model made them, in the model's dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
 from kvote.kernels import cpu
+from kvote.kernels.cpu import Lanes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.pages import PAGE, Lane, RawPool
 from kvote.store.segment import Logits, Segment
 
 _QUESTION = 8 * PAGE
-# Query rows per key head up to which the C++ kernel adds up attention.
+# Query rows per key head up to which a fast kernel adds up attention.
 _COUNTED = 64
+
+
+def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    """What queries [b, heads, t, d] read in the tokens of a set, keys and values [b * q, h, m, c] in their places: out
+    [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
+    b, heads, t, d = query.shape
+    q = tokens.blocks
+    out, lse = kernels.attend(
+        query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
+        key,
+        value,
+        scale=logits.scale,
+        softcap=logits.softcap,
+        causal=tokens.causal,
+        window=tokens.window,
+    )
+    out = out.reshape(b, q, heads, t // q, -1).transpose(1, 2).reshape(b, heads, t, -1)
+    return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
+
+
+def received(query: Tensor, lse: Tensor, key: Tensor, tokens: TokenSet, logits: Logits) -> Tensor:
+    """Attention [b, h, q, m] that the tokens of a set received; ``lse`` [b, heads, t], the rest as in ``answers``."""
+    b, heads, t, d = query.shape
+    q = tokens.blocks
+    mass = kernels.attention_mass(
+        query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
+        lse.reshape(b, heads, q, t // q).transpose(1, 2).reshape(b * q, heads, t // q),
+        key,
+        scale=logits.scale,
+        softcap=logits.softcap,
+        causal=tokens.causal,
+        window=tokens.window,
+    )
+    return mass.reshape(b, q, -1, len(tokens)).transpose(1, 2)
 
 
 class RawSegment:
@@ -30,11 +66,24 @@ class RawSegment:
         dim = like.shape[-1]
         self.heads, self.rope = heads, rope
         # Whether the compiled kernels read this segment; asked once, because a decode step is short.
-        self._compiled = kernels.compiled(like)
+        self._backend = kernels.chosen(like)
+        self._compiled = self._backend != "reference"
         self.sketch_bits = sketch_bits if self._compiled else 0
-        sketch_bytes = PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(dim, sketch_bits) if self.sketch_bits else 0
+        sketch_bytes = 0
+        if self.sketch_bits:
+            sketch_bytes = PAGE // self._fast.SKETCH_TOKENS * self._fast.sketch_bytes(dim, sketch_bits)
         self.labels: Tensor | None = None
         self.pool = RawPool(dim, value_dim, like.dtype, like.device, sketch_bytes)
+
+    @property
+    def _fast(self) -> Any:
+        """The kernels that read this segment, where it is not the law."""
+        return kernels.named(self._backend)
+
+    @property
+    def skips(self) -> bool:
+        """Whether ``winners`` takes flags on the device that say whom it need not answer."""
+        return self._backend == "triton"
 
     @property
     def sequences(self) -> int:
@@ -81,7 +130,8 @@ class RawSegment:
         positions = positions.to(torch.int64)
         if self._compiled and key.stride(-1) == value.stride(-1) == 1:
             lengths = [pool.lanes[i].length for i in chosen]
-            cpu.append(key, value, positions, pools, pool.table(chosen), lengths, self._sketch, self.sketch_bits)
+            table = pool.table(chosen)
+            self._fast.append(key, value, positions, pools, table, lengths, self._sketch, self.sketch_bits)
         else:
             lanes = [pool.lanes[i] for i in chosen]
             slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
@@ -123,25 +173,13 @@ class RawSegment:
         self.pool.labels[slots // PAGE, :, slots % PAGE] = self._labelled(key).flatten(0, 2)
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
-        b, heads, t, d = queries.rotated.shape
-        q = tokens.blocks
-        query = self._place_queries(queries, tokens).reshape(b, heads, q, t // q, d)
-        if t == q and self._streams(tokens, heads):
-            return self._decode_step(query[:, :, :, 0], rows, tokens, logits)
-        key, value = self._place(rows, tokens)
-        out, lse = kernels.attend(
-            query.transpose(1, 2).reshape(b * q, heads, t // q, d),
-            key,
-            value,
-            scale=logits.scale,
-            softcap=logits.softcap,
-            causal=tokens.causal,
-            window=tokens.window,
-        )
-        out = out.reshape(b, q, heads, t // q, -1).transpose(1, 2).reshape(b, heads, t, -1)
-        return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
+        heads, t = queries.rotated.shape[1:3]
+        query = self.place_queries(queries, tokens)
+        if t == tokens.blocks and self._streams(tokens, heads):
+            return self._decode_step(query, rows, tokens, logits)
+        return answers(query, *self._place(rows, tokens), tokens, logits)
 
-    def _place_queries(self, queries: Queries, tokens: TokenSet) -> Tensor:
+    def place_queries(self, queries: Queries, tokens: TokenSet) -> Tensor:
         """Queries [b, heads, t, d] where they stand for the tokens they read."""
         if self.rope is None or tokens.positions == "original":
             return queries.rotated
@@ -154,12 +192,12 @@ class RawSegment:
         return self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos[at], sin[at])).reshape(b, heads, t, d)
 
     def _streams(self, tokens: TokenSet, heads: int) -> bool:
-        """Whether the C++ kernel can read ``tokens`` for single queries straight from the pages."""
-        if heads > self.heads * cpu.MAX_GROUPS and not tokens.by_head:
+        """Whether a fast kernel can read ``tokens`` for single queries straight from the pages."""
+        if not self._compiled or (heads > self.heads * self._fast.MAX_GROUPS and not tokens.by_head):
             return False
         placed = self.rope is None or tokens.positions == "contiguous"
         window = tokens.window is None or tokens.window >= len(tokens)
-        return placed and window and len(tokens) > 0 and self._same_shape() and self._compiled
+        return placed and window and len(tokens) > 0 and self._same_shape()
 
     def _decode_step(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         """Attention of ``query`` [b, heads, q, d], each reading its own list or all reading the same range."""
@@ -170,7 +208,7 @@ class RawSegment:
             lanes = tuple(lane for lane in lanes for _ in range(heads // self.heads))
         outs, lses = [], []
         for j in range(query.shape[2]):
-            out, lse = cpu.decode(
+            out, lse = self._fast.decode(
                 query[:, :, j].reshape(-1, 1, d) if tokens.by_head else query[:, :, j],
                 self.pool.keys,
                 self.pool.values,
@@ -178,7 +216,7 @@ class RawSegment:
                 tokens.index
                 if isinstance(tokens.index, range)
                 else tokens.index[..., j, :].reshape(-1, len(tokens)).contiguous(),
-                angles=self._angles(tokens),
+                angles=self.angles(tokens),
                 interleaved=self.rope is not None and self.rope.interleaved,
                 scale=logits.scale,
                 softcap=logits.softcap,
@@ -192,34 +230,24 @@ class RawSegment:
     def attention_mass(
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
     ) -> Tensor:
-        b, heads, t, d = queries.rotated.shape
-        q = tokens.blocks
+        heads, t = queries.rotated.shape[1:3]
         if isinstance(tokens.index, range) and self._counts(tokens, heads * t):
             start, m = tokens.index.start, len(tokens)
             limits = [start + (m - t + i + 1 if tokens.causal else m) for i in range(t)]
             chosen = self.pool.table(self._lanes(rows))
             scale, softcap, keys = logits.scale, logits.softcap, self.pool.keys
-            mass = cpu.attention_mass(queries.rotated, lse, keys, chosen, start, limits, scale=scale, softcap=softcap)
+            mass = self._fast.attention_mass(
+                queries.rotated, lse, keys, chosen, start, limits, scale=scale, softcap=softcap
+            )
             return mass[:, :, None]
-        query = self._place_queries(queries, tokens).reshape(b, heads, q, t // q, d).transpose(1, 2)
-        lse = lse.reshape(b, heads, q, t // q).transpose(1, 2)
-        mass = kernels.attention_mass(
-            query.reshape(b * q, heads, t // q, d),
-            lse.reshape(b * q, heads, t // q),
-            self._place(rows, tokens)[0],
-            scale=logits.scale,
-            softcap=logits.softcap,
-            causal=tokens.causal,
-            window=tokens.window,
-        )
-        return mass.reshape(b, q, -1, len(tokens)).transpose(1, 2)
+        return received(self.place_queries(queries, tokens), lse, self._place(rows, tokens)[0], tokens, logits)
 
     def _counts(self, tokens: TokenSet, query_rows: int) -> bool:
-        """Whether the C++ kernel adds up the attention on a range faster than products of matrices: for few rows."""
+        """Whether a fast kernel adds up the attention on a range faster than products of matrices: for few rows."""
         few = query_rows <= _COUNTED * self.heads
         return few and self.rope is None and tokens.window is None and len(tokens) > 0 and self._compiled
 
-    def _angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
+    def angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
         """Angles [m, r] of the places that the tokens of a set take when they stand side by side."""
         if self.rope is None:
             return None
@@ -228,12 +256,12 @@ class RawSegment:
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         if self._compiled and stop > start:
-            return cpu.scores(query, self.pool.keys, self.pool.table(self._lanes(rows)), start, stop)
+            return self._fast.scores(query, self.pool.keys, self.pool.table(self._lanes(rows)), start, stop)
         return kernels.scores(query, self._view(self.pool.keys, rows, start, stop))
 
     def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         query = self._labelled(query)
-        if self._compiled and stop > start:
+        if self._backend == "cpu" and stop > start:
             return cpu.label_scores(query, self.pool.labels, self.pool.table(self._lanes(rows)), start, stop)
         pages = self.pool.labels[self._pages(rows)]
         labels = pages.transpose(2, 3).reshape(len(rows), self.heads, -1, pages.shape[2])
@@ -242,34 +270,45 @@ class RawSegment:
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         """Soft votes [b, r, n] on tokens ``start`` to ``limits[-1]``; query j votes on those before ``limits[j]``."""
         if self._compiled:
-            lanes = [self.pool.table(self._lanes([row])) for row in rows]
-            each = [
-                cpu.votes(q, self.pool.keys, lane, self._sketch, self.sketch_bits, start, limits)
-                for q, lane in zip(query, lanes, strict=True)
-            ]
-            return torch.stack(each) if len(each) > 1 else each[0][None]
+            votes = self._fast.votes
+            return self._each(
+                query, rows, lambda q, t: votes(q, self.pool.keys, t, self._sketch, self.sketch_bits, start, limits)
+            )
         logits = self.scores(query, rows, start, limits[-1])
         return kernels.soft_votes(kernels.forbid(logits, start, limits))
 
+    def _each(self, query: Tensor, rows: list[int], call: Callable[[Tensor, Lanes], Tensor]) -> Tensor:
+        """What a kernel answers [b, ...] to ``query`` [b, heads, r, d]: the CPU's one sequence after the other."""
+        if self._backend == "triton":
+            return call(query, self.pool.table(self._lanes(rows)))
+        each = [call(q, self.pool.table(self._lanes([row]))) for q, row in zip(query, rows, strict=True)]
+        return torch.stack(each) if len(each) > 1 else each[0][None]
+
     def winners(
-        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
+        self,
+        query: Tensor,
+        rows: list[int],
+        start: int,
+        limits: list[int],
+        k: int,
+        nominate: int = 0,
+        skip: Tensor | None = None,
     ) -> Tensor:
         """The ``k`` tokens [b, r, k] with the most votes, ascending; arguments as ``votes``.
 
         ``nominate``: how many tokens a sketch only nominates, to be scored again with their keys; 0 trusts it.
+        ``skip`` bool [b], where ``skips``: sequences whose answer nobody will look at.
         """
         if not self._compiled:
             return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
-        lanes = [self.pool.table(self._lanes([row])) for row in rows]
         nominate = nominate if self.sketch_bits else 0
         # Where half of all candidates would be nominated, reading their keys at once costs less.
         helps = 2 * nominate < min(limits) - start
         sketch, bits, nominate = (self._sketch, self.sketch_bits, nominate) if helps else (None, 0, 0)
-        each = [
-            cpu.select(q, self.pool.keys, lane, sketch, bits, start, limits, k, nominate)
-            for q, lane in zip(query, lanes, strict=True)
-        ]
-        return torch.stack(each) if len(each) > 1 else each[0][None]
+        select, keys, more = self._fast.select, self.pool.keys, {} if skip is None else {"skip": skip}
+        return self._each(
+            query, rows, lambda q, t: select(q, keys, t, sketch, bits, start, limits, k, nominate, **more)
+        )
 
     def held(self, rows: list[int]) -> tuple[Tensor, Tensor, cpu.Lanes]:
         """As the compiled kernels read them."""
@@ -305,7 +344,9 @@ class RawSegment:
     def put(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
         """As ``append``, with ``positions`` [b, h, t] that may differ by head."""
         lanes = [self.pool.lanes[i] for i in self._lanes(rows)]
-        held = [key.flatten(0, 2), value.flatten(0, 2), positions.to(torch.int32).reshape(-1, 1)]
+        pools = (self.pool.keys, self.pool.values, self.pool.positions)
+        parts = (key.flatten(0, 2), value.flatten(0, 2), positions.reshape(-1, 1))
+        held = [part.to(old.dtype) for part, old in zip(parts, pools, strict=True)]
         self._rewrite(lanes, held, key.shape[2])
 
     def _rewrite(self, lanes: list[Lane], held: list[Tensor], t: int) -> None:
@@ -324,7 +365,7 @@ class RawSegment:
             self._label(lanes, held[0].reshape(1, self.heads, t, -1))
         if self.sketch_bits:
             slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
-            cpu.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
+            self._fast.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
         for lane in lanes:
             lane.length += t
 
@@ -372,7 +413,7 @@ class RawSegment:
         contiguous = tokens.positions == "contiguous"
         rope = self.rope
         if rope is None:
-            return self._read(rows, tokens)[:2]
+            return self.read(rows, tokens)[:2]
         if (
             contiguous
             and isinstance(tokens.index, Tensor)
@@ -381,10 +422,10 @@ class RawSegment:
             and self._compiled
         ):
             return self._gather(rows, tokens.index, rope)
-        key, value, positions = self._read(rows, tokens)
+        key, value, positions = self.read(rows, tokens)
         if not contiguous:
-            return rope.apply(key, rope.angles(positions, torch.float32)), value
-        angles = self._angles(tokens)
+            return rope.apply(key, rope.angles(positions.long(), torch.float32)), value
+        angles = self.angles(tokens)
         assert angles is not None
         return rope.apply(key, angles), value
 
@@ -397,14 +438,19 @@ class RawSegment:
         key = self.pool.keys.new_empty(b, q, self.heads, m, self.pool.keys.shape[-1])
         value = torch.empty_like(key)
         angles = rope.contiguous(m, key.device)
+        if self._backend == "triton":
+            lanes = self.pool.table(self._lanes(rows))
+            gather = self._fast.gather
+            gather(self.pool.keys, self.pool.values, lanes, index.contiguous(), angles, rope.interleaved, (key, value))
+            return key.flatten(0, 1), value.flatten(0, 1)
         for i, row in enumerate(rows):
             lanes = self.pool.table(self._lanes([row]))
             for j in range(q):
                 out = (key[i, j], value[i, j])
-                cpu.gather(self.pool.keys, self.pool.values, lanes, index[i, j], angles, rope.interleaved, out)
+                self._fast.gather(self.pool.keys, self.pool.values, lanes, index[i, j], angles, rope.interleaved, out)
         return key.flatten(0, 1), value.flatten(0, 1)
 
-    def _read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [b * q, h, m, c] and positions [b * q, h, m] of a token set; h lists or one for all."""
         pools = (self.pool.keys, self.pool.values, self.pool.positions[..., None])
         if isinstance(tokens.index, range):
@@ -434,7 +480,9 @@ class Raw:
     needs_raw_keys: bool = False
     lists: bool = True
     regroups: bool = False
+    needs_plain_keys: bool = False
     labels: bool = True
+    spans_layers: bool = False
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

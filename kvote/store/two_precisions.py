@@ -143,7 +143,7 @@ class TwoPrecisionSegment(RawSegment):
         """Adds the tokens in slots ``index`` [h, m] to those in low precision."""
         self._weigh(row)
         if self.whole is not None:
-            key, value, at = self._read([row], TokenSet(range(self.length(row))))
+            key, value, at = self.read([row], TokenSet(range(self.length(row))))
             key, value, at = (part.gather(2, _channels(index[None], part)) for part in (key, value, at[..., None]))
             # Positions differ by head, and nobody asks for those of tokens without a slot.
             self.whole.append([row], key, value, at[:, 0, :, 0])
@@ -251,10 +251,12 @@ class TwoPrecisions:
     group: int
     balancer: bool = True
     needs_raw_keys: bool = field(default=False, init=False)
+    needs_plain_keys: bool = field(default=True, init=False)
     # Demoted tokens are read as a whole or not at all.
     lists: bool = field(default=False, init=False)
     regroups: bool = field(default=False, init=False)
     labels: bool = field(default=False, init=False)
+    spans_layers: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         bits = (*packing.BITS, RAW_BITS)

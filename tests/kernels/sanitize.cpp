@@ -296,6 +296,21 @@ void try_all(const Kernels& kernels) {
             keep(answer, out);
             return answer;
         });
+    // Keys of one sequence, channel by channel.
+    const int64_t kept = any(1, dim), stride = (kept + 31) / 32 * 32, thin_pages = (n + PAGE - 1) / PAGE;
+    const Bytes thin = elements(heads * thin_pages * kept * PAGE, type, wild);
+    const Bytes thin_values = elements(heads * n * dim, type, wild);
+    const std::vector<float> thin_query = floats(heads * groups * stride);
+    const int64_t thin_stop = any(1, n);
+    try_threads(kernels, "thin_decode", [&](int threads) {
+        std::vector<float> out(heads * groups * dim), lse(heads * groups);
+        kernels.thin_decode({thin_query.data(), thin.data(), thin_values.data(), type, heads, groups, stride, kept, dim,
+                             thin_pages, n, thin_stop, 0.1f, softcap, out.data(), lse.data(), threads});
+        Bytes answer;
+        keep(answer, out);
+        keep(answer, lse);
+        return answer;
+    });
     try_threads(kernels, "read_all", [&](int threads) {
         kernels.read_all(reinterpret_cast<const char*>(keys.data()), int64_t(keys.size()), threads);
         return Bytes{};

@@ -1,10 +1,15 @@
 import pytest
 import torch
 
+from kvote import methods
+from kvote.calibration.example import example
+from kvote.calibration.fingerprint import Fingerprint
 from kvote.kernels import cpu, reference
 from kvote.measure import Geometry, check
+from kvote.method import parse
 
 SMALL = Geometry(4, 2, 16, torch.float32)
+SHAPE = Fingerprint("made-up", 2, 4, 2, 16, "0" * 32)
 
 
 def test_the_law_by_head_is_the_law():
@@ -70,3 +75,45 @@ def test_an_answer_left_over_from_another_query_does_not_pass():
     check.answers("it", law, SMALL, law)
     with pytest.raises(check.WrongAnswerError):
         check.answers("it", stale, SMALL, law)
+
+
+_LAWFUL = [
+    "dense",
+    "streamingllm(sinks=3, window=40)",
+    "h2o(budget=0.25)",
+    "snapkv(budget=0.5)",
+    "tokenselect(top_k=30, sinks=4, window=20)",
+    "tokenselect(top_k=30, sinks=4, window=20, positions='original')",
+    "tidaldecode(top_k=20, first=0, correction=0)",
+    "kivi(bits=2, residual=64)",
+    "razorattention",
+]
+
+
+def _layers(spec):
+    method = methods.razorattention(heads=example("razor", SHAPE), induction=0.5, echo=0.0, budget=50)
+    return SMALL.prefilled(method if spec == "razorattention" else parse(spec), *SMALL.tokens(300), layers=2)
+
+
+@pytest.mark.parametrize("spec", _LAWFUL)
+def test_a_decode_step_is_what_the_law_says(spec):
+    for layer in _layers(spec):
+        methods_before = [part.method for part in layer.parts]
+        check.decoding(spec, layer, SMALL)
+        assert layer.seen == 301
+        assert [part.method for part in layer.parts] == methods_before
+
+
+@pytest.mark.parametrize("spec", _LAWFUL)
+def test_a_decode_step_that_is_off_is_found(spec, monkeypatch):
+    layers = _layers(spec)
+    for segment in {type(part.segment) for layer in layers for part in layer.parts}:
+        attend = segment.attend
+
+        def wrong(self, *args, attend=attend):
+            out, lse = attend(self, *args)
+            return out * 1.05, lse
+
+        monkeypatch.setattr(segment, "attend", wrong)
+    with pytest.raises(check.WrongAnswerError, match="is off by"):
+        check.decoding("a method", layers[0], SMALL)

@@ -1,11 +1,15 @@
 import pytest
 import torch
 
+from kvote import methods
+from kvote.calibration.example import example
+from kvote.calibration.fingerprint import Fingerprint
 from kvote.kernels import reference
 from kvote.measure import Geometry
 from kvote.method import parse
 
 SMALL = Geometry(4, 2, 16, torch.float32)
+SHAPE = Fingerprint("made-up", 1, 4, 2, 16, "0" * 32)
 
 
 def test_the_bytes_of_a_token():
@@ -40,3 +44,39 @@ def test_a_filled_layer_drops_what_its_method_drops():
     assert layer.seen == 200
     assert layer.segment is not None
     assert layer.segment.length(0) <= 33
+
+
+@pytest.mark.parametrize(
+    "spec", ["dense", "h2o(budget=0.25)", "snapkv(budget=0.25)", "streamingllm(sinks=4, window=200)", "kivi(bits=4)"]
+)
+def test_a_prefilled_layer_is_one_that_was_fed(spec):
+    key, value = SMALL.tokens(800)
+    (layer,) = SMALL.prefilled(parse(spec), key, value)
+    assert layer.seen == 800
+    assert layer.ahead == 0
+    if layer.method.keep.drops:
+        assert layer.activity.dropped == 600 - 4 * (spec.startswith("streaming"))
+    before = layer.segment.length(0)
+    layer.attend(SMALL.step(800))
+    assert layer.segment.length(0) == before + (spec in ("dense", "snapkv(budget=0.25)", "kivi(bits=4)"))
+
+
+def test_layers_that_share_tokens_are_one_crew():
+    key, value = SMALL.tokens(300)
+    first, second = SMALL.prefilled(parse("tidaldecode(top_k=20, first=0, correction=0)"), key, value, layers=2)
+    for layer in (first, second):
+        layer.attend(SMALL.step(300))
+    assert (first.activity.tokens_read, second.activity.tokens_read) == (301, 20)
+
+
+def test_groups_of_heads_are_filled_each_with_its_own():
+    heads = methods.razorattention(heads=example("razor", SHAPE), induction=0.5, echo=0.0, budget=50)
+    key, value = SMALL.tokens(300)
+    (layer,) = SMALL.prefilled(heads, key, value)
+    assert [part.segment.length(0) for part in layer.parts] == [50, 300]
+    torch.testing.assert_close(layer.parts[1].segment.decode([0], 0, 236)[0], key[:, :1, :236])
+
+
+def test_a_prompt_shorter_than_its_end_is_refused():
+    with pytest.raises(ValueError, match="A prompt of 64 tokens has nothing before its last 64"):
+        SMALL.prefilled(parse("dense"), *SMALL.tokens(64))

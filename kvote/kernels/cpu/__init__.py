@@ -24,6 +24,8 @@ except ImportError as error:
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SKETCH_TOKENS = 32
 MAX_GROUPS = 16
+_MAX_DIM = 256
+_PAGE = 64
 Angles = tuple[Tensor, Tensor]
 
 
@@ -33,13 +35,15 @@ class Lanes:
     Held by whoever owns the pool for as long as the pages do not change hands.
     """
 
-    __slots__ = ("address", "begins", "count", "runs")
+    __slots__ = ("address", "begins", "count", "runs", "tables")
 
     def __init__(self, runs: Sequence[Sequence[tuple[int, int]]]) -> None:
         self.count = len(runs)
         self.runs = np.array([run for lane in runs for run in lane], np.int64).reshape(-1, 2)
         self.begins = np.cumsum([0, *(len(lane) for lane in runs)], dtype=np.int64)
         self.address = (self.runs.ctypes.data, self.begins.ctypes.data, self.count)
+        # The same as the kernels of a GPU read it: a page table per device.
+        self.tables: dict[torch.device, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Lanes:
         # Never changed once made, and a copy's addresses would be those of the original's arrays.
@@ -429,6 +433,48 @@ def _scores(
         torch.get_num_threads(),
     )
     return out.transpose(1, 2)
+
+
+def thin_decode(
+    query: Tensor, keys: Tensor, values: Tensor, stop: int, *, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position over the first ``stop`` tokens of one sequence whose keys lie channel by channel:
+    out [h, g, dv] and lse [h, g], float32.
+
+    ``query`` [h, g, kept], ``keys`` [h, pages, kept, PAGE], ``values`` [h, n, dv]. As ``reference.attend`` with keys
+    [h, n, kept]; the same bits for any number of threads.
+    """
+    h, groups, kept = query.shape
+    pages, tokens, dim = keys.shape[1], values.shape[1], values.shape[2]
+    _check(groups <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
+    _check(keys.is_contiguous() and values.is_contiguous(), "keys and values must be contiguous")
+    _check(keys.shape == (h, pages, kept, _PAGE) and len(values) == h, "keys must be pages of the query's channels")
+    _check(keys.dtype == values.dtype and keys.dtype in _TYPES, "keys and values must be of one known dtype")
+    _check(dim % 16 == 0 and max(dim, kept) <= _MAX_DIM, f"head sizes must be up to {_MAX_DIM}, of values by 16")
+    _check(0 < stop <= min(tokens, pages * _PAGE), f"cannot read {stop} of {tokens} tokens")
+    stride = -(-kept // 32) * 32
+    rows = torch.nn.functional.pad(query.float(), (0, stride - kept)).contiguous()
+    out, lse = torch.empty(h, groups, dim), torch.empty(h, groups)
+    _cpu.thin_decode(
+        rows.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        _TYPES[keys.dtype],
+        h,
+        groups,
+        stride,
+        kept,
+        dim,
+        pages,
+        tokens,
+        stop,
+        scale,
+        softcap or 0.0,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse
 
 
 def read_all(memory: Tensor) -> None:

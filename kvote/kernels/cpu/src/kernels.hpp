@@ -176,6 +176,17 @@ struct PackedScoresArgs {
     int threads;
 };
 
+struct ThinArgs {
+    const float* query;  // [heads, groups, stride], of which `kept` are channels and the rest 0; stride at most MAX_DIM
+    const void* keys;    // [heads, pages, kept, PAGE]
+    const void* values;  // [heads, tokens, dim]
+    Type type;
+    std::int64_t heads, groups, stride, kept, dim, pages, tokens, stop;  // tokens before `stop` are read
+    float scale, softcap;  // softcap 0: none
+    float *out, *lse;      // [heads, groups, dim], [heads, groups]
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     void (*votes)(const VotesArgs&);
@@ -193,6 +204,7 @@ struct Kernels {
     void (*unpack)(const UnpackArgs&);
     void (*packed_attend)(const PackedAttendArgs&);
     void (*packed_scores)(const PackedScoresArgs&);
+    void (*thin_decode)(const ThinArgs&);
     std::int64_t (*read_all)(const char* memory, std::int64_t bytes, int threads);  // to measure the bandwidth
 };
 

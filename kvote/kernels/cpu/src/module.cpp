@@ -215,6 +215,15 @@ NB_MODULE(_cpu, m) {
         PoolTable table(keys);
         active->packed_scores({at<const float>(query), table.pool, rows, start, stop, at<float>(scores), threads});
     });
+    m.def("thin_decode", [](Address query, Address keys, Address values, int type, std::int64_t heads,
+                            std::int64_t groups, std::int64_t stride, std::int64_t kept, std::int64_t dim,
+                            std::int64_t pages, std::int64_t tokens, std::int64_t stop, float scale, float softcap,
+                            Address out, Address lse, int threads) {
+        nb::gil_scoped_release release;
+        active->thin_decode({at<const float>(query), at<const void>(keys), at<const void>(values), Type(type), heads,
+                             groups, stride, kept, dim, pages, tokens, stop, scale, softcap, at<float>(out),
+                             at<float>(lse), threads});
+    });
     m.def("read_all", [](Address memory, std::int64_t bytes, int threads) {
         nb::gil_scoped_release release;
         return active->read_all(at<const char>(memory), bytes, threads);

@@ -1,0 +1,247 @@
+"""Every method that is measured: which spec stands for which budget, and what shows that it acted.
+
+``{channels}``, ``{razor}`` and ``{duo}`` in a spec stand for calibrations: files that ``kvote calibrate`` writes for
+the embedded model, or made-up ones in the geometry of a large one. What this kvote does not know is left out.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from common import RESULTS
+
+from kvote.errors import KvoteError
+from kvote.method import METHODS, Method, parse
+
+SHARES = (0.5, 0.25, 0.125, 0.0625)
+# Prompts of the embedded model, question included, are about this long.
+PROMPT = 1000
+# Layers of which so many decide (choose) and the rest only read what they chose.
+Weights = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``small``: by share of the budget, the spec on the embedded model. ``large``: the one in the 8B geometry.
+
+    ``acts``: the counters of the report (or ``encoded``: fewer bytes than dense for every token) that show that it did
+    something. ``kind``: what random is compared with it, 'keep' at equal bytes, 'read' at equal tokens read.
+    ``stepwise``: it changes nothing but how generated tokens read, so questions are fed token by token.
+    ``weights``: shares of the layers of a model that do what the layers measured do, where they differ.
+    """
+
+    name: str
+    small: dict[float, str]
+    large: str
+    acts: tuple[str, ...] = ("dropped",)
+    kind: Literal["keep", "read"] = "keep"
+    stepwise: bool = False
+    weights: Weights = (1.0,)
+
+    def at(self, tokens: int) -> str:
+        """``large`` for a text of so many tokens."""
+        return self.large.replace("{quarter}", str(tokens // 4 - 4))
+
+    @property
+    def names(self) -> list[str]:
+        """The methods that it is made of."""
+        return re.findall(r"([a-z]\w*)(?=\(|\s*\||\s*$)", re.sub(r"\([^)]*\)", "", self.large))
+
+
+def dial(spec: Callable[[float, int], str]) -> dict[float, str]:
+    """By share of the budget, the spec for it and for so many tokens of a prompt."""
+    return {share: spec(share, round(share * PROMPT)) for share in SHARES}
+
+
+def selection(tokens: int) -> str:
+    """Sinks, winners and a window, so many tokens together."""
+    window = tokens // 4
+    return f"top_k={tokens - window - 4}, sinks=4, window={window}, chunk={max(16, window // 2)}"
+
+
+_LARGE_READ = "top_k=2048, sinks=128, window=512, theta=2.0"
+_SMALL_READ = "top_k=128, sinks=4, window=64, chunk=32, theta=2.0"
+_FOUR_BITS = "kivi(bits=4, residual=32)"
+
+SUBJECTS: tuple[Subject, ...] = (
+    Subject("dense", {1.0: "dense"}, "dense", acts=()),
+    Subject("randomkeep", dial(lambda s, n: f"randomkeep(budget={s})"), "randomkeep(budget=0.25)"),
+    Subject(
+        "streamingllm",
+        dial(lambda s, n: f"streamingllm(sinks=4, window={n - 4})"),
+        "streamingllm(sinks=4, window={quarter})",
+    ),
+    Subject("h2o", dial(lambda s, n: f"h2o(budget={s})"), "h2o(budget=0.25)"),
+    Subject("snapkv", dial(lambda s, n: f"snapkv(budget={s})"), "snapkv(budget=0.25)"),
+    Subject("cake", dial(lambda s, n: f"cake(budget={s})"), "cake(budget=0.25)"),
+    Subject("ems", dial(lambda s, n: f"ems(budget={s})"), "ems(budget=0.25)"),
+    Subject(
+        "razorattention",
+        {
+            0.5: "razorattention(heads={razor}, induction=0.375, echo=0.0, budget=0.2)",
+            0.25: "razorattention(heads={razor}, induction=0.125, echo=0.0, budget=0.14)",
+            0.125: "razorattention(heads={razor}, induction=0.125, echo=0.0, budget=0.01)",
+        },
+        "razorattention(heads={razor})",
+    ),
+    Subject(
+        "duoattention",
+        {
+            0.5: "duoattention(heads={duo}, sparsity=0.625, sinks=16, window=184)",
+            0.25: "duoattention(heads={duo}, sparsity=0.875, sinks=16, window=127)",
+            0.125: "duoattention(heads={duo}, sparsity=0.875, sinks=4, window=12)",
+        },
+        "duoattention(heads={duo})",
+    ),
+    Subject(
+        "kivi",
+        {0.25: "kivi(bits=4, residual=32)", 0.125: "kivi(bits=2, residual=32)"},
+        "kivi(bits=2)",
+        acts=("encoded",),
+    ),
+    Subject("kivi, 4 bits", {}, "kivi(bits=4)", acts=("encoded",)),
+    Subject("mikv", {0.5: "mikv(budget=0.25)", 0.25: "mikv(budget=0.05)"}, "mikv", acts=("encoded",)),
+    Subject("think", {0.5: "think(ratio=0.75)"}, "think", acts=("encoded",)),
+    Subject(
+        "xkv",
+        {0.5: "xkv(group=4, key_rank=64, value_rank=96)", 0.25: "xkv(group=4, key_rank=32, value_rank=48)"},
+        "xkv(group=4)",
+        acts=("encoded",),
+        weights=(0.25, 0.25, 0.25, 0.25),
+    ),
+    Subject(
+        "random",
+        dial(lambda s, n: f"random({selection(n)})"),
+        "random(top_k=2048, sinks=128, window=512)",
+        ("selections",),
+        "read",
+    ),
+    Subject(
+        "tokenselect",
+        dial(lambda s, n: f"tokenselect({selection(n)}, theta=2.0)"),
+        f"tokenselect({_LARGE_READ})",
+        ("selections",),
+        "read",
+    ),
+    Subject("tokenselect, 8-bit sketch", {}, f"tokenselect({_LARGE_READ}, sketch='int8')", ("selections",), "read"),
+    Subject(
+        "tidaldecode",
+        dial(lambda s, n: f"tidaldecode(top_k={n}, first=1, correction=0)"),
+        "tidaldecode(top_k=2048, first=0, correction=0)",
+        ("reused",),
+        "read",
+        stepwise=True,
+        # Layers 0 to 2 and 13 of 32 attend to everything, as published for Llama 3 8B.
+        weights=(4 / 32, 28 / 32),
+    ),
+    Subject(
+        "doublesparsity",
+        dial(lambda s, n: f"doublesparsity(channels={{channels}}, top_k={n})"),
+        "doublesparsity(channels={channels}, top_k=2048, dense_layers=0)",
+        ("selections",),
+        "read",
+        stepwise=True,
+    ),
+    Subject(
+        "snapkv | tokenselect",
+        dial(lambda s, n: f"snapkv(budget={s}, per_head=False) | tokenselect({selection(n // 2)}, theta=2.0)"),
+        f"snapkv(budget=0.25, per_head=False) | tokenselect({_LARGE_READ})",
+        ("dropped", "selections"),
+    ),
+    Subject(
+        "kivi | tokenselect",
+        {0.25: f"{_FOUR_BITS} | tokenselect({_SMALL_READ})"},
+        f"kivi(bits=2) | tokenselect({_LARGE_READ})",
+        ("encoded", "selections"),
+    ),
+    Subject(
+        "razorattention | kivi",
+        {0.25: "razorattention(heads={razor}, induction=0.375, echo=0.0, budget=0.2) | " + _FOUR_BITS},
+        "razorattention(heads={razor}) | kivi(bits=2)",
+        ("dropped", "encoded"),
+    ),
+    Subject(
+        "cake | kivi | tokenselect",
+        {0.125: f"cake(budget=0.5, per_head=False, evict_generated=False) | {_FOUR_BITS} | tokenselect({_SMALL_READ})"},
+        f"cake(budget=0.25, per_head=False, evict_generated=False) | kivi(bits=2) | tokenselect({_LARGE_READ})",
+        ("dropped", "encoded", "selections"),
+    ),
+    Subject(
+        "xkv | tokenselect",
+        {0.5: f"xkv(group=4, key_rank=64, value_rank=96) | tokenselect({_SMALL_READ})"},
+        f"xkv(group=4) | tokenselect({_LARGE_READ})",
+        ("encoded", "selections"),
+        weights=(0.25, 0.25, 0.25, 0.25),
+    ),
+)
+
+
+def known(names: list[str] | None = None) -> list[Subject]:
+    """Subjects whose methods this kvote has; of these the ``names``, where given."""
+    import kvote.methods  # noqa: F401  (each method registers itself)
+
+    unknown = set(names or ()) - {subject.name for subject in SUBJECTS}
+    if unknown:
+        raise SystemExit(f"There is no {', '.join(sorted(unknown))}; there are: " + "; ".join(s.name for s in SUBJECTS))
+    wanted = [subject for subject in SUBJECTS if names is None or subject.name in names]
+    return [subject for subject in wanted if all(name in METHODS for name in subject.names)]
+
+
+def calibration(kind: str) -> str:
+    """The calibration of the embedded model, in quotes for a spec; measured now if it has not been before."""
+    path = RESULTS / f"calibration-{kind}.json"
+    if not path.exists():
+        from kvote.cli import main
+
+        print(f"calibrating the embedded model: {kind}", flush=True)
+        if main(["calibrate", "--what", kind, "--out", str(path)]):
+            raise SystemExit(f"kvote calibrate --what {kind} failed.")
+    return repr(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
+def spelled(spec: str, calibrations: Callable[[str], str] = calibration) -> str:
+    """The spec with every calibration that it names put in."""
+    return re.sub(r"\{(\w+)\}", lambda m: calibrations(m[1]), spec)
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Calibrations of a model that does not exist, with ``layers`` layers of ``kv_heads`` key heads of ``dim``."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    dim: int
+    # The one whose calibrations they shall pass for.
+    model: Any = None
+    written: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, kind: str) -> str:
+        import tempfile
+
+        from kvote.calibration import save
+
+        if kind not in self.written:
+            folder = Path(tempfile.mkdtemp(prefix="kvote-"))
+            path = folder / f"{kind}.json"
+            save(self.made(kind), path)
+            self.written[kind] = str(path)
+        return repr(self.written[kind])
+
+    def made(self, kind: str) -> Any:
+        from kvote.calibration.example import example
+        from kvote.calibration.fingerprint import Fingerprint
+
+        shape = (self.layers, self.heads, self.kv_heads, self.dim)
+        model = Fingerprint("made-up", *shape, "0" * 32) if self.model is None else Fingerprint.of(self.model)
+        return example(kind, model)
+
+
+def built(spec: str, calibrations: Callable[[str], str] = calibration) -> Method | str:
+    """The method, or why there is none: a subject must not end the run of the others."""
+    try:
+        return parse(spelled(spec, calibrations))
+    except KvoteError as error:
+        return str(error)

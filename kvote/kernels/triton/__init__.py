@@ -1,0 +1,37 @@
+"""The GPU kernels, as functions of tensors, in Triton. Contracts as in ``kvote.kernels.cpu`` and ``reference``.
+
+Loaded only where they are to run (``kvote.kernels.gpu`` says why not). Nothing here waits for the device: lengths and
+limits are numbers that the host knows, or tensors that it never looks at, so that a decode step can be captured in a
+CUDA graph. On the CPU they run in Triton's interpreter (``TRITON_INTERPRET=1``), which shows what they compute and
+nothing about their speed.
+"""
+
+from kvote.kernels.gpu import why_not
+from kvote.kernels.triton.attend import attend
+from kvote.kernels.triton.attend import why_not as why_not_attend
+from kvote.kernels.triton.decode import MAX_GROUPS, decode
+from kvote.kernels.triton.mass import attention_mass
+from kvote.kernels.triton.merge import merge_parts
+from kvote.kernels.triton.sketch import SKETCH_TOKENS, sketch, sketch_bytes
+from kvote.kernels.triton.tokens import append, gather, turn
+from kvote.kernels.triton.votes import scores, select, top_k, votes
+
+__all__ = [
+    "MAX_GROUPS",
+    "SKETCH_TOKENS",
+    "append",
+    "attend",
+    "attention_mass",
+    "decode",
+    "gather",
+    "merge_parts",
+    "scores",
+    "select",
+    "sketch",
+    "sketch_bytes",
+    "top_k",
+    "turn",
+    "votes",
+    "why_not",
+    "why_not_attend",
+]

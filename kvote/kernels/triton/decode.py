@@ -1,0 +1,185 @@
+"""Attention of one query position per sequence, read from the pages: split over the tokens, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvote.kernels.cpu import Lanes
+from kvote.kernels.triton.common import (
+    PAGE,
+    at_home,
+    capped,
+    check,
+    fetched,
+    padded,
+    partners,
+    product,
+    rows_of,
+    split,
+    table,
+    turned,
+)
+from kvote.kernels.triton.merge import merge_parts
+
+MAX_GROUPS = 64
+Angles = tuple[Tensor, Tensor]
+
+
+@triton.jit(do_not_specialize=("kv_heads", "table_width", "start", "count", "each", "pairs"))
+def _decode(
+    query,
+    keys,
+    values,
+    pages,
+    index,
+    stops,
+    cos,
+    sin,
+    outs,
+    lses,
+    kv_heads,
+    table_width,
+    start,
+    count,
+    each,
+    pairs,
+    scale,
+    softcap,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LISTED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    # The query heads of a key head are the rows of one product, so that a key is read once for all of them.
+    part, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    sequence = lane // kv_heads
+    rows, channels, some = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, BLOCK)
+    asked = (rows < GROUPS)[:, None] & (channels < D)[None, :]
+    q = tl.load(query + (lane * GROUPS + rows)[:, None] * D + channels[None, :], mask=asked, other=0.0)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DP], tl.float32)
+    end = tl.minimum(count, (part + 1) * each)
+    if RAGGED:
+        end = tl.minimum(end, tl.load(stops + sequence) - start)
+    for at in range(part * each, end, BLOCK):
+        place = at + some
+        held = place < end
+        if LISTED:
+            tokens = tl.load(index + sequence * count + place, mask=held, other=0).to(tl.int32)
+        else:
+            tokens = start + place
+        slots = rows_of(pages + lane * table_width, tokens, held)
+        key = fetched(keys, slots, channels, held, D, DP)
+        if TURNED:
+            partner, _, _ = partners(channels, pairs, INTERLEAVED)
+            other = fetched(keys, slots, partner, held, D, DP)
+            key = turned(key, other, cos, sin, place, held, channels, pairs, INTERLEAVED).to(key.dtype)
+        logits = product(q, tl.trans(key), tl.zeros([ROWS, BLOCK], tl.float32)) * scale
+        if SOFTCAP:
+            logits = capped(logits, softcap)
+        logits = tl.where(held[None, :], logits, float("-inf"))
+        # A part begins with a token, so the maximum is finite from the first block on.
+        higher = tl.maximum(most, tl.max(logits, 1))
+        weights = tl.exp(logits - higher[:, None])
+        shrink = tl.exp(most - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        value = fetched(values, slots, channels, held, D, DP)
+        sums = product(weights.to(value.dtype), value, sums * shrink[:, None])
+        most = higher
+    saw = total > 0
+    sums = sums / tl.where(saw, total, 1.0)[:, None]
+    lse = tl.where(saw, most + tl.log(tl.where(saw, total, 1.0)), float("-inf"))
+    row = (lane * GROUPS + rows) * tl.num_programs(0) + part
+    tl.store(outs + row[:, None] * D + channels[None, :], sums, mask=asked)
+    tl.store(lses + row, lse, mask=rows < GROUPS)
+
+
+@at_home
+def decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lanes: Lanes,
+    tokens: Tensor | range,
+    *,
+    angles: Angles | None,
+    interleaved: bool,
+    scale: float,
+    softcap: float | None,
+    stops: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``cpu.decode``: out [sequences, heads, d] and lse [sequences, heads] in float32.
+
+    ``query`` [sequences, heads, d], head = h_kv * g + i, is rounded to the dtype of the keys; lanes are (sequence, key
+    head) in that order. ``tokens``: a range that all read, or int64 [sequences, m]; with ``angles`` [m, r] keys are
+    rotated as they are read. ``stops`` int32 [sequences], on the device: sequence i reads its tokens before
+    ``stops[i]`` only, so that one captured call serves lengths up to that of the range.
+    """
+    sequences, heads, dim = query.shape
+    groups, device = sequences * heads // lanes.count, query.device
+    check(groups <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
+    check(keys.shape == values.shape and keys.shape[-1] == dim, "keys and values must be pools of the same head size")
+    check(keys.is_contiguous() and values.is_contiguous() and keys.shape[1] == PAGE, "pools must be contiguous pages")
+    query = query.to(keys.dtype).contiguous()
+    if isinstance(tokens, Tensor):
+        check(tokens.dtype == torch.int64 and tokens.is_contiguous(), "tokens must be contiguous int64")
+        check(tokens.shape[0] == sequences and stops is None, "there must be one list per sequence, and no stops")
+        start, count = 0, tokens.shape[1]
+    else:
+        start, count = tokens.start, len(tokens)
+    if angles is not None:
+        angles = angles[0].float().contiguous(), angles[1].float().contiguous()
+        check(angles[0].shape[0] >= count and 2 * angles[0].shape[1] <= dim, "angles must fit the tokens")
+    # A list is short: many small parts. Wide rows, and rotated ones twice, take registers.
+    wide = dim > 128 or keys.dtype == torch.float32
+    block = PAGE >> (int(wide) + int(angles is not None))
+    unit = block if isinstance(tokens, Tensor) else 4 * PAGE
+    each, parts = split(-(-count // unit), lanes.count, device)
+    outs = torch.empty(sequences, heads, parts, dim, dtype=torch.float32, device=device)
+    lses = torch.empty(sequences, heads, parts, dtype=torch.float32, device=device)
+    pages = table(lanes, device)
+    cos, sin = angles if angles is not None else (lses, lses)
+    _decode[(parts, lanes.count)](
+        query,
+        keys,
+        values,
+        pages,
+        tokens if isinstance(tokens, Tensor) else pages,
+        pages if stops is None else stops,
+        cos,
+        sin,
+        outs,
+        lses,
+        lanes.count // sequences,
+        pages.shape[1],
+        start,
+        count,
+        each * unit,
+        cos.shape[-1] if angles is not None else 0,
+        scale,
+        softcap or 0.0,
+        GROUPS=groups,
+        ROWS=padded(groups),
+        D=dim,
+        DP=padded(dim),
+        BLOCK=block,
+        LISTED=isinstance(tokens, Tensor),
+        RAGGED=stops is not None,
+        TURNED=angles is not None,
+        INTERLEAVED=interleaved,
+        SOFTCAP=softcap is not None,
+        num_warps=4,
+        # Two stages pass before a page's place is known, so these hold two blocks on their way.
+        num_stages=3 if wide and angles is not None else 5,
+    )
+    return merge_parts(outs, lses)
