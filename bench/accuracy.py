@@ -10,6 +10,9 @@ and random tokens, with as many tokens as fit into the bytes that the method was
 read less, random tokens in the same number. A difference counts if the exact sign test over the questions that only
 one of them answered gives p < 0.01.
 
+Bytes are those of ``cache.report()`` for all layers at the end of the prompt. Tables of rotary angles are left out:
+they do not grow with the text, and beside 1,024 tokens of a small model they would hide what does.
+
 A stopped run goes on where it was (results/accuracy.json); every method is measured on the same questions.
 
     python bench/accuracy.py                                # everything
@@ -95,7 +98,8 @@ class Examiner:
         counts = {name: sum(what[name] for what in told) for name in ("dropped", "selections", "reused")}
         nbytes = sum(what["bytes"] for what in told) / len(exam.prompts)
         seconds = round(time.perf_counter() - begin, 1)
-        return {"right": right, "bytes": nbytes, **last, **counts, "seconds": seconds}
+        rotary = max(what["rotary"] for what in told)
+        return {"right": right, "bytes": nbytes, "rotary": rotary, **last, **counts, "seconds": seconds}
 
     def _answer(
         self, method: Method, ids: torch.Tensor, asked: int, new: int, way: str
@@ -105,7 +109,8 @@ class Examiner:
         if way != "prompt":
             cache.expect(first, question_follows=True)
         logits = self._feed(cache, ids[:, :first])
-        nbytes, held = cache.nbytes(), cache.report().layers
+        held = cache.report().layers
+        nbytes = sum(layer.nbytes for layer in held)
         rest = ids[:, first:]
         for piece in rest.split(1 if way == "steps" else rest.shape[1], dim=1) if rest.shape[1] else ():
             logits = self._feed(cache, piece)
@@ -114,7 +119,7 @@ class Examiner:
             said.append(self._feed(cache, said[-1][:, None]).argmax(-1))
         layers = cache.report().layers
         what: dict[str, Any] = {name: sum(getattr(layer, name) for layer in layers) for name in _COUNTED}
-        what["bytes"] = nbytes
+        what["bytes"], what["rotary"] = nbytes, cache.nbytes() - sum(layer.nbytes for layer in layers)
         what["held"] = sum(layer.tokens_held for layer in held) / len(held) / len(ids)
         what["read"] = sum(layer.tokens_read for layer in layers) / len(layers)
         return torch.stack(said, dim=1).tolist(), what
@@ -132,7 +137,7 @@ class Examiner:
             if way != "prompt":
                 cache.expect(first, question_follows=True)
             self._feed(cache, exam.prompts[:1, :first])
-            self._sizes[tokens, way] = cache.nbytes()
+            self._sizes[tokens, way] = sum(layer.nbytes for layer in cache.report().layers)
         return self._sizes[tokens, way]
 
     def tokens_in(self, nbytes: float, way: str) -> int:

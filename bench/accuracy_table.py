@@ -134,8 +134,8 @@ def _said(rows: list[Row]) -> list[str]:
     lines = [
         f"Bold: better than random with the same bytes (methods that hold everything: with as many tokens read), by an "
         f"exact sign test over {asked} questions, p < {LEVEL:g}. The standard error of a figure is at most {error:.1f} "
-        "points. Bytes are all that the cache holds, tables and unused parts of pages with it, which at this length "
-        "weigh more than they do in long texts."
+        "points. Bytes are all that layers hold, unused parts of pages with it; tables of rotary angles, which do not "
+        "grow with the text, are left out."
     ]
     for kind in ("loses", "equals"):
         weak: dict[str, list[str]] = {}

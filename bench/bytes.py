@@ -66,9 +66,10 @@ def _packed(n: float, bits: int, group: int = 32, residual: int = 128, heads: in
 
 
 def _low_rank(n: int, keys: int = 512, values: int = 768) -> float:
-    """Per key head: its part of what the layers of a group share, and of the blocks that make keys and values of it."""
+    """Per key head: its part of what a group of layers shares, and of the blocks that make keys and values of it; the
+    positions of a layer once."""
     shared = n * (keys + values) * 2 / LANES
-    return shared + (keys + values) * _DIM * 2 + 4 * n
+    return shared + (keys + values) * _DIM * 2 + 4 * n / GEOMETRY.kv_heads
 
 
 # Bytes per key head after a prompt of n tokens, for the specs of bench/subjects.py.
@@ -100,7 +101,7 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "cake | kivi | tokenselect": lambda n: _packed(n / 4, 2) + _angles(_LIST),
     # Of a demoted token, two bits of every number, and two numbers for each half of its key and of its value.
     "mikv": lambda n: n / 5 * (_TOKEN + 4) + 4 * n / 5 * (2 * _DIM * 2 / 8 + 4 * 4),
-    "think": lambda n: _whole(n) - n * 2 * int(0.4 * _DIM),
+    "think": lambda n: n * (_TOKEN - 2 * int(0.4 * _DIM)),
     "xkv": _low_rank,
     "xkv | tokenselect": lambda n: _low_rank(n) + _angles(_LIST),
 }

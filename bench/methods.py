@@ -34,6 +34,8 @@ from kvote.method import Method, parse
 PACKED, AS_IT_COMES, DENSE = "sdpa, packed", "sdpa as transformers calls it", "kvote dense"
 # Calls of a round.
 _CALLS = 4
+# Seconds of a call from which on one does, and of all calls of a method.
+_SLOW, _SECONDS = 0.5, 20
 # Layers of the made-up model that calibrations are about.
 _LAYERS = 32
 
@@ -102,12 +104,14 @@ def measure(subject: Subject, held: Held, sweep: Sweep, rounds: int, made_up: Ma
         subject.name: stepping(layers, weights, geometry),
     }
     as_it_comes = calling(geometry.as_it_comes, held)(sweep)
-    for call in calls.values():
-        call(sweep)
+    first = {name: call(sweep) for name, call in calls.items()}
+    # What is slow is called once a round, and for as many rounds as there is time for, two at least.
+    each = len(weights) * first[subject.name]
+    often, rounds = (_CALLS if each < _SLOW else 1), max(2, min(rounds, int(_SECONDS / each)))
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            spent[name].append(median(call(sweep) for _ in range(_CALLS)))
+            spent[name].append(median(call(sweep) for _ in range(often)))
     mine, packed, dense = (spent[name] for name in (subject.name, PACKED, DENSE))
     parts = [part for layer in layers for part in layer.parts]
     # Tokens of the steps: with those of all methods, it would outgrow the memory set aside.
@@ -174,7 +178,8 @@ def main() -> None:
     subjects, order = known(options.methods), [subject.name for subject in known()]
     for tokens in options.tokens:
         same = [p for p in points if p["tokens"] == tokens and not options.fresh]
-        missing = [s for s in subjects if all(p["spec"] != s.at(tokens) for p in same)]
+        timed = [s for s in subjects if options.methods or s.longest is None or tokens <= s.longest]
+        missing = [s for s in timed if all(p["spec"] != s.at(tokens) for p in same)]
         held = Held(geometry, tokens) if missing else None
         for subject in missing:
             assert held is not None

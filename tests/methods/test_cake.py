@@ -457,3 +457,16 @@ def test_without_the_cascade_layers_do_not_share(monkeypatch):
 def test_parameters_that_make_no_sense_are_refused(spec, message):
     with pytest.raises(MethodError, match=message):
         parse(spec)
+
+
+def test_a_store_encodes_every_layer_when_the_last_has_been_observed():
+    net = tiny.model(num_hidden_layers=LAYERS)
+    cache = tiny.cache(net, "cake(budget=128, window=8, evict_generated=False) | kivi(bits=2, residual=32)")
+    tiny.feed(net, cache, tiny.ids(1, 400))
+    packed = [layer.segment.keys.nbytes for layer in cache.managed]
+    assert sum(layer.held for layer in cache.managed) == 128 * LAYERS
+    assert all(nbytes > 0 for nbytes in packed)
+    before = [layer.nbytes for layer in cache.managed]
+    tiny.feed(net, cache, tiny.ids(1, 1))
+    # Nothing was left to encode: a step adds a token, and room for more.
+    assert all(after >= nbytes for after, nbytes in zip([layer.nbytes for layer in cache.managed], before, strict=True))
