@@ -35,6 +35,7 @@ class Cache(TransformersCache):
         previous = None
         native_layers = attention.native_layers(model)
         ours = [index for index, native in enumerate(native_layers) if attention.is_full_attention(native)]
+        self.method.read.check(len(ours))
         ropes = attention.find_ropes(model, ours) if self.method.needs_rope else {}
         crew: list[Layer] = []
         for index, native in enumerate(native_layers):
@@ -66,6 +67,16 @@ class Cache(TransformersCache):
         self.turn.question_follows = question_follows
         for layer in self._own:
             layer.expect(tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` columns in every layer, or, if one of them cannot, in none.
+
+        Raises CropError if tokens that the method has dropped would have to return.
+        """
+        for layer in self._own:
+            for part in layer.parts:
+                part.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Back to the state before the first token; memory is given back."""

@@ -87,9 +87,6 @@ class HeadGroups:
             layer.expect(tokens)
 
     def crop(self, columns: int) -> None:
-        # All or none.
-        for layer in self.parts:
-            layer.check_crop(columns)
         for layer in self.parts:
             layer.crop(columns)
 
@@ -117,11 +114,12 @@ def in_groups(index: int, method: Method, rope: Rope | None, layers: int, kv_hea
     split = method.keep.split(index, kv_heads)
     if split is None:
         return None
-    groups = [
-        HeadGroup(share.heads, Layer(index, _of(share, method), rope, share.sharers or layers))
-        for share in split
-        if share.heads
-    ]
+    groups = []
+    for share in split:
+        if share.heads:
+            own = _of(share, method)
+            layer = Layer(index, own, rope, share.sharers or layers, others_drop=method.keep.drops)
+            groups.append(HeadGroup(share.heads, layer))
     return HeadGroups(index, method, groups)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.errors import CropError, InputError, MethodError
+from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.record import Record
@@ -72,6 +73,8 @@ class Layer:
     layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
     crew: "list[Layer]" = field(default_factory=list, repr=False)
+    # Whether other key heads of its layer or of others drop tokens, so that no token may be taken out here either.
+    others_drop: bool = False
     segment: Segment | None = None
     columns: Tensor | None = None
     seen: int = 0
@@ -130,28 +133,38 @@ class Layer:
             self.memory = self.method.read.new_memory()
             self.record.memory = self.method.keep.new_memory()
             self.reserve()
-            self.budget(0)
+            self._check_budget()
         return self.segment
 
     def budget(self, row: int) -> int | None:
-        """How many tokens a sequence may hold now, or None for no limit. Raises MethodError if that is none at all."""
+        """How many tokens a sequence may hold now, at least one, or None for no limit."""
         dial = self.method.keep.budget
         if dial is None or self.segment is None:
             return None
         if dial.unit != "bytes":
             return dial.tokens(self.seen if self.columns is None else int(self.columns[row].sum()))
-        tokens = self.segment.tokens_within(dial.amount / self.layers, self.method.keep.token_bytes)
-        if tokens < 1:
+        # Once there are tokens, a budget that no longer suffices (copies were made) must not end a pass half way.
+        return max(1, self._affordable(dial))
+
+    def _affordable(self, dial: Budget) -> int:
+        assert self.segment is not None
+        return self.segment.tokens_within(dial.amount / self.layers, self.method.keep.token_bytes)
+
+    def _check_budget(self) -> None:
+        """Raises MethodError if a budget of bytes leaves no page of tokens to a key head."""
+        dial = self.method.keep.budget
+        if dial is not None and dial.unit == "bytes" and self._affordable(dial) < 1:
             raise MethodError(
                 f"{self.method.spec}: {dial.amount:,.0f} bytes for {self.layers:g} layers and {self.sequences} "
                 "sequences leave no page of tokens to a key head; give a larger budget."
             )
-        return tokens
 
     def expect(self, tokens: int) -> None:
         """Announces ``tokens`` columns."""
         self.expected = tokens
-        self.reserve()
+        # Where layers share a budget, only the one at work holds a whole prompt.
+        if not self.method.keep.cascades:
+            self.reserve()
 
     @_outside_inference
     def reserve(self) -> None:
@@ -168,6 +181,7 @@ class Layer:
         Raises InputError if the batch size changed.
         """
         segment = self.start(step)
+        self.reserve()
         self.activity.calls += 1
         b, heads, t, _ = step.query.shape
         if b != self.sequences:
@@ -217,7 +231,7 @@ class Layer:
         self.ahead = max(0, step.ahead or 0)
         if not self.record_past:
             self.drop()
-            self.seal()
+            self.seal_all()
         out = step.value.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
         return out.transpose(1, 2)
 
@@ -281,7 +295,7 @@ class Layer:
         past = everything if past is None else past
         if torch.equal(known, past):
             return
-        if self.method.keep.drops or bool((past & ~known).any()):
+        if self.method.keep.drops or self.others_drop or bool((past & ~known).any()):
             raise InputError(
                 f"The attention mask changed for tokens that {self.method.spec} has already read; pass the same mask "
                 "as before, or start anew with cache.reset()."
@@ -332,6 +346,14 @@ class Layer:
             # What a reader remembers are slots, and other tokens stand there now.
             self.memory.forget()
 
+    def seal_all(self) -> None:
+        """Seals, unless later layers may still take tokens from this one: then all are sealed after the last."""
+        if not self.method.keep.cascades:
+            self.seal()
+        elif self.number == len(self.crew) - 1:
+            for layer in self.crew:
+                layer.seal()
+
     @_outside_inference
     def seal(self) -> None:
         """Lets the store encode what is old enough."""
@@ -378,7 +400,7 @@ class Layer:
             self.memory.forget()
         self.segment.trim()
         self.drop()
-        self.seal()
+        self.seal_all()
 
     def _take_back(self, lengths: list[int]) -> None:
         """Cuts sequences to ``lengths``, and what the keeper has seen of them: votes for a prompt that is no more are

@@ -422,3 +422,22 @@ def test_nbytes_falls_when_the_batch_shrinks(net, method, batch):
     cache.batch_select_indices(torch.tensor([1]))
     tiny.feed(net, cache, *more(1, None if mask is None else mask[1:2]))
     assert cache.nbytes() < before / 2
+
+
+def test_layers_that_share_a_budget_pack_a_token_once(net):
+    """Packed and taken apart again for every later layer, keys would be rounded twice in all layers but the last."""
+    cascade = "cake(budget=48, window=6, per_head=False, evict_generated=False) | kivi(residual=32)"
+    cache, tokens = tiny.cache(net, cascade), tiny.ids(1, 200)
+    tiny.feed(net, cache, tokens)
+    dense = tiny.cache(net, "dense")
+    tiny.feed(net, dense, tokens)
+    for layer, whole in zip(cache.managed, dense.managed, strict=True):
+        assert layer.segment.keys.length(0) == layer.segment.length(0) // 32 * 32 > 0
+        n = layer.segment.length(0)
+        kept = layer.segment.positions(0)[0].long()
+        exact = whole.segment.decode([0], 0, 200)[0][:, :, kept]
+        once = parse("kivi(residual=32)").store.new_segment(2, exact, 16, None)
+        once.add_sequences(1)
+        once.append([0], exact, exact, kept[None])
+        once.seal(0)
+        torch.testing.assert_close(layer.segment.decode([0], 0, n)[0], once.decode([0], 0, n)[0])

@@ -32,6 +32,14 @@ class ByHead(KeepAll):
         return [Share(self.whole, KeepAll()), Share(others, KeepSinksAndRecent(2, 6))]
 
 
+@dataclass(frozen=True)
+class ByLayer(ByHead):
+    """All heads of the first layer keep everything, and none of the second."""
+
+    def split(self, layer, heads):
+        return ByHead(whole=tuple(range(heads)) if layer == 0 else ()).split(layer, heads)
+
+
 def split(*whole: int) -> Method:
     return Method("split", keep=ByHead(whole=whole))
 
@@ -123,3 +131,26 @@ def test_a_layer_with_other_key_heads_than_the_config_tells_is_refused():
     cache = kvote.Cache(net, split(1))
     with pytest.raises(UnsupportedModelError, match="4 key heads and not the 2"):
         cache.layers[0].layer.attend(step(0, kv_heads=4))
+
+
+def test_a_crop_that_one_layer_refuses_changes_none():
+    """Heads that keep everything could take it back; those of another layer that drop could not."""
+    net = tiny.model()
+    cache = kvote.Cache(net, Method("split", keep=ByLayer()))
+    tiny.feed(net, cache, tiny.ids(1, 40))
+    with pytest.raises(kvote.CropError, match="split has dropped tokens"):
+        cache.crop(-3)
+    assert [layer.layer.seen for layer in cache.layers] == [40, 40]
+    assert [len(each) for each in cache.positions(0)[0]] == [40, 40]
+
+
+def test_a_mask_that_one_layer_refuses_changes_none():
+    net = tiny.model()
+    cache = kvote.Cache(net, Method("split", keep=ByLayer()))
+    tokens, mask = tiny.ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    tiny.feed(net, cache, tokens, mask)
+    changed = torch.cat([mask, mask[:, :1]], dim=1)
+    changed[0, :4] = 0
+    with pytest.raises(kvote.InputError, match="mask changed"):
+        tiny.feed(net, cache, tokens[:, :1], changed)
+    assert [len(each) for each in cache.positions(0)[0]] == [20, 20]

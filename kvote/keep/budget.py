@@ -23,8 +23,13 @@ class Budget:
 
     def tokens(self, seen: int) -> int:
         """Tokens that a sequence of ``seen`` tokens may hold, at least one; bytes are for the store to translate."""
-        share = int(self.amount * seen if self.unit == "fraction" else self.amount)
+        share = whole(self.amount * seen if self.unit == "fraction" else self.amount)
         return max(self.least, share) + self.besides
+
+
+def whole(tokens: float) -> int:
+    """Whole tokens of a share. 0.29 * 100 is 28.999999999999996, and 29 were meant."""
+    return int(tokens + 1e-9)
 
 
 def budget(value: object) -> Budget:

@@ -6,7 +6,7 @@ import torch
 
 from kvote import kernels
 from kvote.errors import MethodError
-from kvote.keep.budget import Budget
+from kvote.keep.budget import Budget, whole
 from kvote.keep.keeper import Held, Kept
 from kvote.keep.mass import Mass
 from kvote.keep.observation import Observation
@@ -44,7 +44,7 @@ class KeepHeavyHitters(Plain):
     def survivors(self, held: Held, memory: Mass) -> Kept | None:
         if held.length <= held.budget:
             return None
-        heavy = int(held.budget * (1 - self.recent))
+        heavy = whole(held.budget * (1 - self.recent))
         edge = held.length - (held.budget - heavy)
         mass = memory.rows[held.row]
         recent = torch.arange(edge, held.length, device=mass.device).expand(len(mass), -1)

@@ -14,6 +14,7 @@ token. Channels are filled up to a multiple of 16.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,22 +41,22 @@ class Packing:
         """Codes in a 32-bit word."""
         return 32 // self.bits
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Channels, filled up."""
         return -(-self.dim // _LANES) * _LANES
 
-    @property
+    @cached_property
     def code_bytes(self) -> int:
         return PACKED * self.width * self.bits // 8
 
-    @property
+    @cached_property
     def scales(self) -> tuple[int, int]:
         """Shape of the scales of a page."""
         by_channel = self.are_keys and not self.by_token
         return (PACKED // self.group, self.width) if by_channel else (-(-self.width // self.group), PACKED)
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         return self.code_bytes + 2 * self.scales[0] * self.scales[1] * self.dtype.itemsize
 

@@ -109,6 +109,9 @@ class HeadVotes:
         """A cosine never exceeds 1, so a larger threshold turns the selection cache off."""
         return self.theta <= 1
 
+    def check(self, layers: int) -> None:
+        pass
+
     def new_memory(self) -> SelectionMemory | None:
         return SelectionMemory() if self.reuses else None
 

@@ -56,6 +56,9 @@ class PersistentPositions(ReadsLists):
     def crosses_layers(self) -> bool:
         return True
 
+    def check(self, layers: int) -> None:
+        self.selecting(layers)
+
     def new_memory(self) -> Chosen:
         return Chosen()
 

@@ -154,6 +154,10 @@ class Reader(Protocol):
     def sketch_bits(self) -> int: ...
     @property
     def tail(self) -> int: ...
+    def check(self, layers: int) -> None:
+        """Raises MethodError if it cannot serve so many layers with full attention."""
+        ...
+
     def new_memory(self) -> Memory | None: ...
     def read(self, reading: Reading) -> Iterator[Span]: ...
 
@@ -192,6 +196,9 @@ class PlainReader:
     @property
     def tail(self) -> int:
         return 0
+
+    def check(self, layers: int) -> None:
+        pass
 
     def new_memory(self) -> Memory | None:
         return None

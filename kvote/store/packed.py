@@ -43,6 +43,8 @@ class PackedLanes:
         self.pool.lanes += [Lane() for _ in range(count * self.heads)]
 
     def _lanes(self, rows: Sequence[int]) -> tuple[int, ...]:
+        if len(rows) == 1:
+            return tuple(range(rows[0] * self.heads, (rows[0] + 1) * self.heads))
         return tuple(row * self.heads + head for row in rows for head in range(self.heads))
 
     def _slots(self, rows: Sequence[int], start: int, stop: int) -> Tensor:
@@ -110,17 +112,22 @@ def attend(
     rows: list[int],
     tokens: range,
     *,
+    recent: packed.Recent | None = None,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Attention [b, heads, t, dv] of a few queries [b, heads, t, d] straight from the codes, and its log-sum-exp; None
-    where no kernel can do that."""
+    where no kernel can do that. All queries see the ``recent`` tokens, too, which are not packed."""
     t = query.shape[2]
     groups = query.shape[1] // keys.heads
     if not keys.compiled or keys.form.dim != values.form.dim or t > _STREAMED or groups > cpu.MAX_GROUPS:
         return None
     held = keys.held(rows), values.held(rows)
-    answers = [packed.attend(query[:, :, i], *held, tokens, scale=scale, softcap=softcap) for i in range(t)]
+    answers = [
+        packed.attend(query[:, :, i], *held, tokens, recent=recent, scale=scale, softcap=softcap) for i in range(t)
+    ]
+    if t == 1:
+        return answers[0][0][:, :, None], answers[0][1][:, :, None]
     return torch.stack([out for out, _ in answers], dim=2), torch.stack([lse for _, lse in answers], dim=2)
 
 

@@ -38,6 +38,8 @@ class Lane:
 
     @property
     def pages(self) -> int:
+        if len(self.runs) == 1:
+            return self.runs[0][1]
         return sum(count for _, count in self.runs)
 
     def page_ids(self) -> np.ndarray:

@@ -93,8 +93,8 @@ class QuantisedSegment:
         alike: dict[tuple[int, ...], list[int]] = {}
         for row in range(self.sequences):
             alike.setdefault((self.length(row), *self._state(row)), []).append(row)
-        changed = [self._seal(rows) for rows in alike.values()]
-        if any(changed):
+        freed = [self._seal(rows) for rows in alike.values()]
+        if any(freed):
             self.raw.trim()
 
     def _state(self, row: int) -> tuple[int, int, int]:
@@ -102,20 +102,23 @@ class QuantisedSegment:
         return self.keys.length(row), self.values.length(row), self._first[row]
 
     def _seal(self, rows: list[int]) -> bool:
+        """Packs what is old enough of rows alike; whether raw pages became free."""
         n, (keys, values, first) = self.length(rows[0]), self._state(rows[0])
         more_keys, more_values = max(keys, n // self.residual * self.residual), max(values, n - self.residual)
         if (more_keys, more_values) == (keys, values):
             return False
-        for part, done, until, which in ((self.keys, keys, more_keys, 0), (self.values, values, more_values, 1)):
-            if until > done:
+        raw = self.raw.pool
+        whole = (self.keys, keys, more_keys, raw.keys), (self.values, values, more_values, raw.values)
+        for part, done, until, pool in whole:
+            if until - done > BLOCK:
                 part.reserve(rows, until - done)
             for start in range(done, until, BLOCK):
                 stop = min(start + BLOCK, until)
-                part.append(rows, self.raw.decode(rows, start - first, stop - first)[which])
+                part.append(rows, self.raw._view(pool, rows, start - first, stop - first))
         if more_keys > keys:
             self._replace_keys(rows, max(keys, more_values), more_keys)
         self._give_back(rows, (more_values - first) // PAGE)
-        return True
+        return self._state(rows[0])[2] > first or more_keys > keys
 
     def _replace_keys(self, rows: list[int], start: int, stop: int) -> None:
         """Makes raw keys of some tokens what they decode to; what follows them stays."""
@@ -172,6 +175,8 @@ class QuantisedSegment:
             own = tokens if isinstance(tokens.index, range) else replace(tokens, index=tokens.index[at])
             return self._attend(Queries(queries.rotated[at], raw), part, own, logits)
 
+        if len(rows) == 1:
+            return self._attend(queries, rows, tokens, logits)
         out, lse = self._by_body(rows, some)
         return out, lse
 
@@ -184,6 +189,10 @@ class QuantisedSegment:
             return self._attend_lists(queries, rows, tokens, logits)
         if self.rope is not None or (tokens.window is not None and tokens.window < len(tokens)):
             return _merged(queries.rotated, self._answers(queries, rows, tokens, logits))
+        if index.start < body < index.stop and queries.rotated.shape[2] == 1:
+            answer = self._attend_both(queries.rotated, rows, index, logits)
+            if answer is not None:
+                return answer
         parts = []
         if index.start < body:
             parts.append(self._attend_body(queries.rotated, rows, range(index.start, min(index.stop, body)), logits))
@@ -191,6 +200,15 @@ class QuantisedSegment:
             rest = range(max(index.start, body) - first, index.stop - first)
             parts.append(self.raw.attend(queries, rows, replace(tokens, index=rest), logits))
         return _merged(queries.rotated, iter(parts))
+
+    def _attend_both(self, query: Tensor, rows: list[int], tokens: range, logits: Logits) -> Answer | None:
+        """One query's attention over packed and over raw tokens by one kernel call, as a decode step is short; None
+        where no kernel can do that."""
+        body, first = self.values.length(rows[0]), self._first[rows[0]]
+        recent = *self.raw.held(rows), range(body - first, tokens.stop - first)
+        scale, softcap, old = logits.scale, logits.softcap, range(tokens.start, body)
+        answer = packed.attend(query, self.keys, self.values, rows, old, recent=recent, scale=scale, softcap=softcap)
+        return None if answer is None else (answer[0].to(query.dtype), answer[1])
 
     def _recent(self, rows: list[int], tokens: TokenSet) -> TokenSet | None:
         """``tokens`` as the raw segment names them, if it holds them all: while a prompt goes on, and for a range that

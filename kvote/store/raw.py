@@ -101,6 +101,8 @@ class RawSegment:
         return self.pool.nbytes + (0 if self.labels is None else self.labels.nbytes)
 
     def _lanes(self, rows: Sequence[int]) -> tuple[int, ...]:
+        if len(rows) == 1:
+            return tuple(range(rows[0] * self.heads, (rows[0] + 1) * self.heads))
         return tuple(row * self.heads + head for row in rows for head in range(self.heads))
 
     @property
@@ -307,6 +309,10 @@ class RawSegment:
         return self._each(
             query, rows, lambda q, t: select(q, keys, t, sketch, bits, start, limits, k, nominate, **more)
         )
+
+    def held(self, rows: list[int]) -> tuple[Tensor, Tensor, cpu.Lanes]:
+        """As the compiled kernels read them."""
+        return self.pool.keys, self.pool.values, self.pool.table(self._lanes(rows))
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self._view(self.pool.keys, rows, start, stop), self._view(self.pool.values, rows, start, stop)

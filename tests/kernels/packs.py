@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from paged import PAGE, Case, Paged, cases, guarded, guarding, intact
 from torch import Tensor
 
-from kvote.kernels import cpu, packing
+from kvote.kernels import cpu, packing, reference
 from kvote.kernels.cpu import packed
 from kvote.kernels.packing import BITS, GROUPS, PACKED, Packing
 
@@ -207,4 +207,24 @@ def attend_equals_the_law(pack: PackCase, tokens: range, softcap: float | None) 
         atol += 2**-8 * ((1 << pack.bits) - 1) / 2 * float(step.double().amax())
     torch.testing.assert_close(out, expected.float(), rtol=0, atol=atol)
     torch.testing.assert_close(lse, torch.logsumexp(logits, dim=-1).float(), rtol=1e-6, atol=2e-5 + 2 * slack)
+    return [out, lse]
+
+
+@guarding
+def attend_with_recent_equals_both(pack: PackCase, tokens: range, recent: range, softcap: float | None) -> list[Tensor]:
+    """Packed tokens and raw ones in one call, as in two calls whose answers are merged."""
+    packs, raw = Packs(pack), Paged(replace(pack.case, n=recent.stop, size=1.0))
+    query, held = raw.query(), (packs.of_keys(), packs.of_values())
+    scale = pack.case.scale / max(1e-30, float(packs.keys.float().abs().median()))
+    rule: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    behind = raw.keys, raw.values, raw.table(), recent
+    out, lse = packed.attend(query, *held, tokens, recent=behind, **rule)
+    alone = packed.attend(query, *held, tokens, **rule)
+    other = cpu.decode(query, *behind, angles=None, interleaved=False, **rule)
+    expected, total = reference.merge([alone, other])
+    most = float(torch.cat([alone[0], other[0]]).abs().amax())
+    # Weights are rounded to bfloat16 relative to the largest one of those that one thread has read.
+    rounding = 2**-8 * float(raw.value.abs().amax()) if pack.case.dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-5 * most + rounding)
+    torch.testing.assert_close(lse, total, rtol=1e-6, atol=2e-5)
     return [out, lse]

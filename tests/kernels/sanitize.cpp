@@ -138,9 +138,14 @@ void try_packed(const Kernels& kernels) {
     const int64_t start = any(0, n - 1), stop = any(start + 1, n);
     const auto query = floats(lanes * groups * dim);
     const float softcap = any(0, 1) ? 3.0f : 0.0f;
+    const int64_t behind = any(0, 1) * any(1, 300);
+    const Pages raw(lanes, behind);
+    const Bytes raw_keys = elements(raw.slots() * dim, type, wild), raw_values = elements(raw.slots() * dim, type, wild);
+    const int64_t skipped = any(0, behind);
+    const RecentTokens recent{raw_keys.data(), raw_values.data(), raw.lanes.data(), heads, skipped, behind - skipped};
     try_threads(kernels, "packed_attend", [&](int threads) {
         std::vector<float> out(lanes * groups * dim), lse(lanes * groups);
-        kernels.packed_attend({query.data(), views[0], views[1], groups, start, stop, 0.1f, softcap,
+        kernels.packed_attend({query.data(), views[0], views[1], recent, groups, start, stop, 0.1f, softcap,
                                out.data(), lse.data(), threads});
         Bytes answer;
         keep(answer, out);

@@ -10,7 +10,7 @@ from comparisons import same_bits
 from examples import SETS, instruction_set, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged import DTYPES, Case, compiled
+from paged import DTYPES, Case, Paged, compiled
 
 from kvote.kernels import cpu, packing
 from kvote.kernels.cpu import packed
@@ -131,6 +131,18 @@ def test_attention_equals_the_law(pack, softcap, data):
 
 
 @compiled
+@given_cases
+@given(p.pack_cases(), st.integers(1, 400), st.sampled_from([None, 2.0]), st.data())
+def test_recent_tokens_are_read_in_the_same_call(pack, behind, softcap, data):
+    p.attend_with_recent_equals_both(pack, some_range(data, pack.case.n), some_range(data, behind), softcap)
+
+
+@compiled
+def test_recent_tokens_alone_are_an_answer():
+    p.attend_with_recent_equals_both(p.PackCase(Case(n=50)), range(0), range(3, 70), None)
+
+
+@compiled
 def test_attention_over_no_tokens_answers_nothing():
     held = p.Packs(p.PackCase(Case(n=50)))
     query = torch.randn(1, 4, 32)
@@ -156,6 +168,7 @@ def test_every_instruction_set_equals_the_law(isa):
             p.scores_equal_the_law(pack, range(5, 331), 2)
             p.attend_equals_the_law(pack, range(130, 333), None)
             p.attend_equals_the_law(pack, range(1), 3.0)
+            p.attend_with_recent_equals_both(pack, range(130, 333), range(2, 201), None)
 
 
 @compiled
@@ -167,6 +180,7 @@ def test_any_number_of_threads_gives_the_same_bits(pack):
         lambda: p.unpack_gives_what_the_law_gives(pack, range(3, 1999)),
         lambda: p.scores_equal_the_law(pack, range(5, 1990), 2),
         lambda: p.attend_equals_the_law(pack, range(1, 1999), None),
+        lambda: p.attend_with_recent_equals_both(pack, range(1, 1999), range(300), None),
     ]
     for call in calls:
         alone = call()
@@ -216,6 +230,12 @@ def refusals() -> dict[str, Any]:
     query, rule = torch.zeros(1, 4, 32), {"scale": 1.0, "softcap": None}
     wide = replace(key[1], dim=24)
     first = torch.zeros(1, 3, dtype=torch.int64)
+    raw = Paged(Case(n=9))
+
+    def beside(keys, values, table=None):
+        recent = keys, values, table or raw.table(), range(9)
+        return packed.attend(query, key, value, range(9), recent=recent, **rule)
+
     return {
         "whole groups": lambda: packed.pack(x[:, :5], *key, [0, 0]),
         "as many lanes": lambda: packed.pack(x, *key, [0]),
@@ -230,6 +250,10 @@ def refusals() -> dict[str, Any]:
         "by lanes": lambda: packed.unpack(*key, range(9), 1, x.half()),
         "query's head size": lambda: packed.attend(query[..., :16], key, value, range(9), **rule),
         "keys must be keys and": lambda: packed.attend(query, value, key, range(9), **rule),
+        "recent tokens must have the head size": lambda: beside(raw.keys[..., :16], raw.values[..., :16]),
+        "recent tokens must be of the dtype": lambda: beside(raw.keys.half(), raw.values.half()),
+        "in contiguous pools": lambda: beside(raw.keys, raw.values.transpose(0, 1).contiguous().transpose(0, 1)),
+        "of as many lanes": lambda: beside(raw.keys, raw.values, cpu.Lanes(raw.runs[:1])),
         "keys must be keys of": lambda: packed.scores(query[:, :, None], value, range(9)),
         "as many query heads": lambda: packed.attend(query[:, :3], key, value, range(9), **rule),
         "alike": lambda: packed.attend(query, key, (value[0], replace(value[1], bits=4), value[2]), range(9), **rule),

@@ -14,6 +14,10 @@ from kvote.kernels.packing import PACKED, Packing
 # Absent where it could not be compiled; nobody calls these functions then.
 _cpu: Any = getattr(cpu, "_cpu", None)
 
+# Raw pools of keys and of values, where the lanes lie in them, and which tokens are read.
+Recent = tuple[Tensor, Tensor, Lanes, range]
+_NOTHING = (0,) * 8
+
 
 def _check(holds: bool, what: str) -> None:
     """The kernels trust their arguments; what would make them read elsewhere is refused here."""
@@ -33,6 +37,16 @@ def _pool(pages: Tensor, form: Packing, lanes: Lanes) -> tuple[int, ...]:
         form.dim,
         int(form.by_token),
     )
+
+
+def _raw(recent: Recent, form: Packing, lanes: int, sequences: int, groups: int) -> tuple[int, ...]:
+    keys, values, table, tokens = recent
+    _check(groups <= cpu.MAX_GROUPS, f"more than {cpu.MAX_GROUPS} query heads share a key head")
+    _check(keys.shape == values.shape and keys.shape[-1] == form.dim, "recent tokens must have the head size")
+    _check(keys.dtype == values.dtype == form.dtype, "recent tokens must be of the dtype of the form")
+    _check(keys.is_contiguous() and values.is_contiguous(), "recent tokens must be in contiguous pools")
+    _check(table.count == lanes, "recent tokens must be of as many lanes")
+    return keys.data_ptr(), values.data_ptr(), *table.address, lanes // sequences, tokens.start, len(tokens)
 
 
 def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: list[int]) -> None:
@@ -72,11 +86,12 @@ def attend(
     values: tuple[Tensor, Packing, Lanes],
     tokens: range,
     *,
+    recent: Recent | None = None,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query position per sequence over a range of packed tokens: out [sequences, heads, d] and lse
-    [sequences, heads], float32.
+    """Attention of one query position per sequence over a range of packed tokens, and over ``recent`` ones: out
+    [sequences, heads, d] and lse [sequences, heads], float32.
 
     ``query`` [sequences, heads, d], head = h_kv * g + i; lanes are (sequence, key head) in that order. Products of
     codes and of scales times a query (keys) or weights (values) are summed in float32. Where one instruction
@@ -95,6 +110,7 @@ def attend(
         query.data_ptr(),
         _pool(*keys),
         _pool(*values),
+        _NOTHING if recent is None else _raw(recent, keys[1], keys[2].count, sequences, groups),
         groups,
         tokens.start,
         tokens.stop,

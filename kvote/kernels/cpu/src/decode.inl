@@ -186,10 +186,10 @@ void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs&
     for (; g < a.groups; ++g) add<1>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
 }
 
-// Tokens from .. to of the range or list of one sequence, in all its lanes.
+// Tokens from .. to of the range or list of one sequence, in all its lanes, whose answers are `stride` apart.
 template <class T>
 void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to, QueryRows* queries, T* turned,
-                 const Partial* parts) {
+                 const Partial* parts, int64_t stride = 1) {
     const T *keys = static_cast<const T*>(a.keys), *values = static_cast<const T*>(a.values);
     const int64_t heads = a.lanes_per_sequence;
     const int64_t* index = a.index ? a.index + sequence * a.count : nullptr;
@@ -199,9 +199,9 @@ void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to
             float* row = queries[h].wide + g * a.dim;
             std::memcpy(row, a.query + ((sequence * heads + h) * a.groups + g) * a.dim, 4 * a.dim);
             for (int64_t c = 0; c < a.dim; c += W) put(queries[h].narrow + g * a.dim + c, load<vf>(row + c));
-            parts[h].peak[g] = -INFINITY, parts[h].mass[g] = 0;
+            parts[h * stride].peak[g] = -INFINITY, parts[h * stride].mass[g] = 0;
         }
-        std::memset(parts[h].out, 0, 4 * a.groups * a.dim);
+        std::memset(parts[h * stride].out, 0, 4 * a.groups * a.dim);
     }
     Rows<T> blocks[2];
     auto locate = [&](int64_t i, int64_t h, Rows<T>& rows) {
@@ -227,7 +227,7 @@ void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to
                                a.interleaved);
                     rows.key[t] = row;
                 }
-            attend_block(rows, queries[h], a, parts[h], next);
+            attend_block(rows, queries[h], a, parts[h * stride], next);
         }
 }
 

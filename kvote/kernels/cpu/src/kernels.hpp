@@ -151,9 +151,17 @@ struct UnpackArgs {
     int threads;
 };
 
+// Tokens of the same lanes that are not packed, and are read with those that are.
+struct RecentTokens {
+    const void *keys, *values;  // pools of raw pages, of the type of the packed ones
+    const Lane* lanes;
+    std::int64_t lanes_per_sequence, start, count;  // count 0: none
+};
+
 struct PackedAttendArgs {
     const float* query;  // [lanes, groups, dim]
     PackedPool keys, values;
+    RecentTokens recent;
     std::int64_t groups, start, stop;
     float scale, softcap;  // softcap 0: none
     float *out, *lse;      // [lanes, groups, dim], [lanes, groups]

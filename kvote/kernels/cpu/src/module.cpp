@@ -62,6 +62,9 @@ struct PoolTable : LaneTable {
           pool{at<std::uint8_t>(Address(p[0])), Type(p[1]), lanes.data(), p[4], p[5], p[6], p[7], p[8] != 0} {}
 };
 
+// Tokens that are not packed as Python names them: keys, values, runs, begins, lanes, lanes per sequence, start, count.
+using Recent = std::array<std::int64_t, 8>;
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -195,13 +198,16 @@ NB_MODULE(_cpu, m) {
         active->unpack({table.pool, are_keys, at<const std::int64_t>(index), lanes_per_sequence, start, count,
                         at<void>(out), out_stride, threads});
     });
-    m.def("packed_attend", [](Address query, const Pool& keys, const Pool& values, std::int64_t groups,
-                              std::int64_t start, std::int64_t stop, float scale, float softcap, Address out,
-                              Address lse, int threads) {
+    m.def("packed_attend", [](Address query, const Pool& keys, const Pool& values, const Recent& recent,
+                              std::int64_t groups, std::int64_t start, std::int64_t stop, float scale, float softcap,
+                              Address out, Address lse, int threads) {
         nb::gil_scoped_release release;
         PoolTable key_table(keys), value_table(values);
-        active->packed_attend({at<const float>(query), key_table.pool, value_table.pool, groups, start, stop, scale,
-                               softcap, at<float>(out), at<float>(lse), threads});
+        LaneTable raw{Address(recent[2]), Address(recent[3]), recent[4]};
+        const RecentTokens tokens{at<const void>(Address(recent[0])), at<const void>(Address(recent[1])),
+                                  raw.lanes.data(), recent[5], recent[6], recent[7]};
+        active->packed_attend({at<const float>(query), key_table.pool, value_table.pool, tokens, groups, start, stop,
+                               scale, softcap, at<float>(out), at<float>(lse), threads});
     });
     m.def("packed_scores", [](Address query, const Pool& keys, std::int64_t rows, std::int64_t start,
                               std::int64_t stop, Address scores, int threads) {

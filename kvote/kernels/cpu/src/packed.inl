@@ -274,7 +274,7 @@ struct Folded {
 // What lies outside from .. to within the vectors that are computed becomes 0.
 template <class T, int BITS, int Q, class U>
 void score_page_by_token(const PackedPage<T>& page, const Form& form, const float* query, int64_t from, int64_t to,
-                         Folded<U>& folded, float* scores, int64_t stride) {
+                         Folded<U>& folded, float* scores, int64_t stride, float scale) {
     const int64_t dim = form.dim, G = form.group, groups = (dim + G - 1) / G, tile = dim / STEPS<BITS> * ROW;
     constexpr float zero = ZERO<BITS, U>;
     const vi lanes = (vi)lane_numbers();
@@ -296,11 +296,11 @@ void score_page_by_token(const PackedPage<T>& page, const Form& form, const floa
         const uint8_t* codes = page.codes + t / W * tile;
         vf totals[Q][2] = {};
         for (int64_t g = 0; g < groups; ++g) {
-            const T *scale = page.scale + g * PACKED + t, *minimum = page.minimum + g * PACKED + t;
-            ask_for(scale, page.ahead), ask_for(minimum, page.ahead);
+            const T *steps = page.scale + g * PACKED + t, *minima = page.minimum + g * PACKED + t;
+            ask_for(steps, page.ahead), ask_for(minima, page.ahead);
             // What is not stored may be anything, even NaN.
-            const vf s0 = live0 ? get(scale) : vf{}, s1 = live1 ? get(scale + W) : vf{};
-            const vf m0 = (live0 ? get(minimum) : vf{}) + s0 * zero, m1 = (live1 ? get(minimum + W) : vf{}) + s1 * zero;
+            const vf s0 = live0 ? get(steps) : vf{}, s1 = live1 ? get(steps + W) : vf{};
+            const vf m0 = (live0 ? get(minima) : vf{}) + s0 * zero, m1 = (live1 ? get(minima + W) : vf{}) + s1 * zero;
             vf sums[Q][2] = {};
             const int64_t rows = std::min(G, dim - g * G) / STEPS<BITS>, first = g * G / STEPS<BITS> * ROW;
             multiply<BITS, Q>(codes + first, codes + tile + first, rows, folded.weights + g * G, MAX_DIM, sums,
@@ -311,29 +311,30 @@ void score_page_by_token(const PackedPage<T>& page, const Form& form, const floa
             }
         }
         for (int q = 0; q < Q; ++q) {
-            store(scores + q * stride + t, totals[q][0]);
-            store(scores + q * stride + t + W, totals[q][1]);
+            store(scores + q * stride + t, totals[q][0] * scale);
+            store(scores + q * stride + t + W, totals[q][1] * scale);
         }
     }
 }
 
-// Scores [q][PACKED] of Q query rows [dim] with the tokens from .. to (within the page; whole groups are computed).
+// Scores [q][PACKED] times `scale` of Q query rows [dim] with the tokens from .. to (within the page; whole groups are computed).
 template <class T, int BITS, int Q, class U>
 void score_page(const PackedPage<T>& page, const Form& form, const float* query, int64_t from, int64_t to,
-                Folded<U>& folded, float* scores, int64_t stride) {
-    if (form.by_token) return score_page_by_token<T, BITS, Q>(page, form, query, from, to, folded, scores, stride);
+                Folded<U>& folded, float* scores, int64_t stride, float scale) {
+    if (form.by_token)
+        return score_page_by_token<T, BITS, Q>(page, form, query, from, to, folded, scores, stride, scale);
     const int64_t dim = form.dim, G = form.group, first = from / G, groups = (to + G - 1) / G - first;
     constexpr float zero = ZERO<BITS, U>;
     vf constants[W] = {};
     for (int64_t g = 0; g < groups; ++g) {
-        const T *scale = page.scale + (first + g) * dim, *minimum = page.minimum + (first + g) * dim;
+        const T *steps = page.scale + (first + g) * dim, *minima = page.minimum + (first + g) * dim;
         U* weights = folded.weights + g * 4 * MAX_DIM;
         vf sum[Q] = {};
         for (int64_t c = 0; c < dim; c += 2 * W) {
             const bool two = c + W < dim;
-            const vf s0 = get(scale + c), s1 = two ? get(scale + c + W) : vf{};
-            ask_for(scale + c, page.ahead), ask_for(minimum + c, page.ahead);
-            const vf m0 = get(minimum + c) + s0 * zero, m1 = two ? get(minimum + c + W) + s1 * zero : vf{};
+            const vf s0 = get(steps + c), s1 = two ? get(steps + c + W) : vf{};
+            ask_for(steps + c, page.ahead), ask_for(minima + c, page.ahead);
+            const vf m0 = get(minima + c) + s0 * zero, m1 = two ? get(minima + c + W) + s1 * zero : vf{};
             for (int q = 0; q < Q; ++q) {
                 const vf x0 = load<vf>(query + q * dim + c), x1 = two ? load<vf>(query + q * dim + c + W) : vf{};
                 put_weights(weights + q * MAX_DIM + c, x0 * s0, x1 * s1);
@@ -348,13 +349,13 @@ void score_page(const PackedPage<T>& page, const Form& form, const float* query,
     for (int64_t t = first * G; t < (first + groups) * G; t += 2 * W) {
         const int64_t g = t / G - first;
         const uint8_t* codes = page.codes + t / W * tile;
-        vf sums[Q][2];
-        for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = splat(constant[g * Q + q]);
+        vf sums[Q][2] = {};
         multiply<BITS, Q>(codes, codes + tile, dim / STEPS<BITS>, folded.weights + g * 4 * MAX_DIM, MAX_DIM, sums,
                           page.ahead);
+        // Last, so that no product waits for them.
         for (int q = 0; q < Q; ++q) {
-            store(scores + q * stride + t, sums[q][0]);
-            store(scores + q * stride + t + W, sums[q][1]);
+            store(scores + q * stride + t, (sums[q][0] + constant[g * Q + q]) * scale);
+            store(scores + q * stride + t + W, (sums[q][1] + constant[g * Q + q]) * scale);
         }
     }
 }
@@ -417,11 +418,10 @@ void attend_page(const PackedPage<T>& key, const PackedPage<T>& value, const For
                  const PackedAttendArgs& a, const float* query, int64_t from, int64_t to, const Partial& part,
                  int64_t width, Folded<U>& folded) {
     float* scores = folded.scores;
-    score_page<T, BITS, Q>(key, keys, query, from, to, folded, scores, PACKED);
+    score_page<T, BITS, Q>(key, keys, query, from, to, folded, scores, PACKED, a.scale);
     const int64_t first = from / W * W;
     for (int q = 0; q < Q; ++q) {
         float* s = scores + q * PACKED;
-        for (int64_t t = first; t < to; t += W) store(s + t, load<vf>(s + t) * a.scale);
         soften(s + first, from - first, to - first, a.softcap, part.out + q * width, part.peak[q], part.mass[q], width);
         for (int64_t t = from / (2 * W) * 2 * W; t < first; ++t) s[t] = 0;
         for (int64_t t = (to + W - 1) / W * W; t < (to + 2 * W - 1) / (2 * W) * 2 * W; ++t) s[t] = 0;
@@ -441,58 +441,104 @@ inline void by_few(int64_t count, Body&& body) {
     if (q < count) body(q, std::integral_constant<int, 1>{});
 }
 
+// Pages begin .. end of a lane.
+struct Stretch {
+    int64_t lane, begin, end;
+};
+
+// Pages of one lane. `then` is what is read after them, the first page of which is asked for in good time.
+template <class T, int BITS, class U>
+void attend_pages(const PackedAttendArgs& a, const Form& keys, const Form& values, const Stretch& own,
+                  const Stretch& then, const Partial& part, int64_t width, Folded<U>& folded) {
+    const int64_t dim = keys.dim, groups = a.groups, lane = own.lane;
+    std::memset(part.out, 0, 4 * groups * width);
+    for (int64_t g = 0; g < groups; ++g) part.peak[g] = -INFINITY, part.mass[g] = 0;
+    Lane::Cursor key_at, value_at, key_then, value_then;
+    auto key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], own.begin * PACKED, key_at);
+    auto value = values.page<T>(a.values.pages, a.values.lanes[lane], own.begin * PACKED, value_at);
+    for (int64_t page = own.begin; page < own.end; ++page) {
+        const bool last = page + 1 == own.end;
+        const int64_t token = page * PACKED, after = (last ? then.begin : page + 1) * PACKED, on = last ? then.lane : lane;
+        const auto next_key = keys.page<T>(a.keys.pages, a.keys.lanes[on], after, last ? key_then : key_at);
+        const auto next_value = values.page<T>(a.values.pages, a.values.lanes[on], after, last ? value_then : value_at);
+        key.ahead = next_key.codes - key.codes, value.ahead = next_value.codes - value.codes;
+        const int64_t from = std::max<int64_t>(a.start - token, 0), to = std::min(a.stop - token, PACKED);
+        by_few(groups, [&](int64_t q, auto Q) {
+            const Partial some{part.out + q * width, part.peak + q, part.mass + q};
+            attend_page<T, BITS, decltype(Q)::value>(key, value, keys, values, a,
+                                                     a.query + (lane * groups + q) * dim, from, to, some, width, folded);
+        });
+        key = next_key, value = next_value;
+    }
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t c = 0; c < dim; c += W) {
+            float* out = part.out + g * width;
+            store(out + c, load<vf>(out + c) + sum(load<vf>(out + dim + c / values.group * W)));
+        }
+}
+
+// The tokens of one sequence that are not packed, in all its lanes, whose answers are `stride` apart.
+template <class T>
+void attend_recent(const PackedAttendArgs& a, int64_t sequence, QueryRows* queries, const Partial* parts,
+                   int64_t stride, int64_t width) {
+    const RecentTokens& recent = a.recent;
+    const int64_t dim = a.keys.dim, groups = a.groups;
+    // Rows beyond the groups are read, never used.
+    std::memset(static_cast<void*>(queries), 0, recent.lanes_per_sequence * sizeof *queries);
+    const DecodeArgs args{a.query, recent.keys, recent.values, a.keys.type, recent.lanes, a.keys.lanes_count, groups,
+                          dim, nullptr, recent.lanes_per_sequence, recent.start, recent.count, nullptr, nullptr, 0,
+                          false, a.scale, a.softcap, nullptr, nullptr, 1};
+    decode_part<T>(args, sequence, 0, recent.count, queries, nullptr, parts, stride);
+    for (int64_t h = 0; h < recent.lanes_per_sequence; ++h)
+        for (int64_t g = groups - 1; g > 0; --g)
+            std::memmove(parts[h * stride].out + g * width, parts[h * stride].out + g * dim, 4 * dim);
+}
+
 template <class T, int BITS>
 void packed_attend_of(const PackedAttendArgs& a) {
     using U = Weight<T, BITS>;
     const Form keys = Form::keys(a.keys), values = Form::values(a.values);
     const int64_t lanes = a.keys.lanes_count, dim = keys.dim, groups = a.groups;
     const int64_t width = dim + (dim + values.group - 1) / values.group * W;
-    // Parts of whole pages, 64 or so in all.
+    // Parts of whole pages, 64 or so in all, and for each sequence one of what is not packed.
     const int64_t first = a.start / PACKED, pages = a.stop > a.start ? (a.stop + PACKED - 1) / PACKED - first : 0;
     const int64_t share = std::max<int64_t>(1, (pages * lanes + 63) / 64), parts = (pages + share - 1) / share;
-    const int64_t items = lanes * parts;
+    const int64_t heads = a.recent.lanes_per_sequence, sequences = a.recent.count ? lanes / heads : 0;
+    const int64_t items = sequences + lanes * parts, each = groups * (width + 2), slots = (sequences > 0) + parts;
     const int threads = std::max(1, items < a.threads ? int(items) : a.threads);
-    Workspace space(Workspace::bytes<float>(items * groups * (width + 2)) + Workspace::bytes<Partial>(items) +
-                    Workspace::bytes<Folded<U>>(threads));
-    float* memory = space.take<float>(items * groups * (width + 2));
-    Partial* partial = space.take<Partial>(items);
+    Workspace space(Workspace::bytes<float>(lanes * slots * each) + Workspace::bytes<Partial>(lanes * slots) +
+                    Workspace::bytes<Folded<U>>(threads) +
+                    Workspace::bytes<QueryRows>(sequences ? threads * heads : 0));
+    float* memory = space.take<float>(lanes * slots * each);
+    Partial* partial = space.take<Partial>(lanes * slots);
     Folded<U>* folded = space.take<Folded<U>>(threads);
+    QueryRows* queries = space.take<QueryRows>(sequences ? threads * heads : 0);
+    // What is not packed comes first among a lane's parts.
+    for (int64_t i = 0; i < lanes * slots; ++i) {
+        float* rows = memory + i * each;
+        partial[i] = {rows, rows + groups * width, rows + groups * (width + 1)};
+    }
+    const auto stretch = [&](int64_t item) {
+        const int64_t begin = first + (item - sequences) % parts * share;
+        return Stretch{(item - sequences) / parts, begin, std::min(begin + share, first + pages)};
+    };
     std::atomic<int64_t> next{0};
     parallel(threads, [&](const Team& team) {
-        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-            float* rows = memory + item * groups * (width + 2);
-            Partial& part = partial[item] = {rows, rows + groups * width, rows + groups * (width + 1)};
-            std::memset(rows, 0, 4 * groups * width);
-            for (int64_t g = 0; g < groups; ++g) part.peak[g] = -INFINITY, part.mass[g] = 0;
-            const int64_t lane = item / parts, begin = first + item % parts * share;
-            const int64_t end = std::min(begin + share, first + pages);
-            Lane::Cursor key_at, value_at;
-            auto key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], begin * PACKED, key_at);
-            auto value = values.page<T>(a.values.pages, a.values.lanes[lane], begin * PACKED, value_at);
-            for (int64_t page = begin; page < end; ++page) {
-                const int64_t token = page * PACKED, after = std::min(page + 1, end - 1) * PACKED;
-                const auto next_key = keys.page<T>(a.keys.pages, a.keys.lanes[lane], after, key_at);
-                const auto next_value = values.page<T>(a.values.pages, a.values.lanes[lane], after, value_at);
-                key.ahead = next_key.codes - key.codes, value.ahead = next_value.codes - value.codes;
-                const int64_t from = std::max<int64_t>(a.start - token, 0), to = std::min(a.stop - token, PACKED);
-                by_few(groups, [&](int64_t q, auto Q) {
-                    const Partial some{part.out + q * width, part.peak + q, part.mass + q};
-                    attend_page<T, BITS, decltype(Q)::value>(key, value, keys, values, a,
-                                                             a.query + (lane * groups + q) * dim, from, to, some, width,
-                                                             folded[team.rank]);
-                });
-                key = next_key, value = next_value;
+        const auto claim = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+        for (int64_t item = claim(), after; item < items; item = after) {
+            after = claim();  // early, so that its first page can be asked for
+            if (item < sequences) {
+                attend_recent<T>(a, item, queries + team.rank * heads, partial + item * heads * slots, slots, width);
+                continue;
             }
-            for (int64_t g = 0; g < groups; ++g)
-                for (int64_t c = 0; c < dim; c += W) {
-                    float* out = part.out + g * width;
-                    store(out + c, load<vf>(out + c) + sum(load<vf>(out + dim + c / values.group * W)));
-                }
+            const Stretch own = stretch(item), then = after < items ? stretch(after) : own;
+            const int64_t part = own.lane * slots + slots - parts + (item - sequences) % parts;
+            attend_pages<T, BITS>(a, keys, values, own, then, partial[part], width, folded[team.rank]);
         }
     });
     for (int64_t lane = 0; lane < lanes; ++lane)
         for (int64_t g = 0; g < groups; ++g)
-            merge_parts(partial + lane * parts, 1, parts, g, width, dim, a.out + (lane * groups + g) * dim,
+            merge_parts(partial + lane * slots, 1, slots, g, width, dim, a.out + (lane * groups + g) * dim,
                         a.lse[lane * groups + g]);
 }
 
@@ -513,7 +559,7 @@ void packed_scores_of(const PackedScoresArgs& a) {
             const int64_t from = std::max<int64_t>(a.start - token, 0), to = std::min(a.stop - token, PACKED);
             by_few(a.rows, [&](int64_t q, auto Q) {
                 score_page<T, BITS, decltype(Q)::value>(page, keys, a.query + (lane * a.rows + q) * keys.dim, from, to,
-                                                        mine, mine.scores, PACKED);
+                                                        mine, mine.scores, PACKED, 1.0f);
                 for (int64_t i = 0; i < Q; ++i)
                     std::memcpy(a.scores + (lane * a.rows + q + i) * n + token + from - a.start,
                                 mine.scores + i * PACKED + from, 4 * (to - from));

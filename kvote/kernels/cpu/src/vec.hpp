@@ -163,16 +163,30 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+
+// Halves are joined with each other: four steps instead of fifteen that wait for one another.
 inline float sum(vf x) {
-    float total = 0;
-    for (int i = 0; i < W; ++i) total += x[i];
-    return total;
+    v8 halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    const v8 both = halves[0] + halves[1];
+    v4 quarters[2];
+    std::memcpy(quarters, &both, sizeof both);
+    const v4 four = quarters[0] + quarters[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+inline float larger(float a, float b) { return a > b ? a : b; }
+
 inline float max(vf x) {
-    float best = x[0];
-    for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
-    return best;
+    v8 halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    const v8 both = halves[0] > halves[1] ? halves[0] : halves[1];
+    v4 quarters[2];
+    std::memcpy(quarters, &both, sizeof both);
+    const v4 four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+    return larger(larger(four[0], four[2]), larger(four[1], four[3]));
 }
 
 // 2^x for x <= 0 as n + 127 in the exponent and a polynomial of the rest: the bits of the result.
