@@ -108,7 +108,7 @@ class Geometry:
                 segment.append([0], *own, torch.arange(start, stop)[None])
                 part.seen, part.ahead = stop, announced - stop
                 part.drop()
-                part.seal()
+                part.seal_all()
 
     def step(self, position: int, batch: int = 1) -> Step:
         """A decode step of a random token at ``position``."""
