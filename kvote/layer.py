@@ -359,13 +359,7 @@ class Layer:
         """Lets the store encode what is old enough."""
         if self.segment is None:
             return
-        if not self.method.keep.cascades:
-            self.segment.seal(self.ahead)
-        elif self.number == self.layers - 1:
-            # Until the last layer has been observed, those before it may lose tokens that would have been encoded.
-            for layer in self.crew:
-                if layer.segment is not None:
-                    layer.segment.seal(layer.ahead)
+        self.segment.seal(self.ahead)
         self.method.store.after_layer([layer.segment for layer in self.crew], self.number, self.ahead)
 
     def check_crop(self, columns: int) -> None:
