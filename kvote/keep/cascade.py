@@ -81,8 +81,10 @@ class KeepCascade(Plain):
         columns = max(0, seen.first + end - self.window)
         for row, part in zip(seen.rows, self._moments(seen, start, stop, columns), strict=True):
             before = memory.pending.pop(row, None)
-            # Where the window begins in this pass, nothing before belongs to it.
-            part = part if before is None or end >= self.window else before + part
+            # Where the window begins in this pass, nothing before belongs to it; nor does what is left of a prompt
+            # that ended elsewhere.
+            if before is not None and end < self.window and before.mean.shape == part.mean.shape:
+                part = before + part
             if seen.ahead > 0:
                 memory.pending[row] = part
             else:
@@ -111,6 +113,8 @@ class KeepCascade(Plain):
         return avg_pool1d(x, self.kernel, 1, self.kernel // 2) if x.shape[-1] else x
 
     def survivors(self, held: Held, memory: Votes) -> Kept | None:
+        # The prompt is over, also for a sequence that had no token in its last pass.
+        memory.pending.pop(held.row, None)
         latest, worth = memory.latest.pop(held.row, None), memory.worth(held.row)
         if worth is not None:
             return self._best(worth, self._share(held, memory), held.length)

@@ -81,6 +81,8 @@ class Votes:
             self.cast[row] = replace(self.cast[row], worth=worth.gather(1, slots[:, :count]))
 
     def truncate(self, row: int, length: int) -> None:
+        # A rollback ends the prompt whose vote this was a part of.
+        self.pending.pop(row, None)
         if row in self.latest and self.latest[row].shape[1] > length:
             # Paid by a token that is gone.
             del self.latest[row]

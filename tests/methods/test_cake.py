@@ -391,6 +391,68 @@ def test_drafts_that_are_verified_leave_the_limits_as_they_were():
     assert cache.get_seq_length() == N + 15
 
 
+def settled(cache: Any, row: int = 0) -> list[tuple[list[int], float]]:
+    """Of every layer what it holds of a sequence, and the preference it last had."""
+    return [
+        (cache.positions(layer)[row][0].tolist(), managed.record.memory.cast[row].preference)
+        for layer, managed in enumerate(cache.managed)
+    ]
+
+
+# The next turn may end where the announced prompt would have, and elsewhere.
+@pytest.mark.parametrize("turn", [2, 3, 4, 5, 9])
+def test_a_prompt_that_is_rolled_back_leaves_nothing_to_the_next_vote(turn):
+    net = tiny.model(num_hidden_layers=2)
+    found = []
+    for announced in (20, 40):
+        cache = tiny.cache(net, "cake(budget=10, window=6)")
+        cache.activate_past_recording()
+        cache.expect(announced)
+        tiny.feed(net, cache, tiny.ids(1, 16))
+        tiny.feed(net, cache, tiny.ids(1, 2, seed=1))
+        cache.crop(-2)
+        assert all(not layer.record.memory.pending for layer in cache.managed)
+        for layer in cache.layers:
+            layer.record_past = False
+        cache.expect(turn)
+        tiny.feed(net, cache, tiny.ids(1, turn, seed=2))
+        assert sum(layer.held for layer in cache.managed) <= 20
+        found.append(settled(cache))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("crop", [1, 2, 3, 17])
+def test_a_rollback_into_an_announced_prompt_ends_it(crop):
+    net = tiny.model(num_hidden_layers=2)
+    cache = tiny.cache(net, "cake(budget=10, window=6)")
+    cache.activate_past_recording()
+    cache.expect(20)
+    tiny.feed(net, cache, tiny.ids(1, 16))
+    tiny.feed(net, cache, tiny.ids(1, 2, seed=1))
+    cache.crop(-crop)
+    assert all(not layer.record.memory.pending for layer in cache.managed)
+    # What came of a pass that was cut votes; where a pass had ended, nothing voted yet.
+    assert [len(layer.record.memory.cast) for layer in cache.managed] == ([0, 0] if crop == 2 else [1, 1])
+
+
+def test_a_sequence_without_tokens_in_the_last_pass_leaves_nothing_to_the_next_vote():
+    net = tiny.model(num_hidden_layers=2)
+    cache, alone = (tiny.cache(net, "cake(budget=10, window=6)") for _ in range(2))
+    tokens, mask = tiny.ids(2, 22), torch.ones(2, 22, dtype=torch.long)
+    mask[1, 18:20] = 0
+    for announced, start, stop in ((20, 0, 18), (0, 18, 20), (0, 20, 22)):
+        if announced:
+            cache.expect(announced)
+        tiny.feed(net, cache, tokens[:, start:stop], mask)
+    alone.expect(40)
+    tiny.feed(net, alone, tokens[1:, :18])
+    alone.expect(2)
+    tiny.feed(net, alone, tokens[1:, 20:])
+    for mine, own in zip(settled(cache, 1), settled(alone), strict=True):
+        assert mine[0] == own[0]
+        assert mine[1] == pytest.approx(own[1], rel=1e-4)
+
+
 def test_nothing_about_a_prompt_is_remembered_but_its_limits():
     net = tiny.model(num_hidden_layers=LAYERS)
     cache = tiny.cache(net, f"{SPEC})")
