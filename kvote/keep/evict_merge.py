@@ -100,9 +100,10 @@ class KeepMerged(Plain):
 
     def observe(self, seen: Observation, memory: Importance) -> None:
         end = seen.count if seen.ahead is None else seen.count + seen.ahead
-        stop = max(0, min(seen.count, end))
+        # Queries behind a prompt's end are those of generated tokens.
+        stop = seen.count if self.evict_generated else max(0, min(seen.count, end))
         # Generated queries are all recent ones: tokens are merged again before they are more than a window.
-        start = 0 if seen.ahead is None else max(0, min(stop, end - self.window))
+        start = 0 if seen.ahead is None else max(0, min(seen.count, end - self.window))
         early = self._shared(seen.mass(0, start)) if start else None
         late = self._shared(seen.mass(start, stop))
         for i, row in enumerate(seen.rows):
