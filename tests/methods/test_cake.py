@@ -1,6 +1,7 @@
 """CAKE: the proofs of its card (arXiv 2503.12491)."""
 
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from watching import weights
 
 from kvote import MethodError
 from kvote.keep.cascade import KeepCascade
-from kvote.keep.shares import even, shares
+from kvote.keep.shares import even, of_logs, shares
 from kvote.keep.votes import Moments
 from kvote.layer import Layer
 from kvote.method import Method, parse
@@ -51,12 +52,14 @@ class Slow:
     tau2: float = 1.0
     shared: bool = False
 
-    def vote(self, fed: Fed, row: int) -> tuple[float, Tensor]:
+    def vote(self, fed: Fed, row: int) -> tuple[Decimal, Tensor]:
         """Preference of a layer, and what the tokens before the window are worth [h, n]."""
         query, key = (fed.turned(x, 0, N)[row : row + 1].double() for x in (fed.query, fed.key))
         seen = weights(query, key, DIM**-0.5)[0, :, -WINDOW:, :-WINDOW]
         entropy = -(seen * (seen + 1e-10).log()).sum().item()
-        preference = entropy ** (1 / self.tau1) * seen.var(dim=1).sum().item() ** (1 / self.tau2)
+        shift = seen.var(dim=1).sum().item()
+        # Decimals neither over- nor underflow.
+        preference = Decimal(entropy) ** Decimal(1 / self.tau1) * Decimal(shift) ** Decimal(1 / self.tau2)
         worth = []
         for head in range(fed.key.shape[1]):
             groups = fed.query.shape[1] // fed.key.shape[1]
@@ -93,7 +96,7 @@ class Slow:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])
-@pytest.mark.parametrize("change", [{}, {"kernel": 1}, {"gamma": 0.0}, {"tau1": 0.8, "tau2": 1.3}, {"per_head": False}])
+@pytest.mark.parametrize("change", [{}, {"kernel": 1}, {"gamma": 0.0}, {"tau1": 0.8, "tau2": 1.3}, {"tau1": 0.05}, {"per_head": False}])
 def test_kept_tokens_equal_the_paper_after_every_layer(heads, kv_heads, change):
     given = "".join(f", {name}={value}" for name, value in change.items())
     feds = crew(f"{SPEC}{given})", heads=heads, kv_heads=kv_heads, rows=2)
@@ -166,6 +169,28 @@ def test_shares_add_up_and_respect_caps():
 )
 def test_shares_worked_out_by_hand(preferences, total, caps, expected):
     assert shares(preferences, total, caps) == expected
+
+
+def test_preferences_neither_over_nor_underflow():
+    assert of_logs([-5.0, -5.0]) == [1, 1]
+    assert of_logs([40_000.0, 39_000.0, 40_000.0]) == [1, 0, 1]
+    assert of_logs([-40_000.0, -39_000.0]) == [0, 1]
+    assert of_logs([float("-inf"), 0.5]) == [0, 1]
+    for odd in ("-inf", "inf", "nan"):
+        assert of_logs([float(odd)] * 2) == [1, 1]
+    assert of_logs([1.5, 0.5, -1.0]) == pytest.approx([1, 0.36788, 0.082085], rel=1e-4)
+
+
+@pytest.mark.parametrize("taus", ["tau1=0.001", "tau2=0.001", "tau1=0.001, tau2=0.001", "tau1=1e30, tau2=1e30"])
+def test_extreme_exponents_give_one_layer_all_or_everyone_the_same(taus):
+    torch.manual_seed(0)
+    feds = crew(f"{SPEC}, {taus})")
+    for fed in feds:
+        fed.feed(N)
+    sizes = sorted(len(kept(fed)[0]) - WINDOW for fed in feds)
+    # What one layer cannot hold is for the others, but for what they had dropped before.
+    assert TOTAL - LAYERS <= sum(sizes) <= TOTAL
+    assert sizes[-1] == (TOTAL // LAYERS if "1e30" in taus else N - WINDOW)
 
 
 def test_even_parts():
@@ -507,9 +532,12 @@ def test_without_the_cascade_layers_do_not_share(monkeypatch):
         ("cake(budget=32)", "budget must exceed the window of 32"),
         ("cake(window=0)", "window must be a whole number"),
         ("cake(kernel=4)", "kernel must be odd"),
-        ("cake(gamma=-1)", "gamma must be a number of at least 0"),
-        ("cake(tau1=0)", "tau1 must be a number of at least"),
-        ("cake(tau2='one')", "tau2 must be a number"),
+        ("cake(gamma=-1)", "gamma must be a finite number of at least 0"),
+        ("cake(gamma=1e999)", r"gamma must be a finite number of at least 0; got inf\.$"),
+        (f"cake(gamma={'9' * 400})", "gamma must be a finite number of at least 0"),
+        ("cake(tau1=0)", "tau1 must be a finite number of at least"),
+        ("cake(tau1=1e999)", "tau1 must be a finite number of at least"),
+        ("cake(tau2='one')", "tau2 must be a finite number"),
         ("cake(per_head='no')", "per_head must be True or False"),
         ("cake(evict_generated=1)", "evict_generated must be True or False"),
         ("cake | tokenselect", "differ from head to head"),
