@@ -96,6 +96,10 @@ class HeadVotes:
         return False
 
     @property
+    def pairs_by_layer(self) -> bool:
+        return self.head_map == "paper"
+
+    @property
     def nominated(self) -> int:
         """How many tokens votes from the sketch only nominate; 0 where they decide."""
         return max(_NOMINATED, 4 * self.top_k) if self.sketch == "int4" else 0
