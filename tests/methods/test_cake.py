@@ -96,7 +96,9 @@ class Slow:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])
-@pytest.mark.parametrize("change", [{}, {"kernel": 1}, {"gamma": 0.0}, {"tau1": 0.8, "tau2": 1.3}, {"tau1": 0.05}, {"per_head": False}])
+@pytest.mark.parametrize(
+    "change", [{}, {"kernel": 1}, {"gamma": 0.0}, {"tau1": 0.8, "tau2": 1.3}, {"tau1": 0.05}, {"per_head": False}]
+)
 def test_kept_tokens_equal_the_paper_after_every_layer(heads, kv_heads, change):
     given = "".join(f", {name}={value}" for name, value in change.items())
     feds = crew(f"{SPEC}{given})", heads=heads, kv_heads=kv_heads, rows=2)
