@@ -243,7 +243,7 @@ class MadeUp:
         from kvote.calibration.fingerprint import Fingerprint
 
         shape = (self.layers, self.heads, self.kv_heads, self.dim)
-        model = Fingerprint("made-up", *shape, "0" * 32) if self.model is None else Fingerprint.of(self.model)
+        model = Fingerprint("made-up", *shape, (0.0,)) if self.model is None else Fingerprint.of(self.model)
         return example(kind, model)
 
 

@@ -311,9 +311,11 @@ def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
         raise UnsupportedModelError(f"{name} has no rotary positions that kvote can undo; use method 'dense'.")
     config = model.config.get_text_config(decoder=True)
     module = _rotary_call(rotary, config, layer_index)
-    fresh = None
+    fresh = still = None
     if any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic")):
         fresh = partial(_fresh_rotary_call, rotary, config, layer_index)
+        # Below the decorator that chooses frequencies by the largest position.
+        still = _rotary_call(rotary, config, layer_index, partial(inspect.unwrap(type(rotary).forward), rotary))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     positions = torch.tensor([[3, 5, 8, 1]], device=model.device)
     x = torch.randn(1, 1, 4, head_dim, device=model.device, generator=torch.Generator(model.device).manual_seed(0))
@@ -322,7 +324,7 @@ def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
         raise UnsupportedModelError(f"{name} uses rotary positions of a form that kvote does not know; use 'dense'.")
     expected = apply(x, x, cos, sin)[0]
     for interleaved, repeated in ((False, True), (True, True), (False, False)):
-        rope = Rope(module, interleaved, repeated, fresh)
+        rope = Rope(module, interleaved, repeated, fresh, still)
         angles = rope.angles(positions, torch.float32)
         if 2 * angles[0].shape[-1] <= head_dim:
             mine = rotate(x, angles[0][:, None], angles[1][:, None], interleaved=interleaved)
@@ -331,12 +333,16 @@ def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
     raise UnsupportedModelError(f"{name} rotates keys in a way that kvote cannot undo; use method 'dense'.")
 
 
-def _rotary_call(rotary: torch.nn.Module, config: Any, layer_index: int) -> Callable[[Tensor, torch.dtype], Any]:
+def _rotary_call(
+    rotary: torch.nn.Module, config: Any, layer_index: int, call: Callable[..., Any] | None = None
+) -> Callable[[Tensor, torch.dtype], Any]:
+    """``call`` instead of the module itself, if given."""
+    call = rotary if call is None else call
     typed = "layer_type" in inspect.signature(rotary.forward).parameters
     kwargs = {"layer_type": config.layer_types[layer_index]} if typed else {}
 
     def angles(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return rotary(torch.empty(0, dtype=dtype, device=positions.device), positions, **kwargs)
+        return call(torch.empty(0, dtype=dtype, device=positions.device), positions, **kwargs)
 
     return angles
 

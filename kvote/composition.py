@@ -32,6 +32,11 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
         return "the reader scores labels, and they are kept beside keys as the model made them only"
     if read.labels and keep.splits:
         return "the reader needs all key heads of a layer held together, but some of them keep their tokens apart"
+    if read.pairs_by_layer and keep.splits:
+        return (
+            "the reader pairs query and key heads by their places in the whole layer, but some of them keep their "
+            "tokens apart; write head_map='gqa'"
+        )
     if store.spans_layers and (keep.splits or (keep.drops and (keep.per_layer or keep.per_head))):
         return (
             "layers share what is stored of a token, but they, or their heads, would not keep the same tokens; use a "

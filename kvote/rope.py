@@ -26,12 +26,14 @@ class Rope:
 
     ``repeated``: the model's cos/sin hold every angle twice. ``fresh``: makes the module as it was before it saw a
     position, where angles depend on more than their own position (LongRoPE and dynamic NTK look at the largest).
+    ``still``: there, the module with the frequencies of its last pass, whatever the positions.
     """
 
     module: RotaryModule
     interleaved: bool = False
     repeated: bool = True
     fresh: Callable[[], RotaryModule] | None = None
+    still: RotaryModule | None = None
     _tables: dict[tuple[int, torch.device], Angles] = field(default_factory=dict, repr=False)
     # Angles of the last positions asked for: all layers of a forward pass ask for the same. ``_backwards`` undoes them.
     _last: tuple[Tensor, tuple[object, ...], Angles] | None = field(default=None, repr=False)
@@ -88,8 +90,9 @@ class Rope:
         return cos[:count], sin[:count]
 
     def once(self, positions: Tensor) -> Angles:
-        """``angles`` in float32 that nothing remembers, for positions that will not be asked for again."""
-        return self._angles(self.module, positions, torch.float32)
+        """``angles`` in float32, with the frequencies that the model last used, for positions that will not be asked
+        for again. Nothing remembers them, and the model's module stays as it is."""
+        return self._angles(self.module if self.still is None else self.still, positions, torch.float32)
 
     @staticmethod
     def back(angles: Angles) -> Angles:

@@ -30,6 +30,6 @@ def _folder() -> Path:
 
 def file(calibration: Calibration) -> str:
     """Where it lies, for methods that are written as a spec."""
-    path = _folder() / f"{calibration.kind}-{calibration.model.checksum}.json"
+    path = _folder() / f"{calibration.kind}-{abs(hash(calibration.model))}.json"
     save(calibration, path)
     return str(path)

@@ -23,6 +23,7 @@ REFUSED = [
     (parse("think"), parse("tokenselect"), "made of keys as the model rotated them, but the reader needs them without"),
     (parse("xkv"), parse("tidaldecode"), "scores keys as the model rotated them, but the store holds keys without"),
     (parse("xkv"), parse("snapkv(per_head=False)"), "layers share what is stored of a token"),
+    (parse("tokenselect(head_map='paper')"), HEADS, "pairs query and key heads by their places.*write head_map='gqa'"),
     (parse("xkv"), HEADS, "layers share what is stored of a token"),
 ]
 

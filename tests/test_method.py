@@ -96,6 +96,8 @@ def test_nothing_in_a_spec_is_evaluated(spec):
         ("tokenselect(theta=None)", "theta"),
         ("tokenselect(max_pool=-1)", "max_pool"),
         ("tokenselect(max_pool='x')", "max_pool"),
+        ("tokenselect(theta=1e999)", "theta must be a finite number; got inf"),
+        ("tokenselect(theta=True)", "theta must be a finite number; got True"),
         ("tokenselect(head_map='mod')", "head_map must be 'gqa' or 'paper'"),
         ("tokenselect(selection='best')", "selection must be one of soft_vote, head_vote, logit_sum"),
         ("tokenselect(positions='none')", "positions must be"),

@@ -3,7 +3,7 @@
 from kvote.calibration.file import Calibration
 from kvote.calibration.fingerprint import Fingerprint
 
-_SMALL = Fingerprint("example", 1, 2, 2, 2, "0" * 32)
+_SMALL = Fingerprint("example", 1, 2, 2, 2, (0.0,))
 
 
 def example(kind: str, model: Fingerprint = _SMALL) -> Calibration:

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kvote.calibration.fingerprint import Fingerprint
+from kvote.calibration.fingerprint import LONGEST, Fingerprint
 from kvote.errors import InputError
+from kvote.numbers import is_number
 
 FORMAT, VERSION = "kvote-calibration", 1
 _LARGEST = 64 * 2**20
 _KEYS = {"format", "version", "kind", "model", "data"}
-_TYPES = {"model_type": str, "checksum": str}
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,10 @@ class Calibration:
 
     def check(self, model: Any) -> None:
         """Raises InputError unless it was made for ``model``, a ``PreTrainedModel``."""
-        mine, other = asdict(self.model), asdict(Fingerprint.of(model))
-        different = [f"{key} {mine[key]!r} is {other[key]!r}" for key in mine if mine[key] != other[key]]
-        if different:
+        different = self.model.difference(Fingerprint.of(model))
+        if different is not None:
             raise InputError(
-                f"{self.name} was made for another model ({different[0]} here); calibrate this one with "
-                f"{command(self.kind)}."
+                f"{self.name} was made for another model ({different}); calibrate this one with {command(self.kind)}."
             )
 
 
@@ -112,10 +110,17 @@ def _fingerprint(held: Any, path: str | Path) -> Fingerprint:
     if not isinstance(held, dict) or sorted(held) != sorted(names):
         raise _not_one(path, f"its model must hold {', '.join(names)}")
     for name in names:
-        kind = _TYPES.get(name, int)
-        if type(held[name]) is not kind or (kind is int and held[name] < 1):
+        if not _makes_sense(name, held[name]):
             raise _not_one(path, f"{name} of its model makes no sense")
-    return Fingerprint(**held)
+    return Fingerprint(**{**held, "sample": tuple(map(float, held["sample"]))})
+
+
+def _makes_sense(name: str, value: Any) -> bool:
+    if name == "model_type":
+        return isinstance(value, str)
+    if name == "sample":
+        return isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(is_number, value))
+    return type(value) is int and value > 0
 
 
 def _not_one(path: str | Path, why: str) -> InputError:

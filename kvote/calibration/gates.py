@@ -26,6 +26,8 @@ from kvote.method import Method
 # As published: steps, learning rate, and the weight of the gates beside the distance of the hidden states.
 STEPS, RATE, PENALTY = 2000, 0.02, 0.05
 SINKS, WINDOW = 128, 256
+# Rows of a mask that are made at a time: their distances take four times as many bytes as they do.
+_MASK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,21 @@ def train_duo(
     optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     texts, longest, tokens = iter(examples), 0, 0
+    mask = None
     with _frozen(model):
         for step in range(steps):
             example = next(texts, None)
             if example is None:
                 raise InputError(f"{steps} steps need as many texts; there are {step}.")
-            longest, tokens = max(longest, example.ids.shape[1]), tokens + example.ids.shape[1]
+            count = example.ids.shape[1]
+            longest, tokens = max(longest, count), tokens + count
+            # Texts tend to be equally long, and masks of long ones are large.
+            if mask is None or len(mask) != count:
+                mask = None
+                mask = streaming_mask(count, sinks, window, model.device)
             with torch.no_grad():
                 gates.clamp_(0, 1)
-            loss = distance(model, gates, ours, example, sinks, window) + PENALTY * gates.abs().mean()
+            loss = distance(model, gates, ours, example, mask) + PENALTY * gates.abs().mean()
             [gates.grad] = torch.autograd.grad(loss, gates)
             optimizer.step()
             schedule.step()
@@ -111,11 +119,10 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))
 
 
-def distance(model: Any, gates: Tensor, layers: list[int], example: Example, sinks: int, window: int) -> Tensor:
+def distance(model: Any, gates: Tensor, layers: list[int], example: Example, mask: Tensor) -> Tensor:
     """Mean squared difference, over the labelled tokens, of the final hidden states with the gates [layers, h] as they
-    are to those with all of them open. Differentiable in the gates."""
+    are to those with all of them open, where streaming heads see ``mask`` [t, t]. Differentiable in the gates."""
     ids = example.ids.to(model.device)
-    mask = streaming_mask(ids.shape[1], sinks, window, model.device)
     own = [Gate(gate, mask) for gate in gates]
     with torch.no_grad():
         full = _hidden(model, ids, own, layers)
@@ -125,9 +132,12 @@ def distance(model: Any, gates: Tensor, layers: list[int], example: Example, sin
 
 def streaming_mask(tokens: int, sinks: int, window: int, device: torch.device) -> Tensor:
     """Bool [tokens, tokens]: a query sees the first ``sinks`` tokens and the last ``window``, itself among them."""
-    at = torch.arange(tokens, device=device)
-    back = at[:, None] - at
-    return (back >= 0) & ((at < sinks) | (back < window))
+    mask = torch.empty(tokens, tokens, dtype=torch.bool, device=device)
+    at = torch.arange(tokens, dtype=torch.int32, device=device)
+    for start in range(0, tokens, _MASK_ROWS):
+        back = at[start : start + _MASK_ROWS, None] - at
+        mask[start : start + _MASK_ROWS] = (back >= 0) & ((at < sinks) | (back < window))
+    return mask
 
 
 def _hidden(model: Any, ids: Tensor, gates: list[Gate], layers: list[int]) -> Tensor:

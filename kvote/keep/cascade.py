@@ -1,6 +1,7 @@
 """Keeps what the last queries of a prompt look at and what they disagree about, more of it in layers whose attention is
 spread and shifts; the shares of layers change while the prompt goes through them."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,8 +14,9 @@ from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held, Kept
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
-from kvote.keep.shares import even, shares
+from kvote.keep.shares import even, of_logs, shares
 from kvote.keep.votes import Moments, Vote, Votes
+from kvote.numbers import is_number
 from kvote.store.pages import PAGE
 
 # Float32 weights (16 MiB) that are held at a time.
@@ -48,8 +50,8 @@ class KeepCascade(Plain):
             raise MethodError(f"kernel must be odd, so that a pooled value stays at its token; got {self.kernel}.")
         for name, least in (("gamma", 0), ("tau1", 1e-3), ("tau2", 1e-3)):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= least:
-                raise MethodError(f"{name} must be a number of at least {least}; got {value!r}.")
+            if not is_number(value) or value < least:
+                raise MethodError(f"{name} must be a finite number of at least {least}; got {value!r}.")
         for name in ("per_head", "evict_generated"):
             if not isinstance(getattr(self, name), bool):
                 raise MethodError(f"{name} must be True or False; got {getattr(self, name)!r}.")
@@ -81,8 +83,10 @@ class KeepCascade(Plain):
         columns = max(0, seen.first + end - self.window)
         for row, part in zip(seen.rows, self._moments(seen, start, stop, columns), strict=True):
             before = memory.pending.pop(row, None)
-            # Where the window begins in this pass, nothing before belongs to it.
-            part = part if before is None or end >= self.window else before + part
+            # Where the window begins in this pass, nothing before belongs to it; nor does what is left of a prompt
+            # that ended elsewhere.
+            if before is not None and end < self.window and before.mean.shape == part.mean.shape:
+                part = before + part
             if seen.ahead > 0:
                 memory.pending[row] = part
             else:
@@ -100,8 +104,7 @@ class KeepCascade(Plain):
         return total
 
     def _vote(self, moments: Moments, columns: int, kv_heads: int) -> Vote:
-        shift = float(moments.variance.sum())
-        preference = max(0.0, moments.entropy) ** (1 / self.tau1) * shift ** (1 / self.tau2)
+        preference = _log(moments.entropy) / self.tau1 + _log(float(moments.variance.sum())) / self.tau2
         worth = moments.mean + self.gamma * moments.variance
         worth = worth.reshape(kv_heads, -1, columns).mean(dim=1) if columns else worth[:kv_heads]
         worth = worth if self.per_head else worth.mean(dim=0, keepdim=True)
@@ -111,6 +114,8 @@ class KeepCascade(Plain):
         return avg_pool1d(x, self.kernel, 1, self.kernel // 2) if x.shape[-1] else x
 
     def survivors(self, held: Held, memory: Votes) -> Kept | None:
+        # The prompt is over, also for a sequence that had no token in its last pass.
+        memory.pending.pop(held.row, None)
         latest, worth = memory.latest.pop(held.row, None), memory.worth(held.row)
         if worth is not None:
             return self._best(worth, self._share(held, memory), held.length)
@@ -135,7 +140,7 @@ class KeepCascade(Plain):
         budget = held.budget - PAGE if self.budget.unit == "bytes" else held.budget
         total = max(0, budget - self.window) * layers
         votes = [seen.cast[row] for seen in held.memories[: held.observed]]
-        given = shares([vote.preference for vote in votes], total, [vote.columns for vote in votes])
+        given = shares(of_logs([vote.preference for vote in votes]), total, [vote.columns for vote in votes])
         share = given[held.layer]
         if held.observed == layers:
             memory.cast[row] = replace(votes[held.layer], worth=None)
@@ -143,3 +148,7 @@ class KeepCascade(Plain):
                 # What a short prompt leaves of the budget is for what is generated.
                 memory.limits[row] = share + even(total - sum(given), layers)[held.layer]
         return share
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf

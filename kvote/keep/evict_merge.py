@@ -13,6 +13,7 @@ from kvote.keep.mass import Mass
 from kvote.keep.merging import Tokens, assign, merged
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
+from kvote.numbers import is_number
 
 
 @dataclass
@@ -75,10 +76,10 @@ class KeepMerged(Plain):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
-        if not isinstance(self.merge, int | float) or isinstance(self.merge, bool) or not self.merge >= 0:
-            raise MethodError(f"merge must be a number of at least 0; got {self.merge!r}.")
-        if not isinstance(self.threshold, int | float) or isinstance(self.threshold, bool) or not self.threshold > 0:
-            raise MethodError(f"threshold must be a number above 0; got {self.threshold!r}.")
+        if not is_number(self.merge) or self.merge < 0:
+            raise MethodError(f"merge must be a finite number of at least 0; got {self.merge!r}.")
+        if not is_number(self.threshold) or self.threshold <= 0:
+            raise MethodError(f"threshold must be a finite number above 0; got {self.threshold!r}.")
         for name in ("remove_positions", "per_head", "evict_generated"):
             if not isinstance(getattr(self, name), bool):
                 raise MethodError(f"{name} must be True or False; got {getattr(self, name)!r}.")
@@ -100,9 +101,10 @@ class KeepMerged(Plain):
 
     def observe(self, seen: Observation, memory: Importance) -> None:
         end = seen.count if seen.ahead is None else seen.count + seen.ahead
-        stop = max(0, min(seen.count, end))
+        # Queries behind a prompt's end are those of generated tokens.
+        stop = seen.count if self.evict_generated else max(0, min(seen.count, end))
         # Generated queries are all recent ones: tokens are merged again before they are more than a window.
-        start = 0 if seen.ahead is None else max(0, min(stop, end - self.window))
+        start = 0 if seen.ahead is None else max(0, min(seen.count, end - self.window))
         early = self._shared(seen.mass(0, start)) if start else None
         late = self._shared(seen.mass(start, stop))
         for i, row in enumerate(seen.rows):

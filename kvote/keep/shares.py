@@ -1,12 +1,18 @@
 """Whole numbers of tokens for layers that share a budget, in proportion to their preferences."""
 
 from collections.abc import Sequence
-from math import isfinite
+from math import exp, isfinite
 
 
 def even(total: int, count: int) -> list[int]:
     """``total`` in ``count`` parts that differ by one at most, the larger ones first."""
     return [total // count + (i < total % count) for i in range(count)]
+
+
+def of_logs(logs: Sequence[float]) -> list[float]:
+    """Preferences whose logarithms these are, relative to the largest; all the same where that is not finite."""
+    top = max(logs)
+    return [exp(log - top) for log in logs] if isfinite(top) else [1.0] * len(logs)
 
 
 def shares(preferences: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:

@@ -41,7 +41,8 @@ class Moments:
 @dataclass(frozen=True)
 class Vote:
     """On a prompt of which the first ``columns`` tokens may be dropped: how much of a budget the layer should have
-    (``preference``), and what each of these tokens still held is worth, float32 [h, n] or [1, n], None once settled."""
+    (``preference``, a logarithm), and what each of these tokens still held is worth, float32 [h, n] or [1, n], None once
+    settled."""
 
     preference: float
     columns: int
@@ -81,6 +82,8 @@ class Votes:
             self.cast[row] = replace(self.cast[row], worth=worth.gather(1, slots[:, :count]))
 
     def truncate(self, row: int, length: int) -> None:
+        # A rollback ends the prompt whose vote this was a part of.
+        self.pending.pop(row, None)
         if row in self.latest and self.latest[row].shape[1] > length:
             # Paid by a token that is gone.
             del self.latest[row]

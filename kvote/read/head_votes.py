@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.errors import MethodError
+from kvote.numbers import is_number
 from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
 from kvote.read.tokens import Positions, Reading, Span, TokenSet
 from kvote.read.votes import vote_named
@@ -49,8 +50,8 @@ class HeadVotes:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
-        if not isinstance(self.theta, int | float):
-            raise MethodError(f"theta must be a number; got {self.theta!r}.")
+        if not is_number(self.theta):
+            raise MethodError(f"theta must be a finite number; got {self.theta!r}.")
         if self.head_map not in ("gqa", "paper"):
             raise MethodError(f"head_map must be 'gqa' or 'paper'; got {self.head_map!r}.")
         if self.positions not in ("contiguous", "original"):
@@ -93,6 +94,10 @@ class HeadVotes:
     @property
     def labels(self) -> bool:
         return False
+
+    @property
+    def pairs_by_layer(self) -> bool:
+        return self.head_map == "paper"
 
     @property
     def nominated(self) -> int:

@@ -136,7 +136,8 @@ class Reader(Protocol):
     one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
     what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
-    model rotated them. ``labels``: it scores some channels of the keys, kept apart."""
+    model rotated them. ``labels``: it scores some channels of the keys, kept apart. ``pairs_by_layer``: which key head
+    a query head belongs to follows from their places in the whole layer."""
 
     @property
     def one_list(self) -> bool: ...
@@ -150,6 +151,8 @@ class Reader(Protocol):
     def needs_plain_keys(self) -> bool: ...
     @property
     def labels(self) -> bool: ...
+    @property
+    def pairs_by_layer(self) -> bool: ...
     @property
     def sketch_bits(self) -> int: ...
     @property
@@ -187,6 +190,10 @@ class PlainReader:
 
     @property
     def labels(self) -> bool:
+        return False
+
+    @property
+    def pairs_by_layer(self) -> bool:
         return False
 
     @property

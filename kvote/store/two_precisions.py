@@ -1,7 +1,7 @@
 """Two precisions: tokens that a keeper drops stay, in a few bits, and answer every query. It is a way to drop less."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,23 +26,24 @@ RAW_BITS = 16
 _STREAMED = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Balance:
     """What one sequence knows about its key channels, float32 [h, d]: the largest magnitudes that queries and keys of
-    the prompt had, and from its first demoted token on the ``factor`` that keys are multiplied with."""
+    the prompt had, and from its first demoted token on the ``factor`` that keys are multiplied with. Copies of the
+    sequence share it."""
 
     query: Tensor
     key: Tensor
     factor: Tensor | None = None
 
-    def fix(self) -> Tensor:
-        """sqrt(largest query / largest key) per channel, and 1 where either is 0; the same for good."""
-        if self.factor is None:
-            known = (self.query > 0) & (self.key > 0)
-            factor = torch.sqrt(self.query / torch.where(known, self.key, torch.ones_like(self.key)))
-            self.factor = torch.where(known, factor, torch.ones_like(factor))
-            self.query = self.key = self.factor[:0]
-        return self.factor
+    def fixed(self) -> "Balance":
+        """With the factor sqrt(largest query / largest key) per channel, 1 where either is 0; the same for good."""
+        if self.factor is not None:
+            return self
+        known = (self.query > 0) & (self.key > 0)
+        factor = torch.sqrt(self.query / torch.where(known, self.key, torch.ones_like(self.key)))
+        factor = torch.where(known, factor, torch.ones_like(factor))
+        return replace(self, query=factor[:0], key=factor[:0], factor=factor)
 
 
 class TwoPrecisionSegment(RawSegment):
@@ -151,9 +152,14 @@ class TwoPrecisionSegment(RawSegment):
         tokens = self.decode([row], 0, self.length(row))
         key, value = (part[0].gather(1, _channels(index, part)) for part in tokens)
         if self.balanced:
-            key = (key.float() * self.balances[row].fix()[:, None]).to(key.dtype)
+            key = (key.float() * self._factor(row)[:, None]).to(key.dtype)
         self.keys.append([row], key[None])
         self.values.append([row], value[None])
+
+    def _factor(self, row: int) -> Tensor:
+        balance = self.balances[row] = self.balances[row].fixed()
+        assert balance.factor is not None
+        return balance.factor
 
     # What demoted tokens answer.
 
@@ -179,7 +185,7 @@ class TwoPrecisionSegment(RawSegment):
         b, heads, t, d = query.shape
         balanced = query
         if self.balanced:
-            factor = torch.stack([self.balances[row].fix() for row in rows])
+            factor = torch.stack([self._factor(row) for row in rows])
             balanced = (query.float().reshape(b, self.heads, -1, d) / factor[:, :, None]).view(b, heads, t, d)
         scale, softcap = logits.scale, logits.softcap
         few = heads // self.heads * t <= _STREAMED

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from kvote import Cache, InputError
 from kvote.calibration import Calibration, Fingerprint, load, save
@@ -19,7 +20,7 @@ KIND = "channels"
 
 @pytest.fixture
 def made() -> Calibration:
-    model = Fingerprint("llama", layers=2, heads=4, kv_heads=2, head_dim=4, checksum="ab" * 16)
+    model = Fingerprint("llama", layers=2, heads=4, kv_heads=2, head_dim=4, sample=(0.5, -0.25, 1.5e-06))
     order = [[3, 1, 0, 2], [0, 1, 2, 3]]
     return Calibration(KIND, model, {"tokens": 9, "layers": {"0": order, "1": order[::-1]}})
 
@@ -30,7 +31,8 @@ def test_what_was_saved_is_loaded(made, tmp_path):
     assert load(path, KIND) == replace(made, name=str(path))
     held = json.loads(path.read_text())
     assert list(held) == ["format", "version", "kind", "model", "data"]
-    assert (held["format"], held["version"], held["model"]) == ("kvote-calibration", 1, asdict(made.model))
+    assert (held["format"], held["version"]) == ("kvote-calibration", 1)
+    assert held["model"] == {**asdict(made.model), "sample": [0.5, -0.25, 1.5e-06]}
     assert os.listdir(tmp_path) == ["model.json"]
 
 
@@ -61,7 +63,7 @@ def changed(made: Calibration, path: Path, **changes: Any) -> Path:
         ({"kind": ["channels"]}, r"holds \['channels'\], not 'channels'"),
         ({"data": [1]}, "it must hold data, format, kind, model, version"),
         ({"more": 1}, "it must hold data, format, kind, model, version"),
-        ({"model": None}, "its model must hold model_type, layers, heads, kv_heads, head_dim, checksum"),
+        ({"model": None}, "its model must hold model_type, layers, heads, kv_heads, head_dim, sample"),
         ({"model": {"layers": 2}}, "its model must hold model_type"),
     ],
 )
@@ -71,11 +73,28 @@ def test_a_file_that_is_no_calibration_is_refused(made, tmp_path, changes, sente
 
 
 @pytest.mark.parametrize(
-    "change", [{"layers": 0}, {"heads": True}, {"head_dim": 4.0}, {"checksum": 7}, {"layers": "2"}]
+    "change",
+    [
+        {"layers": 0},
+        {"heads": True},
+        {"head_dim": 4.0},
+        {"layers": "2"},
+        {"model_type": 7},
+        *({"sample": held} for held in (7, "0.5", {}, [], [None], [True], ["0.5"], [[0.5]], [10**400], [0.5] * 65)),
+    ],
+    ids=lambda change: str(change)[:30],
 )
 def test_a_fingerprint_that_makes_no_sense_is_refused(made, tmp_path, change):
     path = changed(made, tmp_path / "x.json", model={**asdict(made.model), **change})
     with pytest.raises(InputError, match=f"{next(iter(change))} of its model makes no sense"):
+        load(path, KIND)
+
+
+def test_a_sample_holds_no_infinity(made, tmp_path):
+    path = tmp_path / "x.json"
+    save(made, path)
+    path.write_text(path.read_text().replace("-0.25", "1e999"))
+    with pytest.raises(InputError, match="sample of its model makes no sense"):
         load(path, KIND)
 
 
@@ -146,17 +165,40 @@ def test_orders_are_those_of_the_file(made):
     assert order[1] == ((0, 1, 2, 3), (3, 1, 0, 2))
 
 
-def test_a_model_is_recognised_in_any_precision_and_no_other_model_is():
-    net = tiny.model()
-    # As from a checkpoint in bfloat16.
-    weights = {name: weight.bfloat16() for name, weight in net.state_dict().items()}
-    copy = type(net)(net.config)
-    copy.load_state_dict(weights)
-    mine = Fingerprint.of(copy)
-    assert (mine.model_type, mine.layers, mine.heads, mine.kv_heads, mine.head_dim) == ("llama", 2, 4, 2, 16)
-    assert Fingerprint.of(copy.bfloat16()) == mine
-    assert Fingerprint.of(tiny.model(seed=1)) != mine
-    assert Fingerprint.of(tiny.model(num_hidden_layers=3)) != mine
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def loaded(net: Any, dtype: torch.dtype) -> Any:
+    """The model as from a checkpoint of its weights."""
+    copy = type(net)(net.config).to(dtype)
+    copy.load_state_dict(net.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3], ids=["as made", "small"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_is_recognised_in_any_precision_and_no_other_model_is(seed, size):
+    net = loaded(tiny.model(seed=seed), torch.float32)
+    for weight in net.parameters():
+        weight.data *= size
+    found = [Fingerprint.of(loaded(loaded(net, stored), dtype)) for stored in DTYPES for dtype in DTYPES]
+    assert (found[0].model_type, found[0].layers, found[0].heads) == ("llama", 2, 4)
+    assert (found[0].kv_heads, found[0].head_dim, len(found[0].sample)) == (2, 16, 64)
+    assert all(one.difference(other) is None for one in found for other in found)
+    others = [loaded(net, torch.float32), loaded(tiny.model(seed=seed + 1), torch.float32)]
+    generator = torch.Generator().manual_seed(seed)
+    for weight in others[0].parameters():
+        weight.data *= 1 + 0.05 * torch.randn(weight.shape, generator=generator)
+    for weight in others[1].parameters():
+        weight.data *= size
+    for other in (Fingerprint.of(loaded(each, dtype)) for each in others for dtype in DTYPES):
+        for one in found:
+            assert one.difference(other) == other.difference(one) == "of the same shape, but its weights differ"
+
+
+def test_a_layer_more_makes_another_model():
+    one, more = Fingerprint.of(tiny.model()), Fingerprint.of(tiny.model(num_hidden_layers=3))
+    assert one.difference(more) == "layers 2 is 3 here"
 
 
 def test_every_matrix_looked_at_counts():
@@ -164,10 +206,18 @@ def test_every_matrix_looked_at_counts():
     before = Fingerprint.of(net)
     for weight in [weight for weight in net.parameters() if weight.dim() > 1]:
         kept = weight.data.clone()
-        weight.data += 1
-        assert Fingerprint.of(net) != before
+        for changed in (kept + 1, kept * 1.05):
+            weight.data = changed
+            assert before.difference(Fingerprint.of(net)) is not None
         weight.data = kept
     assert Fingerprint.of(net) == before
+
+
+def test_weights_that_are_no_numbers_can_be_written():
+    net = loaded(tiny.model(), torch.float32)
+    for weight in net.parameters():
+        weight.data[..., ::2] = float("nan")
+    assert all(abs(number) < 10 for number in Fingerprint.of(net).sample)
 
 
 def test_another_models_calibration_is_refused_in_one_sentence():
@@ -175,7 +225,9 @@ def test_another_models_calibration_is_refused_in_one_sentence():
     made.check(tiny.model())
     Cache(tiny.model())
     made.check(tiny.model())
-    with pytest.raises(InputError, match=r"^mine.json was made for another model \(checksum '.*kvote calibrate.*\.$"):
+    with pytest.raises(
+        InputError, match=r"^mine.json was made for another model \(of the same shape, but its .*kvote calibrate.*\.$"
+    ):
         made.check(tiny.model(seed=1))
     with pytest.raises(InputError, match=r"\(kv_heads 2 is 4 here\)"):
         made.check(tiny.model(num_key_value_heads=4))

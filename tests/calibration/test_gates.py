@@ -23,6 +23,10 @@ def example(columns: int = 40, seed: int = 0) -> Example:
     return Example(tiny.ids(1, columns, seed), labels)
 
 
+def streaming(tokens: int, window: int = WINDOW) -> Tensor:
+    return streaming_mask(tokens, SINKS, window, torch.device("cpu"))
+
+
 def written_out(net, ids: Tensor, gates: Tensor) -> Tensor:
     """Final hidden states of a Llama with gates [layers, h], from its weights, layer by layer."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -64,7 +68,7 @@ def test_the_distance_and_its_gradient_are_those_of_two_streams_written_out(atta
     torch.manual_seed(seed)
     gates = torch.rand(2, 2, requires_grad=True)
     text = example()
-    mine = distance(attached, gates, [0, 1], text, SINKS, WINDOW)
+    mine = distance(attached, gates, [0, 1], text, streaming(40))
     with torch.enable_grad():
         expected = written_out(attached, text.ids, gates)[text.labels].square().mean()
     torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-4)
@@ -75,9 +79,9 @@ def test_the_distance_and_its_gradient_are_those_of_two_streams_written_out(atta
 
 @torch.no_grad()
 def test_with_all_gates_open_nothing_differs(attached):
-    assert float(distance(attached, torch.ones(2, 2), [0, 1], example(), SINKS, WINDOW)) < 1e-12
-    assert float(distance(attached, torch.zeros(2, 2), [0, 1], example(), SINKS, 100)) < 1e-12
-    assert float(distance(attached, torch.zeros(2, 2), [0, 1], example(), SINKS, WINDOW)) > 1e-3
+    assert float(distance(attached, torch.ones(2, 2), [0, 1], example(), streaming(40))) < 1e-12
+    assert float(distance(attached, torch.zeros(2, 2), [0, 1], example(), streaming(40, 100))) < 1e-12
+    assert float(distance(attached, torch.zeros(2, 2), [0, 1], example(), streaming(40))) > 1e-3
 
 
 @torch.no_grad()
@@ -85,13 +89,23 @@ def test_only_labelled_tokens_count(attached):
     text = example()
     early = Example(text.ids, torch.arange(40) < SINKS + WINDOW)
     # These see everything through sinks and window.
-    assert float(distance(attached, torch.zeros(2, 2), [0, 1], early, SINKS, WINDOW)) < 1e-12
+    assert float(distance(attached, torch.zeros(2, 2), [0, 1], early, streaming(40))) < 1e-12
 
 
-def test_the_mask_of_streaming_heads():
+@pytest.mark.parametrize("rows", [1, 4, 256])
+def test_the_mask_of_streaming_heads(monkeypatch, rows):
+    monkeypatch.setattr(training, "_MASK_ROWS", rows)
     mask = streaming_mask(9, 2, 3, torch.device("cpu"))
     for query, token in itertools.product(range(9), range(9)):
         assert bool(mask[query, token]) == (token <= query and (token < 2 or query - token < 3))
+
+
+def test_a_mask_is_made_once_for_texts_of_one_length(monkeypatch):
+    made = []
+    make = training.streaming_mask
+    monkeypatch.setattr(training, "streaming_mask", lambda tokens, *rest: (made.append(tokens), make(tokens, *rest))[1])
+    train_duo(tiny.model(), [example(columns) for columns in (40, 40, 30, 30, 40)], 5, SINKS, WINDOW)
+    assert made == [40, 30, 40]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10, 2000])
@@ -157,7 +171,8 @@ def test_a_planted_copy_head_stays_open_and_the_others_close():
         choice = torch.zeros(4)
         choice[kept] = 1
         with torch.no_grad():
-            each = [distance(net, choice.reshape(2, 2), [0, 1], copies(10_000 + i), SINKS, WINDOW) for i in range(5)]
+            texts = [copies(10_000 + i) for i in range(5)]
+            each = [distance(net, choice.reshape(2, 2), [0, 1], text, streaming(60)) for text in texts]
         errors.append(float(torch.stack(each).mean()))
     assert 5 * errors[2] < min(errors[:2] + errors[3:])
 

@@ -9,7 +9,7 @@ from kvote.measure import Geometry, check
 from kvote.method import parse
 
 SMALL = Geometry(4, 2, 16, torch.float32)
-SHAPE = Fingerprint("made-up", 2, 4, 2, 16, "0" * 32)
+SHAPE = Fingerprint("made-up", 2, 4, 2, 16, (0.0,))
 
 
 def test_the_law_by_head_is_the_law():

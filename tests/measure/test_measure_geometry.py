@@ -9,7 +9,7 @@ from kvote.measure import Geometry
 from kvote.method import parse
 
 SMALL = Geometry(4, 2, 16, torch.float32)
-SHAPE = Fingerprint("made-up", 1, 4, 2, 16, "0" * 32)
+SHAPE = Fingerprint("made-up", 1, 4, 2, 16, (0.0,))
 
 
 def test_the_bytes_of_a_token():

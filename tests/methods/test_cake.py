@@ -1,6 +1,7 @@
 """CAKE: the proofs of its card (arXiv 2503.12491)."""
 
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from watching import weights
 
 from kvote import MethodError
 from kvote.keep.cascade import KeepCascade
-from kvote.keep.shares import even, shares
+from kvote.keep.shares import even, of_logs, shares
 from kvote.keep.votes import Moments
 from kvote.layer import Layer
 from kvote.method import Method, parse
@@ -51,12 +52,14 @@ class Slow:
     tau2: float = 1.0
     shared: bool = False
 
-    def vote(self, fed: Fed, row: int) -> tuple[float, Tensor]:
+    def vote(self, fed: Fed, row: int) -> tuple[Decimal, Tensor]:
         """Preference of a layer, and what the tokens before the window are worth [h, n]."""
         query, key = (fed.turned(x, 0, N)[row : row + 1].double() for x in (fed.query, fed.key))
         seen = weights(query, key, DIM**-0.5)[0, :, -WINDOW:, :-WINDOW]
         entropy = -(seen * (seen + 1e-10).log()).sum().item()
-        preference = entropy ** (1 / self.tau1) * seen.var(dim=1).sum().item() ** (1 / self.tau2)
+        shift = seen.var(dim=1).sum().item()
+        # Decimals neither over- nor underflow.
+        preference = Decimal(entropy) ** Decimal(1 / self.tau1) * Decimal(shift) ** Decimal(1 / self.tau2)
         worth = []
         for head in range(fed.key.shape[1]):
             groups = fed.query.shape[1] // fed.key.shape[1]
@@ -93,7 +96,9 @@ class Slow:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])
-@pytest.mark.parametrize("change", [{}, {"kernel": 1}, {"gamma": 0.0}, {"tau1": 0.8, "tau2": 1.3}, {"per_head": False}])
+@pytest.mark.parametrize(
+    "change", [{}, {"kernel": 1}, {"gamma": 0.0}, {"tau1": 0.8, "tau2": 1.3}, {"tau1": 0.05}, {"per_head": False}]
+)
 def test_kept_tokens_equal_the_paper_after_every_layer(heads, kv_heads, change):
     given = "".join(f", {name}={value}" for name, value in change.items())
     feds = crew(f"{SPEC}{given})", heads=heads, kv_heads=kv_heads, rows=2)
@@ -166,6 +171,28 @@ def test_shares_add_up_and_respect_caps():
 )
 def test_shares_worked_out_by_hand(preferences, total, caps, expected):
     assert shares(preferences, total, caps) == expected
+
+
+def test_preferences_neither_over_nor_underflow():
+    assert of_logs([-5.0, -5.0]) == [1, 1]
+    assert of_logs([40_000.0, 39_000.0, 40_000.0]) == [1, 0, 1]
+    assert of_logs([-40_000.0, -39_000.0]) == [0, 1]
+    assert of_logs([float("-inf"), 0.5]) == [0, 1]
+    for odd in ("-inf", "inf", "nan"):
+        assert of_logs([float(odd)] * 2) == [1, 1]
+    assert of_logs([1.5, 0.5, -1.0]) == pytest.approx([1, 0.36788, 0.082085], rel=1e-4)
+
+
+@pytest.mark.parametrize("taus", ["tau1=0.001", "tau2=0.001", "tau1=0.001, tau2=0.001", "tau1=1e30, tau2=1e30"])
+def test_extreme_exponents_give_one_layer_all_or_everyone_the_same(taus):
+    torch.manual_seed(0)
+    feds = crew(f"{SPEC}, {taus})")
+    for fed in feds:
+        fed.feed(N)
+    sizes = sorted(len(kept(fed)[0]) - WINDOW for fed in feds)
+    # What one layer cannot hold is for the others, but for what they had dropped before.
+    assert TOTAL - LAYERS <= sum(sizes) <= TOTAL
+    assert sizes[-1] == (TOTAL // LAYERS if "1e30" in taus else N - WINDOW)
 
 
 def test_even_parts():
@@ -391,6 +418,68 @@ def test_drafts_that_are_verified_leave_the_limits_as_they_were():
     assert cache.get_seq_length() == N + 15
 
 
+def settled(cache: Any, row: int = 0) -> list[tuple[list[int], float]]:
+    """Of every layer what it holds of a sequence, and the preference it last had."""
+    return [
+        (cache.positions(layer)[row][0].tolist(), managed.record.memory.cast[row].preference)
+        for layer, managed in enumerate(cache.managed)
+    ]
+
+
+# The next turn may end where the announced prompt would have, and elsewhere.
+@pytest.mark.parametrize("turn", [2, 3, 4, 5, 9])
+def test_a_prompt_that_is_rolled_back_leaves_nothing_to_the_next_vote(turn):
+    net = tiny.model(num_hidden_layers=2)
+    found = []
+    for announced in (20, 40):
+        cache = tiny.cache(net, "cake(budget=10, window=6)")
+        cache.activate_past_recording()
+        cache.expect(announced)
+        tiny.feed(net, cache, tiny.ids(1, 16))
+        tiny.feed(net, cache, tiny.ids(1, 2, seed=1))
+        cache.crop(-2)
+        assert all(not layer.record.memory.pending for layer in cache.managed)
+        for layer in cache.layers:
+            layer.record_past = False
+        cache.expect(turn)
+        tiny.feed(net, cache, tiny.ids(1, turn, seed=2))
+        assert sum(layer.held for layer in cache.managed) <= 20
+        found.append(settled(cache))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("crop", [1, 2, 3, 17])
+def test_a_rollback_into_an_announced_prompt_ends_it(crop):
+    net = tiny.model(num_hidden_layers=2)
+    cache = tiny.cache(net, "cake(budget=10, window=6)")
+    cache.activate_past_recording()
+    cache.expect(20)
+    tiny.feed(net, cache, tiny.ids(1, 16))
+    tiny.feed(net, cache, tiny.ids(1, 2, seed=1))
+    cache.crop(-crop)
+    assert all(not layer.record.memory.pending for layer in cache.managed)
+    # What came of a pass that was cut votes; where a pass had ended, nothing voted yet.
+    assert [len(layer.record.memory.cast) for layer in cache.managed] == ([0, 0] if crop == 2 else [1, 1])
+
+
+def test_a_sequence_without_tokens_in_the_last_pass_leaves_nothing_to_the_next_vote():
+    net = tiny.model(num_hidden_layers=2)
+    cache, alone = (tiny.cache(net, "cake(budget=10, window=6)") for _ in range(2))
+    tokens, mask = tiny.ids(2, 22), torch.ones(2, 22, dtype=torch.long)
+    mask[1, 18:20] = 0
+    for announced, start, stop in ((20, 0, 18), (0, 18, 20), (0, 20, 22)):
+        if announced:
+            cache.expect(announced)
+        tiny.feed(net, cache, tokens[:, start:stop], mask)
+    alone.expect(40)
+    tiny.feed(net, alone, tokens[1:, :18])
+    alone.expect(2)
+    tiny.feed(net, alone, tokens[1:, 20:])
+    for mine, own in zip(settled(cache, 1), settled(alone), strict=True):
+        assert mine[0] == own[0]
+        assert mine[1] == pytest.approx(own[1], rel=1e-4)
+
+
 def test_nothing_about_a_prompt_is_remembered_but_its_limits():
     net = tiny.model(num_hidden_layers=LAYERS)
     cache = tiny.cache(net, f"{SPEC})")
@@ -445,9 +534,12 @@ def test_without_the_cascade_layers_do_not_share(monkeypatch):
         ("cake(budget=32)", "budget must exceed the window of 32"),
         ("cake(window=0)", "window must be a whole number"),
         ("cake(kernel=4)", "kernel must be odd"),
-        ("cake(gamma=-1)", "gamma must be a number of at least 0"),
-        ("cake(tau1=0)", "tau1 must be a number of at least"),
-        ("cake(tau2='one')", "tau2 must be a number"),
+        ("cake(gamma=-1)", "gamma must be a finite number of at least 0"),
+        ("cake(gamma=1e999)", r"gamma must be a finite number of at least 0; got inf\.$"),
+        (f"cake(gamma={'9' * 400})", "gamma must be a finite number of at least 0"),
+        ("cake(tau1=0)", "tau1 must be a finite number of at least"),
+        ("cake(tau1=1e999)", "tau1 must be a finite number of at least"),
+        ("cake(tau2='one')", "tau2 must be a finite number"),
         ("cake(per_head='no')", "per_head must be True or False"),
         ("cake(evict_generated=1)", "evict_generated must be True or False"),
         ("cake | tokenselect", "differ from head to head"),

@@ -171,6 +171,80 @@ def test_scores_come_from_the_column_sums_of_the_attention_matrix(monkeypatch):
     assert 0.05 < (aligned > lately).float().mean() < 0.95
 
 
+@pytest.mark.parametrize("passes", [[N + 5], [40, N - 35], [N - 3, 8]], ids=str)
+def test_all_queries_are_counted_however_passes_are_cut(monkeypatch, passes):
+    monkeypatch.setattr(KeepMerged, "survivors", lambda *_: None)
+    net, tokens, found = tiny.model(), tiny.ids(2, N + 5), []
+    for sizes in (passes, [N] + [1] * 5):
+        cache, at = tiny.cache(net, f"{SPEC})"), 0
+        cache.expect(N)
+        for size in sizes:
+            tiny.feed(net, cache, tokens[:, at : at + size])
+            at += size
+        found.append([layer.record.memory for layer in cache.managed])
+    for mine, one_by_one in zip(*found, strict=True):
+        for row in range(2):
+            for kind in ("everywhere", "lately"):
+                torch.testing.assert_close(getattr(mine, kind).rows[row], getattr(one_by_one, kind).rows[row])
+        # Every query of 2 query heads per key head has a weight of 1 to give.
+        assert mine.everywhere.rows[0].sum().item() == pytest.approx(2 * 2 * (N + 5), rel=1e-4)
+        assert mine.lately.rows[0].sum().item() == pytest.approx(2 * 2 * (WINDOW + 5), rel=1e-4)
+
+
+def test_queries_behind_a_prompt_do_not_count_where_generated_ones_do_not():
+    net = tiny.model()
+    cache = tiny.cache(net, "ems(budget=200, window=8, evict_generated=False)")
+    cache.expect(N)
+    tiny.feed(net, cache, tiny.ids(1, N + 5))
+    for layer in cache.managed:
+        assert layer.record.memory.everywhere.rows[0].sum().item() == pytest.approx(2 * 2 * N, rel=1e-4)
+
+
+def of_kind(kind: str) -> Any:
+    """A model whose frequencies change at 96 tokens. Positions are those of the text's own tokens."""
+    parameters: dict[str, Any] = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0}
+    if kind == "dynamic":
+        return tiny.model(rope_parameters=parameters, max_position_embeddings=96)
+    parameters |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 96}
+    return tiny.model(rope_parameters=parameters, max_position_embeddings=384)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("lengths", [[150], [80, 150], [150, 60]], ids=str)
+def test_rotations_that_depend_on_the_largest_position_are_removed(monkeypatch, kind, lengths):
+    net, n = of_kind(kind), max(lengths)
+    tokens, mask = tiny.padded(len(lengths), n, [n - length for length in lengths])
+    cache, dense = tiny.cache(net, f"ems(budget={BUDGET}, window={WINDOW}, merge=0.3, threshold=0.05)"), tiny.cache(net)
+    tiny.feed(net, dense, tokens, mask)
+    frequencies = net.model.rotary_emb.inv_freq.clone()
+    compared, merge = [], KeepMerged._merge
+
+    def watch(self: KeepMerged, held: Any, score: Tensor, kept: Tensor, others: Tensor) -> Any:
+        length = lengths[held.row]
+        rotated = dense.managed[held.layer].segment.decode([held.row], 0, length)[0][0].double()
+        angle = torch.arange(length)[:, None] * frequencies.double()
+        scaling = net.model.rotary_emb.attention_scaling
+        cos, sin = angle.cos() / scaling, angle.sin() / scaling
+        a, b = rotated.chunk(2, dim=-1)
+        plain = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+        def compare(centres: Tokens, alike: Tokens, threshold: float) -> Tensor:
+            for mine, slots in ((centres, kept), (alike, others)):
+                expected = plain.gather(1, slots[..., None].expand(-1, -1, DIM)).float()
+                torch.testing.assert_close(mine.key, expected, atol=1e-4, rtol=1e-4)
+            compared.append(held.row)
+            return assign(centres, alike, threshold)
+
+        monkeypatch.setattr(evict_merge, "assign", compare)
+        return merge(self, held, score, kept, others)
+
+    monkeypatch.setattr(KeepMerged, "_merge", watch)
+    tiny.feed(net, cache, tokens, mask)
+    assert sorted(compared) == sorted(list(range(len(lengths))) * 2)
+    assert torch.equal(net.model.rotary_emb.inv_freq, frequencies)
+    assert not torch.equal(net.model.rotary_emb.original_inv_freq, frequencies)
+
+
 @pytest.mark.parametrize("nothing", ["threshold=1.01", "merge=0"])
 def test_without_merging_it_only_drops(nothing):
     one, other = Fed(f"{SPEC}, threshold=0.2)"), Fed(f"{SPEC}, {nothing})")
@@ -408,8 +482,10 @@ def test_a_fault_in_merging_shows(monkeypatch, fault):
         ("ems(budget=36)", "budget must exceed sinks . window = 36"),
         ("ems(window=0)", "window must be a whole number of at least 1"),
         ("ems(sinks=-1)", "sinks must be a whole number of at least 0"),
-        ("ems(merge=-1)", "merge must be a number of at least 0"),
-        ("ems(threshold=0)", "threshold must be a number above 0"),
+        ("ems(merge=-1)", "merge must be a finite number of at least 0"),
+        ("ems(merge=1e999)", r"merge must be a finite number of at least 0; got inf\.$"),
+        ("ems(threshold=1e999)", "threshold must be a finite number above 0"),
+        ("ems(threshold=0)", "threshold must be a finite number above 0"),
         ("ems(remove_positions=1)", "remove_positions must be True or False"),
         ("ems(per_head='no')", "per_head must be True or False"),
         ("ems(evict_generated=1)", "evict_generated must be True or False"),

@@ -161,12 +161,12 @@ def test_answers_and_important_tokens_equal_a_slow_loop_after_every_step(heads, 
     follow(heads, kv_heads, bits)
 
 
-def unbalanced(self: Balance) -> Tensor:
-    return torch.ones_like(self.key if self.factor is None else self.factor)
+def unbalanced(self: Balance) -> Balance:
+    return Balance(self.query, self.key, torch.ones_like(self.key if self.factor is None else self.factor))
 
 
 FAULTS = {
-    "keys not balanced": (Balance, "fix", unbalanced),
+    "keys not balanced": (Balance, "fixed", unbalanced),
     "signed largest numbers": (two_precisions, "_largest", lambda x: x.amax(dim=1).float().clamp(min=1e-3)),
     "retained tokens forgotten": (TwoPrecisionSegment, "aside", lambda *_: None),
 }
@@ -190,9 +190,25 @@ def test_the_balancer_is_that_of_the_prompt_and_stays():
         torch.testing.assert_close(fed.layer.segment.balances[0].factor, expected)
 
 
+def test_a_copy_of_a_sequence_has_a_balancer_of_its_own():
+    fed = Fed("mikv(budget=100)", n=60)
+    fed.feed(20, ahead=20)
+    segment = fed.layer.segment
+    segment.select([0, 0])
+    segment.keep(0, torch.arange(12))
+    assert segment.balances[0].factor is not None
+    assert segment.balances[1].factor is None
+    assert segment.balances[1].key.shape == (2, DIM)
+    held = segment.balances[0]
+    segment.select([0, 0])
+    segment.keep(1, torch.arange(6))
+    assert segment.balances[0] is held
+    assert torch.equal(segment.balances[1].factor, held.factor)
+
+
 def test_the_balancer_takes_no_product_from_its_place():
     query, key = torch.randn(2, 50, DIM, dtype=torch.float64), torch.randn(2, 50, DIM, dtype=torch.float64)
-    factor = Balance(two_precisions._largest(query), two_precisions._largest(key)).fix()[:, None].double()
+    factor = Balance(two_precisions._largest(query), two_precisions._largest(key)).fixed().factor[:, None].double()
     torch.testing.assert_close((query / factor) @ (key * factor).transpose(1, 2), query @ key.transpose(1, 2))
 
 
