@@ -41,8 +41,8 @@ class Moments:
 @dataclass(frozen=True)
 class Vote:
     """On a prompt of which the first ``columns`` tokens may be dropped: how much of a budget the layer should have
-    (``preference``, a logarithm), and what each of these tokens still held is worth, float32 [h, n] or [1, n], None once
-    settled."""
+    (``preference``, a logarithm), and what each of these tokens still held is worth, float32 [h, n] or [1, n], None
+    once settled."""
 
     preference: float
     columns: int

@@ -134,7 +134,9 @@ def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(InputError, match=r"not measured with tokenselect\(top_k=7\)"):
         predict(MODEL, 1000, "tokenselect(top_k=7)", machine())
     heads = scored.duo(tiny.model(), [[0, 1], [1, 0]])
-    with pytest.raises(UnsupportedModelError, match=r"duoattention.* goes by what was calibrated on a model's weights"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"duoattention.* cannot be predicted: one layer is measured for all"
+    ):
         predict(MODEL, 1000, duoattention(heads=heads), machine())
     with pytest.raises(UnsupportedModelError, match="no rotary positions"):
         predict(replace(MODEL, rotary=False), 1000, METHOD, machine())
