@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvote.errors import MethodError
+from kvote.numbers import is_number
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _BYTES = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*")
@@ -35,8 +36,10 @@ def whole(tokens: float) -> int:
 def budget(value: object) -> Budget:
     """Reads a budget: 1024, 0.25 or "512MiB". Raises MethodError for anything else."""
     if isinstance(value, str) and (match := _BYTES.fullmatch(value)):
-        return Budget(float(match[1]) * _UNITS[match[2]], "bytes")
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        amount = float(match[1]) * _UNITS[match[2]]
+        if is_number(amount):
+            return Budget(amount, "bytes")
+    if isinstance(value, int) and is_number(value) and value >= 1:
         return Budget(value)
     if isinstance(value, float) and 0 < value <= 1:
         return Budget(value, "fraction")

@@ -27,7 +27,8 @@ def mikv(
     is demoted, per sequence, key head and channel.
 
     ``budget``: important tokens, as a number (1024), a fraction of the tokens seen (0.2) or bytes ("512MiB", for
-    important and demoted ones together; what is retained grows with the text, so fewer and fewer stay important).
+    important and demoted ones together; what is retained grows with the text, so fewer and fewer stay important; one
+    does, even where the rest alone takes more than that).
     ``recent``: the share of it that is for recent tokens. ``low_bits``: 2, 4 or 8; 16 demotes without rounding, to
     tell the two apart. ``balancer``: False leaves keys as they are.
 

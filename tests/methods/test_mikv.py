@@ -283,10 +283,21 @@ def test_a_budget_of_bytes_covers_both_precisions(kib):
     assert cache.nbytes() > 0.7 * kib * 1024
 
 
-def test_a_budget_of_bytes_that_the_retained_alone_exceed_is_refused():
+def test_a_text_whose_retained_tokens_alone_exceed_the_bytes_leaves_one_important_token():
+    """A pass that has begun is not broken off: no token is lost, and the report tells what is held."""
+    net = tiny.model()
+    cache = tiny.cache(net, "mikv(budget='200KiB')")
+    logits = tiny.feed(net, cache, tiny.ids(1, 3000))
+    assert bool(logits.isfinite().all())
+    assert [layer.budget for layer in cache.report().layers] == [1, 1]
+    assert retained(cache) == [2999, 2999]
+    assert cache.nbytes() > 200 * 2**10
+
+
+def test_bytes_that_leave_no_page_to_begin_with_are_refused():
     net = tiny.model()
     with pytest.raises(MethodError, match="leave no page of tokens"):
-        tiny.feed(net, tiny.cache(net, "mikv(budget='200KiB')"), tiny.ids(1, 3000))
+        tiny.feed(net, tiny.cache(net, "mikv(budget='1KiB')"), tiny.ids(1, 30))
 
 
 def test_sequences_that_retain_unequally_many_tokens_are_answered_apart():
