@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvote import attention
 from kvote.errors import InactiveCacheError
 from kvote.heads import HeadGroups, in_groups
-from kvote.layer import Layer
+from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
 from kvote.report import LayerReport, Report
 
@@ -37,7 +37,7 @@ class Cache(TransformersCache):
         ours = [index for index, native in enumerate(native_layers) if attention.is_full_attention(native)]
         self.method.read.check(len(ours))
         ropes = attention.find_ropes(model, ours) if self.method.needs_rope else {}
-        crew: list[Layer] = []
+        crew = Crew()
         for index, native in enumerate(native_layers):
             if index in ours:
                 groups = in_groups(index, self.method, ropes.get(index), len(ours), attention.key_heads(model))

@@ -1,9 +1,11 @@
 """One layer's life: append the new tokens, read, attend, keep, seal. Knows no transformers and no paper."""
 
+import copy
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,7 +74,7 @@ class Layer:
     # Layers of this size that share a budget of bytes.
     layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
-    crew: "list[Layer]" = field(default_factory=list, repr=False)
+    crew: "Crew" = field(default_factory=lambda: Crew(), repr=False)
     # Whether other key heads of its layer or of others drop tokens, so that no token may be taken out here either.
     others_drop: bool = False
     segment: Segment | None = None
@@ -92,8 +94,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.record = Record(self.method.keep)
-        self.number = len(self.crew)
-        self.crew.append(self)
+        self.number = self.crew.add(self)
 
     @property
     def parts(self) -> "list[Layer]":
@@ -213,7 +214,7 @@ class Layer:
                 rope=rope,
                 activity=self.activity,
                 memory=self.memory,
-                memories=[layer.memory for layer in self.crew],
+                memories=[layer.memory for layer in self.crew.layers],
                 number=self.number,
             )
             answer, lse, spans = self._answers(reading, step)
@@ -320,7 +321,7 @@ class Layer:
         # Generated tokens change nothing in other layers.
         first = 0 if keeper.cascades and self.record.prompted else self.number
         self.record.prompted = False
-        for layer in self.crew[first : self.number + 1]:
+        for layer in self.crew.layers[first : self.number + 1]:
             layer.drop_own(self.number + 1)
 
     def drop_own(self, observed: int) -> None:
@@ -329,7 +330,7 @@ class Layer:
         if self.segment is None:
             return
         before = self.activity.dropped
-        memories = [layer.record.memory for layer in self.crew]
+        memories = [layer.record.memory for layer in self.crew.layers]
         rope = None if self.method.needs_raw_keys else self.rope
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
@@ -350,8 +351,8 @@ class Layer:
         """Seals, unless later layers may still take tokens from this one: then all are sealed after the last."""
         if not self.method.keep.cascades:
             self.seal()
-        elif self.number == len(self.crew) - 1:
-            for layer in self.crew:
+        elif self.number == len(self.crew.layers) - 1:
+            for layer in self.crew.layers:
                 layer.seal()
 
     @_outside_inference
@@ -360,7 +361,7 @@ class Layer:
         if self.segment is None:
             return
         self.segment.seal(self.ahead)
-        self.method.store.after_layer([layer.segment for layer in self.crew], self.number, self.ahead)
+        self.method.store.after_layer([layer.segment for layer in self.crew.layers], self.number, self.ahead)
 
     def check_crop(self, columns: int) -> None:
         """Raises CropError if the last ``columns`` columns cannot be forgotten: if that needs tokens back that are
@@ -430,6 +431,29 @@ class Layer:
         self.seen = self.settled = self.expected = self.ahead = 0
         self.record_past = False
         self.activity = Activity()
+
+
+class Crew:
+    """The layers of a cache in their order. It keeps none of them alive: layers that held each other would go with the
+    next run of the garbage collector only, and gigabytes with them."""
+
+    def __init__(self) -> None:
+        self._members: list[weakref.ref[Layer]] = []
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for member in self._members if (layer := member()) is not None]
+
+    def add(self, layer: Layer) -> int:
+        """Its place among them."""
+        self._members.append(weakref.ref(layer))
+        return len(self._members) - 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Crew":
+        clone = memo[id(self)] = Crew()
+        # Where a whole cache is copied, these are the copies that it holds.
+        clone._members = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
+        return clone
 
 
 class _Group:

@@ -1,6 +1,8 @@
 """Uses at the edge of what the parts were made for: each of these once went wrong."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import tiny
@@ -175,3 +177,19 @@ def test_an_interrupted_question_leaves_the_document_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         document.ask(TEXT[:20])
     assert document.cache.get_seq_length() == len(document)
+
+
+@pytest.mark.parametrize("method", ["dense", "cake(budget=20, window=6)", "tokenselect"])
+def test_a_cache_that_nobody_holds_is_gone_at_once(method):
+    """Not at the next garbage collection: it may hold most of the memory."""
+    net = tiny.model()
+    cache = kvote.Cache(net, method)
+    tiny.feed(net, cache, tiny.ids(1, 30))
+    pages = [weakref.ref(layer.segment.pool.keys) for layer in cache.managed]
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert [page() for page in pages] == [None, None]
+    finally:
+        gc.enable()

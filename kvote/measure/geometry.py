@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvote.heads import HeadGroups, in_groups
-from kvote.layer import Layer, Step
+from kvote.layer import Crew, Layer, Step
 from kvote.method import Method
 from kvote.rope import Rope
 from kvote.store.segment import Logits
@@ -78,7 +78,7 @@ class Geometry:
     def prefilled(self, method: Method, key: Tensor, value: Tensor, layers: int = 1) -> list[Layer | HeadGroups]:
         """Neighbouring layers of ``method``, each with ``key`` and ``value`` [1, kv_heads, n, dim] as after a prompt:
         its end went through them as a real pass, so that they have dropped or encoded what they would."""
-        crew: list[Layer] = []
+        crew = Crew()
         rope = Rope(self.rotary)
         made = [
             in_groups(i, method, rope, layers, self.kv_heads) or Layer(i, method, rope, layers, crew)

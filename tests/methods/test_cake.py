@@ -17,7 +17,7 @@ from kvote import MethodError
 from kvote.keep.cascade import KeepCascade
 from kvote.keep.shares import even, of_logs, shares
 from kvote.keep.votes import Moments
-from kvote.layer import Layer
+from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
 from kvote.store.raw import Raw
 
@@ -29,7 +29,7 @@ TOTAL = (BUDGET - WINDOW) * LAYERS
 def crew(method: str, layers: int = LAYERS, **shape: int) -> list[Fed]:
     """Layers of one cache, each fed with keys and queries of its own, the later ones less peaked."""
     made: list[Fed] = []
-    together: list[Layer] = []
+    together = Crew()
     for i in range(layers):
         fed = Fed(method, **shape)
         fed.query *= 2.0 / (i + 1)

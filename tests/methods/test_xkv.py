@@ -11,7 +11,7 @@ from torch import Tensor
 import kvote
 from kvote import MethodError
 from kvote.attention import find_rope
-from kvote.layer import Layer, Step
+from kvote.layer import Crew, Layer, Step
 from kvote.method import parse
 from kvote.read.tokens import Queries, TokenSet
 from kvote.store import low_rank
@@ -26,7 +26,7 @@ class Stack:
     """Layers of one cache, fed with keys and queries whose un-rotated form the test knows."""
 
     def __init__(self, method: str, layers: int = 3, rows: int = 1, n: int = N + 20, rank: int | None = None) -> None:
-        self.rope, crew = find_rope(tiny.model(), 0), []
+        self.rope, crew = find_rope(tiny.model(), 0), Crew()
         self.layers = [Layer(i, parse(method), self.rope, layers, crew) for i in range(layers)]
         shape = (layers, rows, KV_HEADS, n, DIM)
         self.query, self.key, self.value = (
