@@ -118,7 +118,7 @@ void try_packed(const Kernels& kernels) {
         const int64_t count = are_keys ? whole : n;
         const Bytes in = elements(lanes * count * dim, type, wild);
         const std::vector<int64_t> first(lanes, 0);
-        views[!are_keys] = {pool.data(), type, pages.lanes.data(), lanes, bits, group, dim};
+        views[!are_keys] = {pool.data(), type, pages.lanes.data(), lanes, bits, group, dim, false};
         try_threads(kernels, "pack", [&](int threads) {
             std::fill(pool.begin(), pool.end(), uint8_t(255));
             kernels.pack({views[!are_keys], are_keys, in.data(), count * dim, dim, count, first.data(), threads});
