@@ -4,12 +4,16 @@ import json
 import os
 import platform
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 import kvote
 from kvote.kernels import backend
@@ -66,3 +70,21 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, first column left, the others right."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+class TokenClock(BaseStreamer):
+    """Notes when ``generate()`` hands a token over; the first that it hands over is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of every token, the first with the prompt's handling."""
+        return [after - before for before, after in pairwise(self.times)]

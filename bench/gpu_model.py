@@ -1,15 +1,13 @@
 """A whole model in the shape of Llama-3.1-8B, random weights, through ``generate()``: the default cache and kvote's."""
 
-import time
 from collections.abc import Callable
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
+from common import TokenClock
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaConfig
-from transformers.generation.streamers import BaseStreamer
 
 import kvote
 from kvote.layer import Step
@@ -21,24 +19,6 @@ NEW = 24
 # What the rounding of 32 layers in bfloat16 may add up to in the logits, relative to their norm.
 TOLERANCE = 0.05
 _PASS = 8192
-
-
-class Watch(BaseStreamer):
-    """Notes when ``generate()`` hands a token over, which it does once the device has made it."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def ms(self) -> list[float]:
-        """Of every token but the first two: kernels are compiled in them."""
-        return [1000 * (after - before) for before, after in pairwise(self.times[3:])]
 
 
 def build(device: torch.device, tiny: bool) -> Any:
@@ -101,7 +81,7 @@ def kvote_cache(model: Any, method: str, tokens: int) -> Any:
 def generate(model: Any, cache: Any, ids: Tensor, attention: str) -> tuple[Tensor, list[float]]:
     """First logits and milliseconds per token."""
     model.set_attn_implementation(attention)
-    watch = Watch()
+    clock = TokenClock()
     answer = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -110,9 +90,10 @@ def generate(model: Any, cache: Any, ids: Tensor, attention: str) -> tuple[Tenso
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
-        streamer=watch,
+        streamer=clock,
     )
-    return answer.logits[0].float(), watch.ms
+    # Kernels are compiled in the first tokens.
+    return answer.logits[0].float(), [1000 * seconds for seconds in clock.steps[3:]]
 
 
 def model_rows(device: torch.device, tiny: bool, tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:

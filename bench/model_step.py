@@ -28,13 +28,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 import transformers
-from common import save, table
+from common import TokenClock, save, table
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -45,7 +44,6 @@ from transformers import (
     LlamaConfig,
     StaticCache,
 )
-from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -69,24 +67,6 @@ BASELINE_NEW = 3
 ATTENTION_TOLERANCE = 0.01
 LOGITS_TOLERANCE = 0.05
 BEGIN = time.perf_counter()
-
-
-class Clock(BaseStreamer):
-    """Notes when ``generate()`` hands a token over; the first that it hands over is the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of every token but the first."""
-        return [after - before for before, after in pairwise(self.times[1:])]
 
 
 @dataclass
@@ -113,9 +93,9 @@ class Contender:
 
     def round(self, model: Any, ids: Tensor, new: int) -> float:
         """Seconds per token, the median of one run."""
-        clock = Clock()
+        clock = TokenClock()
         self.generate(model, ids, new, streamer=clock)
-        return median(clock.steps)
+        return median(clock.steps[1:])
 
 
 def sdpa_packed(

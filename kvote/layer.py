@@ -214,7 +214,7 @@ class Layer:
                 rope=rope,
                 activity=self.activity,
                 memory=self.memory,
-                memories=[layer.memory for layer in self.crew.layers],
+                memories=[layer.memory for layer in self.crew.layers] if self.method.read.crosses_layers else (),
                 number=self.number,
             )
             answer, lse, spans = self._answers(reading, step)
@@ -330,7 +330,7 @@ class Layer:
         if self.segment is None:
             return
         before = self.activity.dropped
-        memories = [layer.record.memory for layer in self.crew.layers]
+        memories = [layer.record.memory for layer in self.crew.layers] if self.method.keep.cascades else ()
         rope = None if self.method.needs_raw_keys else self.rope
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
@@ -361,7 +361,8 @@ class Layer:
         if self.segment is None:
             return
         self.segment.seal(self.ahead)
-        self.method.store.after_layer([layer.segment for layer in self.crew.layers], self.number, self.ahead)
+        if self.method.store.spans_layers:
+            self.method.store.after_layer([layer.segment for layer in self.crew.layers], self.number, self.ahead)
 
     def check_crop(self, columns: int) -> None:
         """Raises CropError if the last ``columns`` columns cannot be forgotten: if that needs tokens back that are

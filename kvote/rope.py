@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.memory import storage_bytes
 
 # (positions int64 [rows, n], dtype) -> the (cos, sin) that the model itself would use, each [rows, n, channels]
 Angles = tuple[Tensor, Tensor]
@@ -52,8 +53,7 @@ class Rope:
             kept += [self._last[0], *self._last[2]]
         if self._backwards is not None:
             kept += [a for pair in self._backwards for a in pair]
-        storages = [a.untyped_storage() for a in kept]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return storage_bytes(kept)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """Cosines and sines [..., n, r], one per pair of channels, at ``positions`` int64 [..., n]."""

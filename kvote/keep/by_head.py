@@ -59,4 +59,4 @@ class KeepByHead(Blind):
         return [Share(others, self.few, apart=True, sharers=sharers), Share(whole, KeepAll())]
 
     def survivors(self, held: Held, memory: None) -> None:
-        raise NotImplementedError
+        """The groups have keepers of their own, which decide."""

@@ -10,6 +10,7 @@ from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held, Kept
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
+from kvote.numbers import check_whole
 
 # Odd constants whose products scatter neighbouring positions over all of 32 bits.
 _SPREAD, _MIX, _SALT = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
@@ -50,10 +51,7 @@ class KeepByLot(Plain):
     per_layer: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("window", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        check_whole(self, sinks=0, window=1, seed=0)
         always = self.sinks + self.window
         if self.budget.unit == "tokens" and self.budget.amount < always:
             raise MethodError(

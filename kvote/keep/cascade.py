@@ -16,7 +16,7 @@ from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
 from kvote.keep.shares import even, of_logs, shares
 from kvote.keep.votes import Moments, Vote, Votes
-from kvote.numbers import is_number
+from kvote.numbers import check_flags, check_whole, is_number
 from kvote.store.pages import PAGE
 
 # Float32 weights (16 MiB) that are held at a time.
@@ -42,19 +42,14 @@ class KeepCascade(Plain):
     adds_up: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("window", "kernel"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise MethodError(f"{name} must be a whole number of at least 1; got {value!r}.")
+        check_whole(self, window=1, kernel=1)
         if self.kernel % 2 == 0:
             raise MethodError(f"kernel must be odd, so that a pooled value stays at its token; got {self.kernel}.")
         for name, least in (("gamma", 0), ("tau1", 1e-3), ("tau2", 1e-3)):
             value = getattr(self, name)
             if not is_number(value) or value < least:
                 raise MethodError(f"{name} must be a finite number of at least {least}; got {value!r}.")
-        for name in ("per_head", "evict_generated"):
-            if not isinstance(getattr(self, name), bool):
-                raise MethodError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        check_flags(self, "per_head", "evict_generated")
         if self.budget.unit == "tokens" and self.budget.amount <= self.window:
             raise MethodError(
                 f"budget must exceed the window of {self.window}, which always stays; got {self.budget.amount}."

@@ -13,7 +13,7 @@ from kvote.keep.mass import Mass
 from kvote.keep.merging import Tokens, assign, merged
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
-from kvote.numbers import is_number
+from kvote.numbers import check_flags, check_whole, is_number
 
 
 @dataclass
@@ -72,17 +72,12 @@ class KeepMerged(Plain):
     token_bytes: int = field(default=8, init=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("sinks", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        check_whole(self, window=1, sinks=0)
         if not is_number(self.merge) or self.merge < 0:
             raise MethodError(f"merge must be a finite number of at least 0; got {self.merge!r}.")
         if not is_number(self.threshold) or self.threshold <= 0:
             raise MethodError(f"threshold must be a finite number above 0; got {self.threshold!r}.")
-        for name in ("remove_positions", "per_head", "evict_generated"):
-            if not isinstance(getattr(self, name), bool):
-                raise MethodError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        check_flags(self, "remove_positions", "per_head", "evict_generated")
         if self.budget.unit == "tokens" and self.budget.amount <= self.sinks + self.window:
             raise MethodError(
                 f"budget must exceed sinks + window = {self.sinks + self.window}, which always stay; got "

@@ -11,6 +11,7 @@ from kvote.keep.keeper import Held, Kept
 from kvote.keep.mass import Mass
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
+from kvote.numbers import check_flags
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class KeepHeavyHitters(Plain):
     def __post_init__(self) -> None:
         if not isinstance(self.recent, int | float) or isinstance(self.recent, bool) or not 0 < self.recent <= 1:
             raise MethodError(f"recent must be a share of the budget, above 0 and at most 1; got {self.recent!r}.")
-        if not isinstance(self.per_head, bool):
-            raise MethodError(f"per_head must be True or False; got {self.per_head!r}.")
+        check_flags(self, "per_head")
 
     def new_memory(self) -> Mass:
         return Mass()

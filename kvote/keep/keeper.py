@@ -17,8 +17,8 @@ from kvote.store.segment import Logits, Segment
 class Held:
     """One sequence when something may be dropped: its ``row`` in the ``segment``, the tokens it holds, and how many its
     budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer`` and
-    the first ``observed`` have been through this pass. ``rope``: the rotation that is in the keys held, for a keeper
-    that needs it; None where keys are held without."""
+    the first ``observed`` have been through this pass; empty unless the keeper ``cascades``. ``rope``: the rotation
+    that is in the keys held, for a keeper that needs it; None where keys are held without."""
 
     row: int
     length: int

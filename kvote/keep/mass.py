@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kvote.memory import storage_bytes
+
 
 @dataclass
 class Mass:
@@ -36,5 +38,4 @@ class Mass:
 
     @property
     def nbytes(self) -> int:
-        storages = [held.untyped_storage() for held in self.rows.values()]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return storage_bytes(self.rows.values())

@@ -8,9 +8,10 @@ from torch import Tensor
 from kvote.errors import MethodError
 from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held, Kept
-from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
 from kvote.kernels import reference
+from kvote.memory import storage_bytes
+from kvote.numbers import check_flags, check_whole
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
 
@@ -68,8 +69,7 @@ class Means:
 
     @property
     def nbytes(self) -> int:
-        storages = [part.untyped_storage() for mean in self.rows.values() for part in (mean.key, mean.value)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return storage_bytes(part for mean in self.rows.values() for part in (mean.key, mean.value))
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,8 @@ class KeepRecentAndMean(Plain):
     needs_plain_keys: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
-            raise MethodError(f"sinks must be a whole number of at least 0; got {self.sinks!r}.")
-        if not isinstance(self.compensation, bool):
-            raise MethodError(f"compensation must be True or False; got {self.compensation!r}.")
+        check_whole(self, sinks=0)
+        check_flags(self, "compensation")
         if self.budget.unit == "tokens" and self.budget.amount <= self.sinks:
             raise MethodError(
                 f"budget must exceed the {self.sinks} sinks, which always stay; got {self.budget.amount}."
@@ -100,12 +98,6 @@ class KeepRecentAndMean(Plain):
 
     def new_memory(self) -> Means | None:
         return Means() if self.compensation else None
-
-    def observes(self, ahead: int | None) -> bool:
-        return False
-
-    def observe(self, seen: Observation, memory: Means | None) -> None:
-        raise NotImplementedError
 
     def survivors(self, held: Held, memory: Means | None) -> Kept | None:
         edge = held.length - max(1, held.budget - self.sinks)

@@ -31,6 +31,12 @@ class Plain:
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         return None
 
+    def observes(self, ahead: int | None) -> bool:
+        return False
+
+    def observe(self, seen: Observation, memory: Any) -> None:
+        """Nothing is shown to those that do not ask."""
+
     def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
         return None
 
@@ -42,12 +48,6 @@ class Blind(Plain):
 
     def new_memory(self) -> None:
         return None
-
-    def observes(self, ahead: int | None) -> bool:
-        return False
-
-    def observe(self, seen: Observation, memory: None) -> None:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

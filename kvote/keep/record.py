@@ -5,6 +5,7 @@ from typing import Any
 
 from kvote.keep.keeper import Keeper
 from kvote.keep.observation import Observation
+from kvote.memory import storage_bytes
 
 
 @dataclass
@@ -41,5 +42,4 @@ class Record:
     @property
     def nbytes(self) -> int:
         tensors = [tensor for seen in self.waiting for tensor in seen.tensors]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values()) + (0 if self.memory is None else self.memory.nbytes)
+        return storage_bytes(tensors) + (0 if self.memory is None else self.memory.nbytes)

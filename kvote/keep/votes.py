@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kvote.memory import storage_bytes
+
 _TINY = 1e-10
 
 
@@ -95,5 +97,4 @@ class Votes:
     def nbytes(self) -> int:
         tensors = [vote.worth for vote in self.cast.values() if vote.worth is not None]
         tensors += [*self.latest.values(), *(t for part in self.pending.values() for t in (part.mean, part.spread))]
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return storage_bytes(tensors)

@@ -14,6 +14,7 @@ from kvote.keep.keeper import Held, Kept
 from kvote.keep.mass import Mass
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
+from kvote.numbers import check_flags, check_whole
 
 _POOLS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {"avg": avg_pool1d, "max": max_pool1d}
 
@@ -32,16 +33,12 @@ class KeepWindowVotes(Plain):
     while_generating: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("window", "kernel"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise MethodError(f"{name} must be a whole number of at least 1; got {value!r}.")
+        check_whole(self, window=1, kernel=1)
         if self.kernel % 2 == 0:
             raise MethodError(f"kernel must be odd, so that a pooled vote stays at its token; got {self.kernel}.")
         if self.pooling not in _POOLS:
             raise MethodError(f"pooling must be 'avg' or 'max'; got {self.pooling!r}.")
-        if not isinstance(self.per_head, bool):
-            raise MethodError(f"per_head must be True or False; got {self.per_head!r}.")
+        check_flags(self, "per_head")
         if self.budget.unit == "tokens" and self.budget.amount <= self.window:
             raise MethodError(
                 f"budget must exceed the window of {self.window}, which always stays; got {self.budget.amount}."

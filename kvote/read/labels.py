@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kvote.errors import MethodError
+from kvote.numbers import check_whole
 from kvote.read.per_head import ReadsLists, span_of, winners
 from kvote.read.tokens import Reading, Span, everything
 from kvote.store.segment import Labelled
@@ -24,10 +25,7 @@ class LabelWinners(ReadsLists):
     dense_layers: int
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("dense_layers", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        check_whole(self, top_k=1, dense_layers=0)
         if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share <= 1:
             raise MethodError(f"share must be a share of the channels, above 0 and at most 1; got {self.share!r}.")
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kvote.errors import MethodError
+from kvote.memory import storage_bytes
+from kvote.numbers import check_whole
 from kvote.read.per_head import ReadsLists, span_of, winners
 from kvote.read.tokens import Reading, Span, everything
 
@@ -28,8 +30,7 @@ class Chosen:
 
     @property
     def nbytes(self) -> int:
-        storages = [index.untyped_storage() for index in self.index.values()]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return storage_bytes(self.index.values())
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,9 @@ class PersistentPositions(ReadsLists):
     correction: int | None
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("first", 0), ("correction", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if not whole and not (name == "correction" and value is None):
-                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        check_whole(self, top_k=1, first=0)
+        if self.correction is not None:
+            check_whole(self, correction=0)
         if self.correction and self.correction <= self.first:
             raise MethodError(
                 f"correction must be a layer after the first selecting one ({self.first}), or 0 for none; "

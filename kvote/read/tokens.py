@@ -95,7 +95,8 @@ class Reading:
 
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
-    of the cache, of which this is ``number``; those before it have already read for the same tokens.
+    of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
+    unless the reader ``crosses_layers``.
     """
 
     queries: Queries

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.raw import RawSegment, answers, received
@@ -137,8 +138,7 @@ class PromptSegment:
     def nbytes(self) -> int:
         held = [tensor for body in self.bodies if body is not None for tensor in body.tensors]
         held += [query for waiting in self.waiting for query in waiting.queries]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        return self.tail.nbytes + sum(storages.values())
+        return self.tail.nbytes + storage_bytes(held)
 
     def add_sequences(self, count: int) -> None:
         self.tail.add_sequences(count)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.kernels import reference
 from kvote.kernels.packing import Packing
+from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store import packed
@@ -59,8 +60,7 @@ class QuantisedSegment:
 
     @property
     def nbytes(self) -> int:
-        before = {storage.data_ptr(): storage.nbytes() for storage in (x.untyped_storage() for x in self._before)}
-        return sum(pool.nbytes for pool in self.pools) + sum(before.values())
+        return sum(pool.nbytes for pool in self.pools) + storage_bytes(self._before)
 
     def length(self, row: int) -> int:
         return self._first[row] + self.raw.length(row)

@@ -166,5 +166,8 @@ class Store(Protocol):
         ...
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        """After the pass of layer ``index`` among the ``segments`` of all layers, None where no token has come yet."""
+        """After the pass of layer ``index`` among the ``segments`` of all layers, None where no token has come yet.
+
+        Called of stores that ``spans_layers`` only.
+        """
         ...

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.kernels import cpu
+from kvote.numbers import check_whole
 from kvote.rope import Angles, Rope
 from kvote.store.pages import PAGE
 from kvote.store.prompt import PromptSegment, Slots, head_of
@@ -154,10 +155,7 @@ class FewerChannels:
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio < 1:
             raise MethodError(f"ratio must be a share of the channels, at least 0 and below 1; got {self.ratio!r}.")
-        for name, least in (("window", 1), ("recent", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        check_whole(self, window=1, recent=0)
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

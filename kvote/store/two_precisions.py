@@ -11,6 +11,7 @@ from kvote.errors import MethodError
 from kvote.kernels import packing
 from kvote.kernels.cpu import packed
 from kvote.kernels.packing import Packing
+from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.packed import BLOCK, PackedLanes
@@ -82,8 +83,7 @@ class TwoPrecisionSegment(RawSegment):
     def nbytes(self) -> int:
         held = [t for b in self.balances for t in (b.query, b.key, b.factor) if t is not None]
         held += [query for passes in self.waiting for query, _ in passes]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        return sum(pool.nbytes for pool in self.pools) + sum(storages.values())
+        return sum(pool.nbytes for pool in self.pools) + storage_bytes(held)
 
     def retained(self, row: int) -> int:
         """Demoted tokens of a sequence, as many in each key head."""
