@@ -91,17 +91,19 @@ def top_k(votes: Tensor, k: int) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """``reference.rotate``; ``x`` [..., n, d], ``cos`` and ``sin`` [n or 1, r] or [b, 1, n, r]."""
-    rows = (cos.dim() == 2 and cos.shape[0] == x.shape[-2]) or (cos.dim() == x.dim() == 4 and cos.shape[1] == 1)
-    if not rows or chosen(x) == "reference" or x.stride(-1) != 1 or cos.dtype != torch.float32:
+    rows = (cos.dim() == 2 and cos.shape[0] == x.shape[-2]) or (
+        cos.dim() == x.dim() == 4 and cos.shape[1] == 1 and cos.shape[0] in (1, x.shape[0])
+    )
+    backend = chosen(x) if rows and x.stride(-1) == 1 and cos.dtype == torch.float32 else "reference"
+    if backend == "reference":
         return reference.rotate(x, cos, sin, interleaved=interleaved)
-    turn = named(chosen(x)).turn
-    if cos.dim() == 2:
-        flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
-        angles = cos.contiguous()[None], sin.contiguous()[None]
-        return turn(flat, angles, interleaved).view(x.shape)
-    if cos.shape[0] not in (1, x.shape[0]):
-        return reference.rotate(x, cos, sin, interleaved=interleaved)
-    return turn(x, (cos[:, 0].contiguous(), sin[:, 0].contiguous()), interleaved)
+    turn = named(backend).turn
+    if cos.dim() == 4:
+        return turn(x, (cos.flatten(1, 2).contiguous(), sin.flatten(1, 2).contiguous()), interleaved)
+    angles = cos.contiguous()[None], sin.contiguous()[None]
+    if x.dim() == 4:
+        return turn(x, angles, interleaved)
+    return turn(x.reshape(1, -1, *x.shape[-2:]), angles, interleaved).view(x.shape)
 
 
 def attend(

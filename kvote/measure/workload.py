@@ -53,6 +53,9 @@ class Workload:
             )
             for name in SKETCHES
         }
+        for layer in self.layers.values():
+            # Where the last page is full, every call would take a new one; one step in a page does.
+            layer.attend(geometry.step(layer.seen))
         self.query = geometry.query()
 
     def kernels(self) -> Iterator[Kernel]:
@@ -173,7 +176,8 @@ class Workload:
         return Kernel(said, stepping(layer, self.geometry), read, checked)
 
     def _store(self) -> Kernel:
-        name, segment, n = "storing a token, 8-bit sketch", self._segment("int8"), self.tokens
+        name, segment = "storing a token, 8-bit sketch", self._segment("int8")
+        n = segment.length(0)
         key, value = self.geometry.tokens(1)
 
         def stored() -> None:

@@ -19,8 +19,8 @@ from kvote.read.votes import vote_named
 
 # Float32 entries of scores held at a time when many single tokens select (64 MiB).
 _SCORES_HELD = 1 << 24
-# A 4-bit sketch nominates this many tokens at least, and four times as many as are read: with fewer, attention mass is
-# lost that the keys themselves would have found (bench/recall.py).
+# A 4-bit sketch nominates this many tokens at least, and twice as many as are read: with fewer, attention mass is lost
+# that the keys themselves would have found (bench/recall.py).
 _NOMINATED = 4096
 # What a selection scores with, and the bits per channel of that copy of the keys.
 SKETCHES = {"none": 0, "int8": 8, "int4": 4}
@@ -102,7 +102,7 @@ class HeadVotes:
     @property
     def nominated(self) -> int:
         """How many tokens votes from the sketch only nominate; 0 where they decide."""
-        return max(_NOMINATED, 4 * self.top_k) if self.sketch == "int4" else 0
+        return max(_NOMINATED, 2 * self.top_k) if self.sketch == "int4" else 0
 
     @property
     def _fused(self) -> bool:
@@ -181,9 +181,9 @@ class HeadVotes:
         assert raw is not None
         rows = raw[:, :, row:stop].float()
         cos, sin = rope.contiguous(self.window + self.chunk, raw.device)
-        alone = row >= reading.count - reading.solo
-        first, stop_at = self.window, self.window + (1 if alone else stop - row)
-        return rope.apply(rows, (cos[first:stop_at].expand(stop - row, -1), sin[first:stop_at].expand(stop - row, -1)))
+        alone, count = row >= reading.count - reading.solo, stop - row
+        at = slice(self.window, self.window + (1 if alone else count))
+        return rope.apply(rows, (cos[at].expand(count, -1), sin[at].expand(count, -1)))
 
     def _select(self, reading: Reading, query: Tensor, edges: list[int], skip: Tensor | None = None) -> Tensor:
         """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j].
@@ -258,8 +258,10 @@ class HeadVotes:
         size = (stop - row) // blocks
         length = reading.first + row + size - edges[0]
         # Edges follow one another, as the queries do; made on the device, nothing is copied there.
-        local = torch.arange(edges[0], edges[0] + blocks, device=device)[:, None] + torch.arange(length, device=device)
-        parts = (torch.arange(self.sinks, device=device).expand(b, blocks, -1), winners, local.expand(b, -1, -1))
+        local = torch.arange(edges[0], edges[0] + length, device=device)
+        local = local if blocks == 1 else local + torch.arange(blocks, device=device)[:, None]
+        sinks = torch.arange(self.sinks, device=device)
+        parts = (sinks.expand(b, blocks, -1), winners, local.expand(b, blocks, -1))
         index = torch.cat(parts, dim=-1)
         reading.activity.tokens_read = index.shape[-1]
         return Span(row, stop, [TokenSet(index, positions=self.positions)])

@@ -18,12 +18,33 @@ struct QueryRows {
     alignas(64) bf16 narrow[MAX_GROUPS * MAX_DIM];
 };
 
-// Rows of one block of tokens of one lane.
+// Rows of one block of tokens of one lane, which lie anywhere ...
 template <class T>
 struct Rows {
-    const T *key[BLOCK], *value[BLOCK];
+    static constexpr bool STREAM = false;
+    const T *keys[BLOCK], *values[BLOCK];
     int64_t live = 0;
+    const T* key(int64_t t) const { return keys[t]; }
+    const T* value(int64_t t) const { return values[t]; }
 };
+
+// ... or behind each other.
+template <class T>
+struct Together {
+    static constexpr bool STREAM = true;
+    const T *keys{}, *values{};
+    int64_t dim{}, live = 0;
+    const T* key(int64_t t) const { return keys + t * dim; }
+    const T* value(int64_t t) const { return values + t * dim; }
+};
+
+// Reads a row in the order of its addresses, before tiles take a few channels of it at a time: what fetches ahead by
+// itself in a processor sees a stream in this order, and none in theirs.
+template <class T>
+inline void touch_row(const T* row, int64_t dim) {
+    for (int64_t c = 0; c < dim * int64_t(sizeof(T)); c += 64)
+        static_cast<void>(*(reinterpret_cast<const volatile char*>(row) + c));
+}
 
 // Into the second level of the cache, which has room for what is on its way and does not hold up other loads.
 template <class T>
@@ -41,9 +62,22 @@ inline vf four_by_four(const T* const (&key)[4], const QueryRows& query, int64_t
     return dots(key, query.wide + first * dim, dim, dim);
 }
 
+// Values of a block that are on their way from memory while those of the block before are added up: row after row, and
+// as far as the work is done, because only so many lines can be waited for at once.
+template <class Block>
+struct Coming {
+    const Block& block;
+    int64_t asked = 0;
+    // Channels `c` .. of all tokens up to `t` are done.
+    void keep_up(int64_t c, int64_t t, int64_t width, int64_t dim) {
+        const int64_t due = c * BLOCK + t * width;
+        for (; asked < block.live && asked * dim < due; ++asked) prefetch_row(block.value(asked), dim);
+    }
+};
+
 // Adds weights [query][token] times values to the output [query][dim], so that sums stay in registers.
-template <class T, int Q>
-inline void add_values(const Rows<T>& rows, const float* weight, float* out, int64_t dim, const Rows<T>& next) {
+template <int Q, class Block>
+inline void add_values(const Block& rows, const float* weight, float* out, int64_t dim, Coming<Block>& next) {
     constexpr int C = 4;
     for (int64_t c = 0; c < dim; c += C * W) {
         const int64_t wide = dim - c < C * W ? (dim - c) / W : C;
@@ -52,8 +86,9 @@ inline void add_values(const Rows<T>& rows, const float* weight, float* out, int
             for (int j = 0; j < C; ++j) acc[q][j] = j < wide ? load<vf>(out + q * dim + c + j * W) : vf{};
         if (wide == C) {
             for (int64_t t = 0; t < rows.live; ++t) {
-                const T* v = rows.value[t] + c;
-                if (t < next.live) prefetch_row(next.value[t] + c, C * W);
+                const auto* v = rows.value(t) + c;
+                if (Block::STREAM && c == 0) touch_row(rows.value(t), dim);
+                next.keep_up(c, t + 1, C * W, dim);
                 const vf x0 = get(v), x1 = get(v + W), x2 = get(v + 2 * W), x3 = get(v + 3 * W);
                 for (int q = 0; q < Q; ++q) {
                     const vf w = splat(weight[q * BLOCK + t]);
@@ -66,7 +101,7 @@ inline void add_values(const Rows<T>& rows, const float* weight, float* out, int
         } else {
             for (int64_t t = 0; t < rows.live; ++t)
                 for (int j = 0; j < wide; ++j) {
-                    const vf x = get(rows.value[t] + c + j * W);
+                    const vf x = get(rows.value(t) + c + j * W);
                     for (int q = 0; q < Q; ++q) acc[q][j] += x * weight[q * BLOCK + t];
                 }
         }
@@ -78,9 +113,8 @@ inline void add_values(const Rows<T>& rows, const float* weight, float* out, int
 #if defined(__AVX512BF16__)
 // The same for bfloat16 values, two tokens at a time, with weights rounded to bfloat16; `dim` a multiple of 64. Two
 // value rows are zipped into pairs, which leaves channels in an order that is undone where sums enter and leave.
-template <int Q>
-inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, float* out, int64_t dim,
-                                const Rows<bf16>& next) {
+template <int Q, class Block>
+inline void add_values_in_pairs(const Block& rows, const float* weight, float* out, int64_t dim, Coming<Block>& next) {
     alignas(64) uint16_t pairs[Q * BLOCK];
     for (int q = 0; q < Q; ++q)
         for (int64_t t = 0; t < rows.live; t += W)
@@ -100,9 +134,10 @@ inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, flo
                 acc[q][2 * half + 1] = (__m512)__builtin_shuffle(a, b, zip_high);
             }
         for (int64_t t = 0; t < rows.live; t += 2) {
-            for (int64_t i = t; i < t + 2 && i < next.live; ++i) prefetch_row(next.value[i] + c, 64);
             // An odd last token is paired with itself, at no weight.
-            const bf16 *x = rows.value[t] + c, *y = rows.value[t + 1 < rows.live ? t + 1 : t] + c;
+            const bf16 *x = rows.value(t) + c, *y = rows.value(t + 1 < rows.live ? t + 1 : t) + c;
+            if (Block::STREAM && c == 0) touch_row(x, dim), touch_row(y, dim);
+            next.keep_up(c, t + 2, 64, dim);
             __m512i zipped[4];
             for (int half = 0; half < 2; ++half) {
                 const __m512i a = _mm512_loadu_si512(x + 32 * half), b = _mm512_loadu_si512(y + 32 * half);
@@ -127,13 +162,23 @@ inline void add_values_in_pairs(const Rows<bf16>& rows, const float* weight, flo
 }
 #endif
 
-template <int Q, class T>
-inline void add(const Rows<T>& rows, const float* weight, float* out, int64_t dim, const Rows<T>& next) {
+template <class T, int Q, class Block>
+inline void add(const Block& rows, const float* weight, float* out, int64_t dim, Coming<Block>& next) {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same<T, bf16>::value)
         if (dim % 64 == 0) return add_values_in_pairs<Q>(rows, weight, out, dim, next);
 #endif
-    add_values<T, Q>(rows, weight, out, dim, next);
+    add_values<Q>(rows, weight, out, dim, next);
+}
+
+// The same for all query heads of a key head.
+template <class T, class Block>
+inline void add_all(const Block& rows, const float* weight, float* out, int64_t groups, int64_t dim,
+                    const Block& next) {
+    Coming<Block> coming{next};
+    int64_t g = 0;
+    for (; g + 4 <= groups; g += 4) add<T, 4>(rows, weight + g * BLOCK, out + g * dim, dim, coming);
+    for (; g < groups; ++g) add<T, 1>(rows, weight + g * BLOCK, out + g * dim, dim, coming);
 }
 
 // Turns the scores of a block of tokens into weights, in place, relative to the peak so far; where that rises, what was
@@ -165,25 +210,24 @@ inline void soften(float* s, int64_t from, int64_t live, float softcap, float* o
 }
 
 // Reads one block while the next one, of which only the addresses are known, comes from memory.
-template <class T>
-void attend_block(const Rows<T>& rows, const QueryRows& query, const DecodeArgs& a, const Partial& part,
-                  const Rows<T>& next) {
+template <class T, class Block>
+void attend_block(const Block& rows, const QueryRows& query, const DecodeArgs& a, const Partial& part,
+                  const Block& next) {
     alignas(64) float scores[MAX_GROUPS * BLOCK];
     const int64_t live = rows.live;
     for (int64_t t = 0; t < live; t += 4) {
         const T* four[4];
         for (int64_t k = 0; k < 4; ++k) {
-            four[k] = rows.key[t + k < live ? t + k : live - 1];
-            if (t + k < next.live) prefetch_row(next.key[t + k], a.dim);
+            four[k] = rows.key(t + k < live ? t + k : live - 1);
+            if (Block::STREAM) touch_row(four[k], a.dim);
+            if (t + k < next.live) prefetch_row(next.key(t + k), a.dim);
         }
         for (int64_t g = 0; g < a.groups; g += 4)
             store_quarters(scores + g * BLOCK + t, BLOCK, four_by_four(four, query, g, a.dim) * a.scale);
     }
     for (int64_t g = 0; g < a.groups; ++g)
         soften(scores + g * BLOCK, 0, live, a.softcap, part.out + g * a.dim, part.peak[g], part.mass[g], a.dim);
-    int64_t g = 0;
-    for (; g + 4 <= a.groups; g += 4) add<4>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
-    for (; g < a.groups; ++g) add<1>(rows, scores + g * BLOCK, part.out + g * a.dim, a.dim, next);
+    add_all<T>(rows, scores, part.out, a.groups, a.dim, next);
 }
 
 // Tokens from .. to of the range or list of one sequence, in all its lanes, whose answers are `stride` apart.
@@ -203,14 +247,35 @@ void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to
         }
         std::memset(parts[h * stride].out, 0, 4 * a.groups * a.dim);
     }
+    if (!index && !a.pairs) {
+        // Nothing is shared between key heads, and blocks are stretches of memory.
+        int64_t h = 0, i = from;
+        Lane::Cursor at;
+        auto locate = [&] {
+            if (i == to) i = from, ++h, at = Lane::Cursor{};
+            if (h == heads) return Together<T>{};
+            const int64_t slot = lanes[h].slot(a.start + i, at), most = std::min(BLOCK, to - i);
+            const int64_t live = std::min(most, lanes[h].stretch(a.start + i, at));
+            i += live;
+            return Together<T>{keys + slot * a.dim, values + slot * a.dim, a.dim, live};
+        };
+        Together<T> rows = locate();
+        while (rows.live) {
+            const int64_t head = h;
+            const Together<T> next = locate();
+            attend_block<T>(rows, queries[head], a, parts[head * stride], next);
+            rows = next;
+        }
+        return;
+    }
     Rows<T> blocks[2];
     auto locate = [&](int64_t i, int64_t h, Rows<T>& rows) {
         Lane::Cursor at;
         rows.live = i >= to ? 0 : to - i < BLOCK ? to - i : BLOCK;
         for (int64_t t = 0; t < rows.live; ++t) {
             const int64_t slot = lanes[h].slot(index ? index[i + t] : a.start + i + t, at);
-            rows.key[t] = keys + slot * a.dim;
-            rows.value[t] = values + slot * a.dim;
+            rows.keys[t] = keys + slot * a.dim;
+            rows.values[t] = values + slot * a.dim;
         }
     };
     int64_t step = 0;
@@ -223,11 +288,11 @@ void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to
             if (a.pairs)
                 for (int64_t t = 0; t < rows.live; ++t) {
                     T* row = turned + t * a.dim;
-                    rotate_row(rows.key[t], row, a.cos + (i + t) * a.pairs, a.sin + (i + t) * a.pairs, a.pairs, a.dim,
+                    rotate_row(rows.keys[t], row, a.cos + (i + t) * a.pairs, a.sin + (i + t) * a.pairs, a.pairs, a.dim,
                                a.interleaved);
-                    rows.key[t] = row;
+                    rows.keys[t] = row;
                 }
-            attend_block(rows, queries[h], a, parts[h * stride], next);
+            attend_block<T>(rows, queries[h], a, parts[h * stride], next);
         }
 }
 

@@ -10,10 +10,11 @@ struct Winners {
     int64_t rows = a.votes.groups * a.votes.selections, heads = a.votes.kv_heads * rows;
     int64_t n = a.votes.stop - a.votes.start, m = a.nominate;
     int64_t blocks = (m + RESCORED - 1) / RESCORED, padded = blocks * RESCORED, quads = (rows + 3) / 4 * 4;
+    int64_t tiles = tiles_of(a.votes);
     std::vector<TopKSpace> spaces{};
     int64_t *nominated{}, *places{};  // [selections, m], [selections, top_k]
     float *exact{}, *again{};         // [heads, padded] scores, [selections, padded] votes
-    float *rough_sums{}, *lse{};      // [heads, blocks], [heads]
+    float *rough_sums{}, *factor{};   // [heads, tiles], [heads]
     float* queries{};                 // [kv_heads, quads, dim]
 
     std::size_t bytes() const {
@@ -21,7 +22,7 @@ struct Winners {
         return v.threads * TopKSpace::bytes(n) +
                (m ? Workspace::bytes<int64_t>(v.selections * m) + Workspace::bytes<int64_t>(v.selections * a.top_k) +
                         Workspace::bytes<float>(heads * padded) + Workspace::bytes<float>(v.selections * padded) +
-                        Workspace::bytes<float>(heads * blocks) + Workspace::bytes<float>(heads) +
+                        Workspace::bytes<float>(heads * tiles) + Workspace::bytes<float>(heads) +
                         Workspace::bytes<float>(v.kv_heads * quads * v.dim)
                   : 0);
     }
@@ -34,8 +35,8 @@ struct Winners {
         places = space.take<int64_t>(v.selections * a.top_k);
         exact = space.take<float>(heads * padded);
         again = space.take<float>(v.selections * padded);
-        rough_sums = space.take<float>(heads * blocks);
-        lse = space.take<float>(heads);
+        rough_sums = space.take<float>(heads * tiles);
+        factor = space.take<float>(heads);
         queries = space.take<float>(v.kv_heads * quads * v.dim);
         std::memset(queries, 0, sizeof(float) * v.kv_heads * quads * v.dim);
         for (int64_t i = 0; i < heads; ++i)
@@ -57,9 +58,11 @@ struct Winners {
         if (!m) return;
         team.barrier();
         for (int64_t i = team.from(v.selections * blocks); i < team.to(v.selections * blocks); ++i)
-            rescore(i / blocks, i % blocks, weights);
+            rescore(i / blocks, i % blocks);
+        for (int64_t tile = team.from(tiles); tile < team.to(tiles); ++tile)
+            for (int64_t r = 0; r < v.selections; ++r) known_roughly(r, tile, weights);
         team.barrier();
-        for (int64_t head = team.from(heads); head < team.to(heads); ++head) correct(head, weights.lse[head]);
+        for (int64_t head = team.from(heads); head < team.to(heads); ++head) correct(head, weights);
         team.barrier();
         for (int64_t i = team.from(v.selections * blocks); i < team.to(v.selections * blocks); ++i)
             count(i / blocks, i % blocks);
@@ -71,13 +74,30 @@ struct Winners {
         }
     }
 
-    // Exact scores of one block of nominated tokens for one selection, and what the sketch had given them.
+    // What the sketch had given the nominated tokens of one tile for one selection, still relative to the tile. Tile by
+    // tile, because that is how weights lie in memory.
     template <class Stored>
-    void rescore(int64_t r, int64_t block, const Weights<Stored>& weights) {
+    void known_roughly(int64_t r, int64_t tile, const Weights<Stored>& weights) {
+        const int64_t* token = nominated + r * m;
+        const int64_t offset = a.votes.start % TILE;
+        const int64_t* from = std::lower_bound(token, token + m, tile * TILE - offset);
+        const int64_t* to = std::lower_bound(from, token + m, (tile + 1) * TILE - offset);
+        for (int64_t head = r; head < heads; head += a.votes.selections) {
+            const Stored* weight = weights.weight + (tile * heads + head) * TILE;
+            float sums[4] = {};
+            const int64_t* t = from;
+            for (; t + 4 <= to; t += 4)
+                for (int i = 0; i < 4; ++i) sums[i] += one(weight + t[i] + offset - tile * TILE);
+            for (; t < to; ++t) sums[0] += one(weight + *t + offset - tile * TILE);
+            rough_sums[head * tiles + tile] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        }
+    }
+
+    // Exact scores of one block of nominated tokens for one selection.
+    void rescore(int64_t r, int64_t block) {
         const auto& v = a.votes;
         const int64_t from = block * RESCORED, live = m - from < RESCORED ? m - from : RESCORED;
         const int64_t* token = nominated + r * m + from;
-        const int64_t offset = v.start % TILE;
         // Keys of one key head are scored while those of the next come from memory.
         const T* keys[2][RESCORED];
         auto locate = [&](int64_t h) {
@@ -109,13 +129,8 @@ struct Winners {
                             for (int64_t k = 0; k < 4; ++k) out[row * padded + k] = s[4 * row + k];
                 }
             }
-            for (int64_t row = r; row < rows; row += v.selections) {
-                const int64_t head = h * rows + row;
-                for (int64_t i = live; i < RESCORED; ++i) exact[head * padded + from + i] = -INFINITY;
-                float rough = 0;
-                for (int64_t i = 0; i < live; ++i) rough += weights.of(head, token[i] + offset);
-                rough_sums[head * blocks + block] = rough;
-            }
+            for (int64_t row = r; row < rows; row += v.selections)
+                for (int64_t i = live; i < RESCORED; ++i) exact[(h * rows + row) * padded + from + i] = -INFINITY;
         }
     }
 
@@ -125,17 +140,25 @@ struct Winners {
         return false;
     }
 
-    // The head's log-sum-exp with the nominated tokens' terms replaced by exact ones.
-    void correct(int64_t head, float rough_lse) {
+    // Exact scores become weights, and the head's sum of weights one in which those of the nominated tokens are exact.
+    template <class Stored>
+    void correct(int64_t head, const Weights<Stored>& weights) {
         double known = 0;
-        for (int64_t b = 0; b < blocks; ++b) known += rough_sums[head * blocks + b];
+        for (int64_t i = 0; i < tiles; ++i)
+            known += double(weights.factor[head * tiles + i]) * rough_sums[head * tiles + i];
+        const float rough_lse = weights.lse[head];
         const double rest = known < 1 ? 1 - known : 0;
-        const float* s = exact + head * padded;
-        float peak = rough_lse;
-        for (int64_t i = 0; i < m; ++i) peak = s[i] > peak ? s[i] : peak;
+        float* s = exact + head * padded;
+        vf best = splat(rough_lse);
+        for (int64_t i = 0; i < padded; i += W) best = vmax(load<vf>(s + i), best);
+        const float peak = max(best);
         vf total{};
-        for (int64_t i = 0; i < padded; i += W) total += exp2_of(load<vf>(s + i) - peak);
-        lse[head] = peak + float(std::log2(double(sum(total)) + rest * std::exp2(double(rough_lse) - peak)));
+        for (int64_t i = 0; i < padded; i += W) {
+            const vf e = exp2_of(load<vf>(s + i) - peak);
+            store(s + i, e);
+            total += e;
+        }
+        factor[head] = float(1 / (double(sum(total)) + rest * std::exp2(double(rough_lse) - peak)));
     }
 
     // Votes of one block of nominated tokens.
@@ -143,7 +166,7 @@ struct Winners {
         for (int64_t i = block * RESCORED; i < (block + 1) * RESCORED; i += W) {
             vf votes{};
             for (int64_t head = r; head < heads; head += a.votes.selections)
-                votes += exp2_of(load<vf>(exact + head * padded + i) - lse[head]);
+                votes += load<vf>(exact + head * padded + i) * factor[head];
             store(again + r * padded + i, votes);
         }
     }

@@ -74,7 +74,7 @@ void thin_part(const ThinArgs& a, int64_t head, int64_t from, int64_t to, QueryR
     auto locate = [&](int64_t page, Rows<T>& rows) {
         const int64_t stop = std::min((page + 1) * PAGE, a.stop);
         rows.live = page < to ? stop - page * PAGE : 0;
-        for (int64_t t = 0; t < rows.live; ++t) rows.value[t] = values + (page * PAGE + t) * a.dim;
+        for (int64_t t = 0; t < rows.live; ++t) rows.values[t] = values + (page * PAGE + t) * a.dim;
     };
     locate(from, blocks[from % 2]);
     for (int64_t page = from; page < to; ++page) {
@@ -91,8 +91,7 @@ void thin_part(const ThinArgs& a, int64_t head, int64_t from, int64_t to, QueryR
             for (int64_t t = 0; t < PAGE; t += W) store(s + t, load<vf>(s + t) * a.scale);
             soften(s, 0, rows.live, a.softcap, part.out + g * a.dim, part.peak[g], part.mass[g], a.dim);
         }
-        for (g = 0; g + 4 <= a.groups; g += 4) add<4>(rows, scores + g * PAGE, part.out + g * a.dim, a.dim, next);
-        for (; g < a.groups; ++g) add<1>(rows, scores + g * PAGE, part.out + g * a.dim, a.dim, next);
+        add_all<T>(rows, scores, part.out, a.groups, a.dim, next);
     }
 }
 

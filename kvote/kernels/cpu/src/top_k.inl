@@ -46,6 +46,30 @@ struct TopKSpace {
         : found(space.take<uint64_t>(n)), sorted(space.take<uint64_t>(n)), sample(space.take<float>(SAMPLE)) {}
 };
 
+// The k-th largest of what was found. Bins of equal width over the range of ranks leave few that must be put in order.
+inline uint64_t kth_largest(const TopKSpace& space, int64_t count, int64_t k) {
+    constexpr int BINS = 1024;
+    uint32_t low = UINT32_MAX, high = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t rank = uint32_t(space.found[i] >> 32);
+        low = std::min(low, rank), high = std::max(high, rank);
+    }
+    int shift = 0;
+    while ((high - low) >> shift >= BINS) ++shift;
+    uint32_t bins[BINS] = {};
+    auto bin = [&](uint64_t x) { return (uint32_t(x >> 32) - low) >> shift; };
+    for (int64_t i = 0; i < count; ++i) ++bins[bin(space.found[i])];
+    uint32_t edge = (high - low) >> shift;
+    for (; bins[edge] < k; --edge) k -= bins[edge];
+    int64_t few = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        space.sorted[few] = space.found[i];
+        few += bin(space.found[i]) == edge;
+    }
+    std::nth_element(space.sorted, space.sorted + (k - 1), space.sorted + few, std::greater<uint64_t>());
+    return space.sorted[k - 1];
+}
+
 inline void top_k_of_row(const float* votes, int64_t n, int64_t k, const TopKSpace& space, int64_t* out) {
     constexpr int64_t SAMPLE = TopKSpace::SAMPLE;
     uint32_t least = 0;
@@ -63,9 +87,7 @@ inline void top_k_of_row(const float* votes, int64_t n, int64_t k, const TopKSpa
     }
     int64_t count = collect(votes, n, least, space.found);
     if (count < k) count = collect(votes, n, 0, space.found);
-    std::memcpy(space.sorted, space.found, count * sizeof(uint64_t));
-    std::nth_element(space.sorted, space.sorted + (k - 1), space.sorted + count, std::greater<uint64_t>());
-    const uint64_t last = space.sorted[k - 1];
+    const uint64_t last = kth_largest(space, count, k);
     for (int64_t i = 0; i < count; ++i)
         if (space.found[i] >= last) *out++ = uint32_t(~uint32_t(space.found[i]));
 }

@@ -119,9 +119,13 @@ inline void narrow(void* p, vu x) {
 
 inline vf get(const bf16* p) { return as_float(widen(p) << 16); }
 inline void put(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
     vu bits = as_bits(x);
     vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     narrow(p, rounded);
+#endif
 }
 
 inline vf get(const f16* p) {
@@ -222,29 +226,25 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // e^x for x <= 0, relative error below 1e-5 (x is rounded when it is scaled) down to e^-87; NaN stays NaN.
 inline vf exp_of(vf x) { return x == x ? exp2_of(x * LOG2_E) : x; }
 
-// Sums of sixteen vectors, sum i in lane i. Each round adds one half of the lanes of m[i] and m[i + HALF] to the other.
-template <int HALF>
-inline void fold(vf (&m)[W]) {
-    constexpr int X = HALF;
-    constexpr vi low = {0 & X ? 16 : 0,       1 & X ? 17 - X : 1,   2 & X ? 18 - X : 2,   3 & X ? 19 - X : 3,
-                        4 & X ? 20 - X : 4,   5 & X ? 21 - X : 5,   6 & X ? 22 - X : 6,   7 & X ? 23 - X : 7,
-                        8 & X ? 24 - X : 8,   9 & X ? 25 - X : 9,   10 & X ? 26 - X : 10, 11 & X ? 27 - X : 11,
-                        12 & X ? 28 - X : 12, 13 & X ? 29 - X : 13, 14 & X ? 30 - X : 14, 15 & X ? 31 - X : 15};
-    constexpr vi high = {0 & X ? 16 : 0 + X,  1 & X ? 17 : 1 + X,   2 & X ? 18 : 2 + X,   3 & X ? 19 : 3 + X,
-                         4 & X ? 20 : 4 + X,  5 & X ? 21 : 5 + X,   6 & X ? 22 : 6 + X,   7 & X ? 23 : 7 + X,
-                         8 & X ? 24 : 8 + X,  9 & X ? 25 : 9 + X,   10 & X ? 26 : 10 + X, 11 & X ? 27 : 11 + X,
-                         12 & X ? 28 : 12 + X, 13 & X ? 29 : 13 + X, 14 & X ? 30 : 14 + X, 15 & X ? 31 : 15 + X};
-#pragma GCC unroll 8
-    for (int i = 0; i < HALF; ++i)
-        m[i] = __builtin_shuffle(m[i], m[i + HALF], low) + __builtin_shuffle(m[i], m[i + HALF], high);
-}
-
-inline vf sums_of(vf (&m)[W]) {
-    fold<8>(m);
-    fold<4>(m);
-    fold<2>(m);
-    fold<1>(m);
-    return m[0];
+// Sums of sixteen vectors, sum i in lane i: four vectors become one within quarters, and four of those one across them.
+inline vf sums_of(const vf (&m)[W]) {
+    constexpr vi even = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+    constexpr vi odd = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+    constexpr vi first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    constexpr vi second = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+    constexpr vi front = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    constexpr vi back = {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
+    vf four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const vf *x = m + 4 * i;
+        const vf a = __builtin_shuffle(x[0], x[1], even) + __builtin_shuffle(x[0], x[1], odd);
+        const vf b = __builtin_shuffle(x[2], x[3], even) + __builtin_shuffle(x[2], x[3], odd);
+        four[i] = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+    }
+    const vf a = __builtin_shuffle(four[0], four[1], front) + __builtin_shuffle(four[0], four[1], back);
+    const vf b = __builtin_shuffle(four[2], four[3], front) + __builtin_shuffle(four[2], four[3], back);
+    return __builtin_shuffle(a, b, front) + __builtin_shuffle(a, b, back);
 }
 
 }  // namespace KVOTE_ISA

@@ -83,11 +83,9 @@ struct Weights {
     const Stored* weight;  // [tiles, heads, TILE]
     const float *factor, *lse;  // [heads, tiles], [heads]
     int64_t heads, tiles;
-    float of(int64_t head, int64_t t) const {
-        const Stored* w = weight + (t / TILE * heads + head) * TILE + t % TILE;
-        return one(w) * factor[head * tiles + t / TILE];
-    }
 };
+
+inline int64_t tiles_of(const VotesArgs& a) { return (a.stop + TILE - 1) / TILE - a.start / TILE; }
 
 // `then` is called by every thread, with the weights and the votes, when all are counted. It may use `more` bytes.
 template <class T, int BITS, class Then>
@@ -96,7 +94,7 @@ void votes_of(const VotesArgs& a, std::size_t more, Then&& then) {
     const int64_t n = a.stop - a.start, rows = a.groups * a.selections, heads = a.kv_heads * rows;
     const int64_t padded = (rows + 3) / 4 * 4;
     // Tiles begin at multiples of TILE of the token index, so that a sketch block never straddles two of them.
-    const int64_t first = a.start / TILE, tiles = (a.stop + TILE - 1) / TILE - first;
+    const int64_t first = a.start / TILE, tiles = tiles_of(a);
     const int64_t row_floats = padded * TILE + 2 * SKETCH_BLOCK;
     const T* keys = static_cast<const T*>(a.keys);
 
