@@ -65,13 +65,12 @@ def packed_reads(monkeypatch) -> list[bool]:
     return seen
 
 
-@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
-    "method",
+    ("method", "rows"),
     [
-        "kivi(bits=2, residual=32)",
-        "kivi(bits=4, group=64, residual=64)",
-        "kivi(residual=32) | tokenselect(top_k=8, sinks=2, window=40, chunk=16, tail=0, theta=2.0)",
+        ("kivi(bits=2, residual=32)", 2),
+        ("kivi(bits=4, group=64, residual=64)", 1),
+        ("kivi(residual=32) | tokenselect(top_k=8, sinks=2, window=40, chunk=16, tail=0, theta=2.0)", 1),
     ],
 )
 def test_packed_tokens_are_read_from_their_codes(monkeypatch, method, rows):
