@@ -58,6 +58,8 @@ def chunk_rows(work: Any, clock: Any, length: str) -> list[dict[str, Any]]:
 
 def step_rows(work: Any, clock: Any, length: str, copy: float | None) -> list[dict[str, Any]]:
     """(c) A decode step, and (d) what share of the copy's bandwidth its kernels reach."""
+    from gpu_work import PACKED_BITS
+
     sizes, query, b = work.sizes, work.query(1), work.batch
     part, keys = f"c step, batch {b}", work.batch * work.tokens * work.sizes.token_bytes
     name, dense = clock.fastest(work.baselines(query))
@@ -81,6 +83,13 @@ def step_rows(work: Any, clock: Any, length: str, copy: float | None) -> list[di
     rows.append(
         row(f"d kernel, batch {b}", length, f"attention to a list of {index.shape[-1]:,}", spent, dense, listed, copy)
     )
+    for bits in PACKED_BITS:
+        packed = work.packed(bits)
+        read = sum(pages.nbytes for pages, _, _ in packed)
+        spent = clock.ms(lambda packed=packed: work.read_packed(query, packed))
+        said = f"attention to packed tokens, {bits} bits"
+        rows.append(row(f"d kernel, batch {b}", length, said, spent, None, read, copy))
+        del packed
     counted = votes_of(scoring, work.keys, work.lanes, None, 0, sizes.sinks, [edge])
     spent = clock.ms(lambda: top_k_of(counted, sizes.top_k))
     rows.append(row(f"d kernel, batch {b}", length, f"top-k, {sizes.top_k:,}", spent, None, counted.nbytes, copy))

@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kvote.kernels import reference
+from kvote.kernels import packing, reference
 from kvote.kernels import triton as fast
 from kvote.kernels.cpu import Lanes
+from kvote.kernels.packing import PACKED, Packing
 
 PAGE = 64
 BASE = 1e6
+# Codes of packed tokens, numbers in a group, and tokens that the law packs or decodes at a time.
+PACKED_BITS, GROUP, _AT_ONCE = (2, 4), 32, 1 << 16
 # Errors that rounding to bfloat16 leaves, relative to the largest number of the answer; in votes, relative to each.
 ATTENTION, VOTES = 0.02, 0.005
 
@@ -79,6 +82,34 @@ class Work:
             slots = torch.arange(len(self.keys) * PAGE, device=self.device)
             fast.sketch(self.keys, self.sketches[bits], bits, slots)
         return self.sketches.get(bits)
+
+    # Packed tokens.
+
+    def packed(self, bits: int) -> tuple[fast.packed.Packed, fast.packed.Packed]:
+        """Keys and values in ``bits``, written by the law. A multiple of 128 tokens."""
+        pages, lanes = self.tokens // PACKED, self.batch * self.sizes.kv_heads
+        table = Lanes([[(i * pages, pages)] for i in range(lanes)])
+        both = []
+        for pool, are_keys in ((self.keys, True), (self.values, False)):
+            form = Packing(bits, GROUP, self.sizes.dim, pool.dtype, are_keys)
+            held = torch.empty(lanes * pages, form.page_bytes, dtype=torch.uint8, device=self.device)
+            for slots in self._slots():
+                packing.pack(pool.view(-1, self.sizes.dim)[slots], held, form, slots)
+            both.append((held, form, table))
+        return both[0], both[1]
+
+    def _slots(self) -> tuple[Tensor, ...]:
+        """All tokens, lane after lane, some at a time."""
+        return torch.arange(len(self.keys) * PAGE, device=self.device).split(_AT_ONCE)
+
+    def decoded(self, packed: fast.packed.Packed) -> Tensor:
+        """Packed tokens as the law decodes them: [batch, kv_heads, tokens, dim]."""
+        pages, form, _ = packed
+        return self.plain(torch.cat([packing.unpack(pages, form, slots) for slots in self._slots()]))
+
+    def read_packed(self, query: Tensor, packed: tuple[fast.packed.Packed, fast.packed.Packed]) -> Tensor:
+        out, _ = fast.packed.attend(query[:, :, 0], *packed, range(self.tokens), scale=self.sizes.scale, softcap=None)
+        return out
 
     def turned(self, query: Tensor, first: int) -> Tensor:
         """Queries [batch, heads, rows, dim] at positions from ``first`` on."""
@@ -200,6 +231,18 @@ def check(work: Work) -> dict[str, float]:
             errors[f"winners, {bits or 16} bits"] = max(0.0, missed) if ascending else math.inf
         query = work.query(1)
         errors["dense decode"] = _off(work.dense(query), _law(query, key, value, sizes.scale)[:, :, 0])
+        for bits in PACKED_BITS:
+            query, packed = work.query(1), work.packed(bits)
+            decoded = [work.decoded(each) for each in packed]
+            law = _law(query, *decoded, sizes.scale)[:, :, 0]
+            errors[f"packed decode, {bits} bits"] = _off(work.read_packed(query, packed), law)
+            law = reference.scores(query, decoded[0]).transpose(1, 2)
+            errors[f"packed scores, {bits} bits"] = _off(fast.packed.scores(query, packed[0], range(work.tokens)), law)
+        channels = slice(0, max(1, sizes.dim // 16))
+        labels = work.keys[..., channels].transpose(1, 2).contiguous()
+        scored = fast.label_scores(query[..., channels], labels, work.lanes, sizes.sinks, edge)
+        law = reference.scores(query[..., channels], key[:, :, sizes.sinks : edge, channels])
+        errors["scores of labels"] = _off(scored, law)
         for bits in (0, 4):
             query = work.query(1)
             index = work.listed(work.select(query, edge, bits), edge)

@@ -1,6 +1,7 @@
 """Packed lanes: keys, or values, in a few bits, in pages of their own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ _ROOM = 64
 class PackedLanes:
     """Keys or values [tokens, d] of each lane in the form of a ``Packing``; lanes are (sequence, key head).
 
-    ``compiled``: whether the C++ kernels read and write them; the law does otherwise.
+    ``backend``: the kernels that read them, as ``kernels.chosen`` names them; the law writes and decodes them where it
+    is not the CPU's.
     """
 
-    def __init__(self, heads: int, form: Packing, device: torch.device, *, compiled: bool) -> None:
-        self.heads, self.form, self.compiled = heads, form, compiled
+    def __init__(self, heads: int, form: Packing, device: torch.device, *, backend: str) -> None:
+        self.heads, self.form, self.backend = heads, form, backend
         pages = torch.empty(0, form.page_bytes, dtype=torch.uint8, device=device)
         self.pool = PagePool({"pages": pages}, page=PACKED, room=_ROOM)
 
@@ -64,7 +66,7 @@ class PackedLanes:
         self.reserve(rows, x.shape[2])
         chosen, first = self._lanes(rows), self.length(rows[0])
         pages, flat = self.pool.parts["pages"], x.flatten(0, 1)
-        if self.compiled:
+        if self.backend == "cpu":
             packed.pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
         else:
             slots = self._slots(rows, first, first + x.shape[2])
@@ -82,7 +84,7 @@ class PackedLanes:
             # A head with a list of its own is a sequence of one head.
             lanes = tuple(lane for lane in lanes for _ in range(tokens.shape[1] // heads))
             sequences, heads, tokens = len(lanes), tokens.shape[1], tokens.reshape(-1, m)
-        if self.compiled:
+        if self.backend == "cpu":
             out = torch.empty(len(lanes), m, form.dim, dtype=form.dtype, device=pages.device)
             packed.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
         else:
@@ -93,8 +95,13 @@ class PackedLanes:
             out = packing.unpack(pages, form, slots.flatten())
         return out.view(len(rows), heads, m, form.dim)
 
+    @property
+    def fast(self) -> Any:
+        """The kernels that read the codes in place, or None where the law does."""
+        return None if self.backend == "reference" else kernels.named(self.backend).packed
+
     def held(self, rows: list[int]) -> tuple[Tensor, Packing, cpu.Lanes]:
-        """As the compiled kernels read them."""
+        """As these kernels read them."""
         return self.pool.parts["pages"], self.form, self.pool.table(self._lanes(rows))
 
     def truncate(self, row: int, length: int) -> None:
@@ -120,11 +127,13 @@ def attend(
     where no kernel can do that. All queries see the ``recent`` tokens, too, which are not packed."""
     t = query.shape[2]
     groups = query.shape[1] // keys.heads
-    if not keys.compiled or keys.form.dim != values.form.dim or t > _STREAMED or groups > cpu.MAX_GROUPS:
+    if keys.fast is None or keys.form.dim != values.form.dim or t > _STREAMED:
+        return None
+    if groups > kernels.named(keys.backend).MAX_GROUPS:
         return None
     held = keys.held(rows), values.held(rows)
     answers = [
-        packed.attend(query[:, :, i], *held, tokens, recent=recent, scale=scale, softcap=softcap) for i in range(t)
+        keys.fast.attend(query[:, :, i], *held, tokens, recent=recent, scale=scale, softcap=softcap) for i in range(t)
     ]
     if t == 1:
         return answers[0][0][:, :, None], answers[0][1][:, :, None]
@@ -133,8 +142,9 @@ def attend(
 
 def scores(query: Tensor, keys: PackedLanes, rows: list[int], tokens: range) -> Tensor:
     """q.k [b, r, heads, n] of ``query`` [b, heads, r, d] with packed keys."""
-    if keys.compiled:
-        return packed.scores(query, keys.held(rows), tokens).transpose(1, 2)
+    if keys.fast is not None:
+        scored: Tensor = keys.fast.scores(query, keys.held(rows), tokens)
+        return scored.transpose(1, 2)
     blocks = [range(i, min(i + BLOCK, tokens.stop)) for i in range(tokens.start, tokens.stop, BLOCK)]
     return torch.cat([kernels.scores(query, keys.unpack(rows, block)) for block in blocks], dim=-1)
 

@@ -36,11 +36,11 @@ class QuantisedSegment:
     ) -> None:
         self.heads, self.rope, self.group, self.residual = heads, rope, group, residual
         self.raw = RawSegment(heads, like, value_dim, rope)
-        compiled = kernels.compiled(like, like.new_empty(0, value_dim))
+        backend = kernels.chosen(like, like.new_empty(0, value_dim))
         keys = Packing(bits, group, like.shape[-1], like.dtype, are_keys=True)
         values = Packing(bits, group, value_dim, like.dtype, are_keys=False)
-        self.keys = PackedLanes(heads, keys, like.device, compiled=compiled)
-        self.values = PackedLanes(heads, values, like.device, compiled=compiled)
+        self.keys = PackedLanes(heads, keys, like.device, backend=backend)
+        self.values = PackedLanes(heads, values, like.device, backend=backend)
         # Of each sequence: the token at which the raw segment begins (whole pages before the body's end are given
         # back), and the positions of those before it, int32 [1 or heads, tokens].
         self._first: list[int] = []

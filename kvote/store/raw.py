@@ -261,8 +261,8 @@ class RawSegment:
 
     def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         query = self._labelled(query)
-        if self._backend == "cpu" and stop > start:
-            return cpu.label_scores(query, self.pool.labels, self.pool.table(self._lanes(rows)), start, stop)
+        if self._compiled and stop > start:
+            return self._fast.label_scores(query, self.pool.labels, self.pool.table(self._lanes(rows)), start, stop)
         pages = self.pool.labels[self._pages(rows)]
         labels = pages.transpose(2, 3).reshape(len(rows), self.heads, -1, pages.shape[2])
         return kernels.scores(query, labels[:, :, start:stop])

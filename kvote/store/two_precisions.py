@@ -9,7 +9,6 @@ from torch import Tensor
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.kernels import packing
-from kvote.kernels.cpu import packed
 from kvote.kernels.packing import Packing
 from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
@@ -66,9 +65,9 @@ class TwoPrecisionSegment(RawSegment):
         self.waiting: list[list[tuple[Tensor, int]]] = []
         self.whole = RawSegment(heads, like, value_dim, None) if bits == RAW_BITS else None
         dim, each = like.shape[-1], (min(bits, 8), group)
-        reads = self._compiled and kernels.compiled(like.new_empty(0, value_dim))
-        self.keys = PackedLanes(heads, Packing(*each, dim, like.dtype, True, True), like.device, compiled=reads)
-        self.values = PackedLanes(heads, Packing(*each, value_dim, like.dtype, False), like.device, compiled=reads)
+        reads = kernels.chosen(like, like.new_empty(0, value_dim))
+        self.keys = PackedLanes(heads, Packing(*each, dim, like.dtype, True, True), like.device, backend=reads)
+        self.values = PackedLanes(heads, Packing(*each, value_dim, like.dtype, False), like.device, backend=reads)
 
     @property
     def pools(self) -> list[PagePool]:
@@ -189,10 +188,10 @@ class TwoPrecisionSegment(RawSegment):
             balanced = (query.float().reshape(b, self.heads, -1, d) / factor[:, :, None]).view(b, heads, t, d)
         scale, softcap = logits.scale, logits.softcap
         few = heads // self.heads * t <= _STREAMED
-        if few and self.keys.compiled and self.keys.form.dim == self.values.form.dim:
+        if few and self.keys.fast is not None and self.keys.form.dim == self.values.form.dim:
             # None of these tokens is later than any query, so all positions of a sequence read them like more heads.
             held = self.keys.held(rows), self.values.held(rows)
-            out, lse = packed.attend(
+            out, lse = self.keys.fast.attend(
                 balanced.reshape(b, heads * t, d), *held, range(count), scale=scale, softcap=softcap
             )
             return out.view(b, heads, t, d).to(query.dtype), lse.view(b, heads, t)

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kvote.kernels.cpu import Lanes
+from kvote.kernels.packing import Packing
 
 # Shared memory that a program may have, by compute capability.
 SHARED = {80: 166_912, 90: 232_448}
@@ -98,6 +99,8 @@ def calls(dtype: torch.dtype, dim: int, groups: int) -> None:
         torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype),
         torch.zeros(sequences, 1, heads, 96, dim, dtype=dtype),
     )
+    labels = torch.zeros(40, max(1, dim // 16), 64, dtype=dtype)
+    ours.label_scores(query[:, :, None, : labels.shape[1]], labels, lanes, 5, n)
     ours.gather(keys, keys, lanes, index[:, None], angles, False, outs)
     ours.turn(outs[0][:, 0], (angles[0][None], angles[1][None]), False)
     positions, new = torch.zeros(40, 64, dtype=torch.int32), torch.zeros(sequences, heads, 1, dim, dtype=dtype)
@@ -106,6 +109,23 @@ def calls(dtype: torch.dtype, dim: int, groups: int) -> None:
         sketch = torch.zeros(40, ours.sketch_bytes(dim, bits), dtype=torch.uint8) if bits else None
         for first in ([n - 1] * 4, [1, 2, 3, 4]):
             ours.append(new, new, at, (keys, keys, positions), lanes, first, sketch, bits)
+
+
+def packed_calls(dtype: torch.dtype, dim: int, groups: int) -> None:
+    """Packed tokens: both forms of keys, ranges that all read and such that end on the device."""
+    from kvote.kernels import triton as ours
+
+    heads, sequences = 2, 2
+    lanes = Lanes([[(5 * i, 5)] for i in range(sequences * heads)])
+    query = torch.zeros(sequences, heads * groups, dim, dtype=dtype)
+    raw, stops = torch.zeros(40, 64, dim, dtype=dtype), torch.tensor([100, 640], dtype=torch.int32)
+    for bits, group, by_token in ((2, 32, False), (4, 128, False), (4, 32, True), (8, 64, True)):
+        forms = Packing(bits, group, dim, dtype, True, by_token), Packing(bits, group, dim, dtype, False)
+        keys, values = ((torch.zeros(20, f.page_bytes, dtype=torch.uint8), f, lanes) for f in forms)
+        recent = raw, raw, lanes, range(3, 90)
+        ours.packed.attend(query, keys, values, range(5, 640), recent=recent, scale=0.1, softcap=None)
+        ours.packed.scores(query[:, :, None], keys, range(5, 640))
+    ours.packed.attend(query, keys, values, range(640), stops=stops, scale=0.1, softcap=2.0)
 
 
 def main(capability: int) -> None:
@@ -122,6 +142,7 @@ def main(capability: int) -> None:
         ):
             builder.built.clear()
             calls(dtype, dim, groups)
+            packed_calls(dtype, dim, groups)
             for name, types, shared, spilled, registers in builder.built:
                 print(f"{name} {dtype} {dim}: {shared} shared, {registers} registers, {spilled} spilled; {types}")
                 assert shared <= SHARED[capability], f"{name} takes more shared memory than there is"

@@ -1,13 +1,15 @@
 """Comparisons of the GPU kernels with the law, on whatever runs them here: a GPU, or Triton's interpreter."""
 
+from dataclasses import replace
 from typing import Any
 
+import packs
 import pytest
 import torch
 from paged import PAGE, Case, Paged
 from torch import Tensor
 
-from kvote.kernels import gpu, reference
+from kvote.kernels import gpu, packing, reference
 
 DEVICE = torch.device("cpu" if gpu.interpreted() else "cuda")
 runs = pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
@@ -80,6 +82,86 @@ def decode_equals_the_law(
         # Weights meet the values in the dtype of the pools, and turned keys are rounded to it.
         close(out[i], expected[0, :, 0], 1e-5 + 2 * rounding(case.dtype))
         close(lse[i], total[0, :, 0], 1e-5 + (2 * rounding(case.dtype) if angles else 0))
+
+
+def cut(dtype: torch.dtype) -> float:
+    """What the interpreter's conversion to bfloat16, which cuts off instead of rounding, adds to an error."""
+    return rounding(dtype) if gpu.interpreted() and dtype == torch.bfloat16 else 0.0
+
+
+class PacksThere(packs.Packs):
+    """``Packs`` on the device, written by the law."""
+
+    def there(self) -> tuple[Any, Any]:
+        """Pools, forms and lanes of keys and of values, as the kernels take them."""
+        keys, values = self.of_keys(), self.of_values()
+        return (keys[0].to(DEVICE), *keys[1:]), (values[0].to(DEVICE), *values[1:])
+
+    def decoded(self, form: packing.Packing) -> Tensor:
+        """Keys or values [sequences, heads, n, d] as the law decodes them."""
+        pool, case = self.law(form), self.case
+        return packing.unpack(pool, form, self.slots(range(case.n)).flatten()).view(
+            case.sequences, case.heads, case.n, case.d
+        )
+
+
+def packed_attend_equals_the_law(
+    pack: packs.PackCase,
+    tokens: range,
+    *,
+    softcap: float | None = None,
+    stops: list[int] | None = None,
+    recent: range | None = None,
+) -> None:
+    """Attention over packed tokens, and over raw ``recent`` ones, equals that over what the law decodes."""
+    held, case = PacksThere(pack), pack.case
+    raw = There(replace(case, n=recent.stop)) if recent else None
+    query = held.layout.randn(case.sequences, case.heads * case.groups, case.d).to(case.dtype).float()
+    keys, values = held.there()
+    # Numbers of any size, so that weights are spread over tokens.
+    scale = case.scale / max(1e-30, float(held.keys.float().abs().median()))
+    out, lse = kernels().packed.attend(
+        query.to(DEVICE),
+        keys,
+        values,
+        tokens,
+        recent=None if raw is None else (raw.keys, raw.values, raw.table(), recent),
+        scale=scale,
+        softcap=softcap,
+        stops=None if stops is None else torch.tensor(stops, dtype=torch.int32, device=DEVICE),
+    )
+    assert out.dtype == lse.dtype == torch.float32
+    key, value = held.decoded(held.key_form), held.decoded(held.value_form)
+    for i in range(case.sequences):
+        seen = slice(tokens.start, tokens.stop if stops is None else max(tokens.start, min(tokens.stop, stops[i])))
+        mine = [x[i : i + 1, :, seen].float() for x in (key, value)]
+        if raw is not None and recent is not None:
+            others = (x[i : i + 1, :, recent.start : recent.stop].float() for x in (raw.key, raw.value))
+            mine = [torch.cat(pair, dim=2) for pair in zip(mine, others, strict=True)]
+        expected, total = reference.attend(query[i : i + 1, :, None], *mine, scale=scale, softcap=softcap)
+        # Weights meet the values in the model's dtype.
+        close(out[i], expected[0, :, 0], 1e-5 + 2 * rounding(case.dtype))
+        close(lse[i], total[0, :, 0], 1e-5 + cut(case.dtype))
+
+
+def packed_scores_equal_the_law(pack: packs.PackCase, tokens: range, rows: int) -> None:
+    held, case = PacksThere(pack), pack.case
+    query = held.layout.randn(case.sequences, case.heads * case.groups, rows, case.d)
+    got = kernels().packed.scores(query.to(DEVICE), held.there()[0], tokens)
+    assert got.dtype == torch.float32
+    key = held.decoded(held.key_form)[:, :, tokens.start : tokens.stop]
+    close(got, reference.scores(query, key).transpose(1, 2), 2.0**-14 + cut(case.dtype))
+
+
+def label_scores_equal_the_law(case: Case, start: int, stop: int, rows: int, labels: int) -> None:
+    """Of so many channels of the keys, which lie apart with a page of each in a row."""
+    pool = There(case)
+    channels = torch.randperm(case.d, generator=pool.random)[:labels]
+    apart = pool.keys[..., channels.to(DEVICE)].transpose(1, 2).contiguous()
+    query = pool.randn(case.sequences, case.heads * case.groups, rows, labels)
+    got = kernels().label_scores(query.to(DEVICE), apart, pool.table(), start, stop)
+    assert got.dtype == torch.float32
+    close(got, reference.scores(query, pool.key[:, :, start:stop, channels]), 2.0**-14)
 
 
 def votes_equal_the_law(case: Case, start: int, limits: list[int], k: int, bits: int = 0) -> None:

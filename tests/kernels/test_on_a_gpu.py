@@ -3,14 +3,21 @@
 import pytest
 import torch
 from on_gpu import (
+    PacksThere,
+    There,
     append_stores_and_sketches,
     attend_equals_the_law,
     decode_equals_the_law,
     gather_fetches_and_turns,
+    kernels,
+    label_scores_equal_the_law,
     mass_equals_the_law,
+    packed_attend_equals_the_law,
+    packed_scores_equal_the_law,
     sketch_is_that_of_the_law,
     votes_equal_the_law,
 )
+from packs import PackCase
 from paged import Case
 
 from kvote.kernels import gpu
@@ -43,6 +50,51 @@ def test_kernels_equal_the_reference_at_real_sizes(n, dtype, d, groups):
         votes_equal_the_law(case, 0, [n], min(n, 300), bits)
     for bits in (8, 4):
         sketch_is_that_of_the_law(case, bits)
+
+
+@pytest.mark.parametrize(("dtype", "d", "groups"), SHAPES)
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (2, 128), (4, 32), (4, 64)])
+@pytest.mark.parametrize("n", [1, 1000, 20_001])
+def test_packed_tokens_equal_the_reference_at_real_sizes(n, bits, group, dtype, d, groups):
+    case = Case(n=n, sequences=2, groups=groups, d=d, dtype=dtype)
+    for pack in (PackCase(case, bits, group), PackCase(case, bits, group, by_token=True)):
+        packed_attend_equals_the_law(pack, range(n))
+        packed_attend_equals_the_law(pack, range(n // 2, n), stops=[n // 3, n], softcap=20.0)
+        packed_attend_equals_the_law(pack, range(n), recent=range(5, 200))
+        packed_scores_equal_the_law(pack, range(n // 3, n), 2)
+    label_scores_equal_the_law(case, n // 3, n, 1, d // 16)
+
+
+def test_reading_packed_tokens_never_waits_and_can_be_captured():
+    """One captured call serves every length that the device names."""
+    held = PacksThere(PackCase(Case(n=5000, groups=4, d=128, dtype=BF16)))
+    (keys, values), raw = held.there(), There(Case(n=200, d=128, dtype=BF16))
+    query = torch.randn(1, 8, 128, dtype=BF16, device="cuda")
+    stops = torch.tensor([5000], dtype=torch.int32, device="cuda")
+
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        recent = raw.keys, raw.values, raw.table(), range(200)
+        attend = kernels().packed.attend
+        return attend(query, keys, values, range(5000), recent=recent, scale=0.1, softcap=None, stops=stops)
+
+    read()
+    kernels().packed.scores(query[:, :, None], keys, range(5000))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        read()
+        kernels().packed.scores(query[:, :, None], keys, range(5000))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = read()
+    for stop in (4000, 130, 0):
+        stops.fill_(stop)
+        graph.replay()
+        torch.cuda.synchronize()
+        for mine, other in zip(captured, read(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "d", "groups"), SHAPES)

@@ -10,6 +10,7 @@ from on_gpu import (
     decode_equals_the_law,
     gather_fetches_and_turns,
     kernels,
+    label_scores_equal_the_law,
     mass_equals_the_law,
     runs,
     sketch_is_that_of_the_law,
@@ -114,6 +115,18 @@ def test_attention_received_equals_the_reference(case, start, limits, softcap):
 
 
 @pytest.mark.parametrize(
+    ("case", "start", "stop", "rows", "labels"),
+    [
+        (Case(n=300, sequences=2, groups=7, d=80, dtype=BF16), 5, 299, 1, 5),
+        (Case(n=200, groups=2, d=64, pages="mixed"), 0, 200, 2, 16),
+        (Case(n=100, heads=1, groups=40, d=256, dtype=F16), 64, 65, 2, 19),
+    ],
+)
+def test_scores_of_labels_equal_the_reference(case, start, stop, rows, labels):
+    label_scores_equal_the_law(case, start, stop, rows, labels)
+
+
+@pytest.mark.parametrize(
     ("case", "count", "pairs", "interleaved", "lists"),
     [
         (Case(n=200, sequences=2, d=80, dtype=BF16), 50, 40, False, 1),
@@ -143,6 +156,8 @@ def test_what_the_kernels_cannot_read_is_refused():
     options = {"angles": None, "interleaved": False, "scale": 1.0, "softcap": None}
     with pytest.raises(ValueError, match="same head size"):
         kernels().decode(query, pool.keys, pool.values[..., :32], pool.table(), range(9), **options)
+    with pytest.raises(ValueError, match="of the query's channels"):
+        kernels().label_scores(query[:, :, None, :5], pool.keys.transpose(1, 2).contiguous(), pool.table(), 0, 9)
     with pytest.raises(ValueError, match="cannot take"):
         kernels().select(query[0, :, None], pool.keys, pool.table(), None, 0, 5, [9], 5)
     with pytest.raises(ValueError, match="contiguous int64"):

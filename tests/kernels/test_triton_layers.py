@@ -1,20 +1,24 @@
 """Models and layers read with the GPU kernels answer as with the reference, and a GPU is never waited for."""
 
+from unittest import mock
+
 import pytest
 import selecting
 import tiny
 import torch
+from calibrated import double_sparsity
 from on_gpu import runs
 
 import kvote
 from kvote import kernels
+from kvote.store import packed
 from kvote.store.raw import RawSegment
 
 pytestmark = runs
 SPEC = "tokenselect(top_k=8, sinks=2, window=8, chunk=16, tail=2, theta={theta}, sketch={sketch!r})"
 
 
-def answers(monkeypatch, backend: str, method: str, columns: int, **options):
+def answers(monkeypatch, backend: str, method, columns: int, **options):
     """Logits [steps, rows, vocabulary] and the report of a generation with one backend."""
     monkeypatch.setenv("KVOTE_BACKEND", backend)
     net = tiny.model(num_hidden_layers=1)
@@ -44,6 +48,57 @@ def test_a_model_answers_as_with_the_reference(monkeypatch, method):
     assert [(x.selections, x.reused) for x in cache.report().layers] == [
         (x.selections, x.reused) for x in theirs.report().layers
     ]
+
+
+def packed_reads(monkeypatch) -> list[bool]:
+    """Of every read of packed tokens from now on, whether a kernel answered it from the codes."""
+    seen = []
+    for name in ("attend", "scores"):
+        read = getattr(packed, name)
+
+        def call(query, held, *more, read=read, **options):
+            answer = read(query, held, *more, **options)
+            seen.append(held.fast is not None and answer is not None)
+            return answer
+
+        monkeypatch.setattr(packed, name, call)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        ("kivi(bits=2, residual=32)", 2),
+        ("kivi(bits=4, group=64, residual=64)", 1),
+        ("kivi(residual=32) | tokenselect(top_k=8, sinks=2, window=40, chunk=16, tail=0, theta=2.0)", 1),
+    ],
+)
+def test_packed_tokens_are_read_from_their_codes(monkeypatch, method, rows):
+    law, _ = answers(monkeypatch, "reference", method, 100, rows=rows)
+    seen = packed_reads(monkeypatch)
+    mine, cache = answers(monkeypatch, "triton", method, 100, rows=rows)
+    assert cache.managed[0].segment.values.backend == "triton"
+    assert len(seen) >= 2
+    assert all(seen)
+    torch.testing.assert_close(mine, law, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_in_two_precisions_answer_as_with_the_reference(monkeypatch):
+    method = "mikv(budget=24, low_bits=4, group=32)"
+    law, _ = answers(monkeypatch, "reference", method, 70)
+    mine, cache = answers(monkeypatch, "triton", method, 70)
+    assert cache.managed[0].segment.keys.fast is kernels.named("triton").packed
+    torch.testing.assert_close(mine, law, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_are_scored_on_the_gpu_too(monkeypatch):
+    method = double_sparsity(top_k=9, share=0.25, dense_layers=0)
+    law, _ = answers(monkeypatch, "reference", method, 70)
+    scored = mock.Mock(side_effect=kernels.named("triton").label_scores)
+    monkeypatch.setattr(kernels.named("triton"), "label_scores", scored)
+    mine, _ = answers(monkeypatch, "triton", method, 70)
+    assert scored.called
+    torch.testing.assert_close(mine, law, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_answers_as_with_the_reference(monkeypatch):

@@ -7,9 +7,11 @@ nothing about their speed.
 """
 
 from kvote.kernels.gpu import why_not
+from kvote.kernels.triton import packed
 from kvote.kernels.triton.attend import attend
 from kvote.kernels.triton.attend import why_not as why_not_attend
 from kvote.kernels.triton.decode import MAX_GROUPS, decode
+from kvote.kernels.triton.labels import label_scores
 from kvote.kernels.triton.mass import attention_mass
 from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.sketch import SKETCH_TOKENS, sketch, sketch_bytes
@@ -24,7 +26,9 @@ __all__ = [
     "attention_mass",
     "decode",
     "gather",
+    "label_scores",
     "merge_parts",
+    "packed",
     "scores",
     "select",
     "sketch",

@@ -28,7 +28,7 @@ MAX_GROUPS = 64
 Angles = tuple[Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=("kv_heads", "table_width", "start", "count", "each", "pairs"))
+@triton.jit(do_not_specialize=("kv_heads", "table_width", "start", "count", "each", "ahead", "slots", "pairs"))
 def _decode(
     query,
     keys,
@@ -45,6 +45,8 @@ def _decode(
     start,
     count,
     each,
+    ahead,
+    slots,
     pairs,
     scale,
     softcap,
@@ -78,11 +80,11 @@ def _decode(
             tokens = tl.load(index + sequence * count + place, mask=held, other=0).to(tl.int32)
         else:
             tokens = start + place
-        slots = rows_of(pages + lane * table_width, tokens, held)
-        key = fetched(keys, slots, channels, held, D, DP)
+        spots = rows_of(pages + lane * table_width, tokens, held)
+        key = fetched(keys, spots, channels, held, D, DP)
         if TURNED:
             partner, _, _ = partners(channels, pairs, INTERLEAVED)
-            other = fetched(keys, slots, partner, held, D, DP)
+            other = fetched(keys, spots, partner, held, D, DP)
             key = turned(key, other, cos, sin, place, held, channels, pairs, INTERLEAVED).to(key.dtype)
         logits = product(q, tl.trans(key), tl.zeros([ROWS, BLOCK], tl.float32)) * scale
         if SOFTCAP:
@@ -93,13 +95,13 @@ def _decode(
         weights = tl.exp(logits - higher[:, None])
         shrink = tl.exp(most - higher)
         total = total * shrink + tl.sum(weights, 1)
-        value = fetched(values, slots, channels, held, D, DP)
+        value = fetched(values, spots, channels, held, D, DP)
         sums = product(weights.to(value.dtype), value, sums * shrink[:, None])
         most = higher
     saw = total > 0
     sums = sums / tl.where(saw, total, 1.0)[:, None]
     lse = tl.where(saw, most + tl.log(tl.where(saw, total, 1.0)), float("-inf"))
-    row = (lane * GROUPS + rows) * tl.num_programs(0) + part
+    row = (lane * GROUPS + rows) * slots + ahead + part
     tl.store(outs + row[:, None] * D + channels[None, :], sums, mask=asked)
     tl.store(lses + row, lse, mask=rows < GROUPS)
 
@@ -125,6 +127,38 @@ def decode(
     rotated as they are read. ``stops`` int32 [sequences], on the device: sequence i reads its tokens before
     ``stops[i]`` only, so that one captured call serves lengths up to that of the range.
     """
+    return merge_parts(
+        *decode_parts(
+            query,
+            keys,
+            values,
+            lanes,
+            tokens,
+            angles=angles,
+            interleaved=interleaved,
+            scale=scale,
+            softcap=softcap,
+            stops=stops,
+        )
+    )
+
+
+def decode_parts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lanes: Lanes,
+    tokens: Tensor | range,
+    *,
+    angles: Angles | None = None,
+    interleaved: bool = False,
+    scale: float,
+    softcap: float | None,
+    stops: Tensor | None = None,
+    ahead: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """As ``decode``, before the answers of parts are joined: out [sequences, heads, parts, d] and lse [sequences,
+    heads, parts]. The first ``ahead`` parts are left for another kernel to fill."""
     sequences, heads, dim = query.shape
     groups, device = sequences * heads // lanes.count, query.device
     check(groups <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
@@ -145,8 +179,9 @@ def decode(
     block = PAGE >> (int(wide) + int(angles is not None))
     unit = block if isinstance(tokens, Tensor) else 4 * PAGE
     each, parts = split(-(-count // unit), lanes.count, device)
-    outs = torch.empty(sequences, heads, parts, dim, dtype=torch.float32, device=device)
-    lses = torch.empty(sequences, heads, parts, dtype=torch.float32, device=device)
+    slots = ahead + parts
+    outs = torch.empty(sequences, heads, slots, dim, dtype=torch.float32, device=device)
+    lses = torch.empty(sequences, heads, slots, dtype=torch.float32, device=device)
     pages = table(lanes, device)
     cos, sin = angles if angles is not None else (lses, lses)
     _decode[(parts, lanes.count)](
@@ -165,6 +200,8 @@ def decode(
         start,
         count,
         each * unit,
+        ahead,
+        slots,
         cos.shape[-1] if angles is not None else 0,
         scale,
         softcap or 0.0,
@@ -182,4 +219,4 @@ def decode(
         # Two stages pass before a page's place is known, so these hold two blocks on their way.
         num_stages=3 if wide and angles is not None else 5,
     )
-    return merge_parts(outs, lses)
+    return outs, lses

@@ -29,7 +29,7 @@ _AT_ONCE = 1024
 
 
 @triton.jit
-def _halves(places, channels, asked, WIDTH: tl.constexpr, like):
+def halves(places, channels, asked, WIDTH: tl.constexpr, like):
     """Float32 queries [rows, channels] as two parts of the dtype of ``like`` that add up to them."""
     q = tl.load(places + channels[None, :], mask=asked[:, None] & (channels < WIDTH)[None, :], other=0.0)
     upper = q.to(like)
@@ -41,19 +41,19 @@ def _queries(query, rows, asked, keys, D: tl.constexpr, DP: tl.constexpr, BITS: 
     """What is multiplied with keys or codes: both parts of all channels, or of each half of them for 4-bit codes."""
     places, channels = query + rows[:, None] * D, tl.arange(0, DP)
     if BITS == 0:
-        upper, lower = _halves(places, channels, asked, D, keys.dtype.element_ty)
+        upper, lower = halves(places, channels, asked, D, keys.dtype.element_ty)
         return upper, lower, upper, lower
     elif BITS == 8:
-        upper, lower = _halves(places, channels, asked, D, tl.bfloat16)
+        upper, lower = halves(places, channels, asked, D, tl.bfloat16)
         return upper, lower, upper, lower
     else:
-        upper, lower = _halves(places, channels, asked, D // 2, tl.bfloat16)
-        upper_2, lower_2 = _halves(places + D // 2, channels, asked, D // 2, tl.bfloat16)
+        upper, lower = halves(places, channels, asked, D // 2, tl.bfloat16)
+        upper_2, lower_2 = halves(places + D // 2, channels, asked, D // 2, tl.bfloat16)
         return upper, lower, upper_2, lower_2
 
 
 @triton.jit
-def _twice(upper, lower, key, acc):
+def twice(upper, lower, key, acc):
     """acc + (upper + lower) key; float32 keys meet a query that is whole."""
     acc = product(upper, key, acc)
     if key.dtype != tl.float32:
@@ -79,12 +79,12 @@ def _scores_of(
     """q.k [rows, tokens] in float32 with the keys, or their sketches, in pool rows ``slots``."""
     acc = tl.zeros([upper.shape[0], slots.shape[0]], tl.float32)
     if BITS == 0:
-        return _twice(upper, lower, tl.trans(fetched(pool, slots, tl.arange(0, DP), held, D, DP)), acc)
+        return twice(upper, lower, tl.trans(fetched(pool, slots, tl.arange(0, DP), held, D, DP)), acc)
     else:
         code, code_2 = codes_of(codes, slots, held, D, DP, BITS)
-        acc = _twice(upper, lower, tl.trans(code), acc)
+        acc = twice(upper, lower, tl.trans(code), acc)
         if BITS == 4:
-            acc = _twice(upper_2, lower_2, tl.trans(code_2), acc)
+            acc = twice(upper_2, lower_2, tl.trans(code_2), acc)
         return acc * scales_of(scales, slots, held, D, BITS)[None, :]
 
 

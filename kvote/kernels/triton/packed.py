@@ -1,0 +1,378 @@
+"""Packed keys and values on a GPU: attention and scores straight from the codes. Contracts as in
+``kvote.kernels.cpu.packed``, layout and law in ``kvote.kernels.packing``.
+
+Codes become numbers in registers, each rounded once to the model's dtype, as the law decodes them; nothing decoded is
+ever written to memory. A thread takes whole words apart, so its codes are neighbours and go on to the matrix units in
+whole vectors: keys as tokens by channels, values as channels by tokens. Blocks of tokens never cross a page, so a
+page's place is asked for once per block.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvote.kernels.cpu import Lanes
+from kvote.kernels.packing import PACKED, Packing
+from kvote.kernels.triton.common import at_home, capped, check, padded, product, split, table
+from kvote.kernels.triton.decode import MAX_GROUPS, decode_parts
+from kvote.kernels.triton.merge import merge_parts
+from kvote.kernels.triton.votes import halves, twice
+
+# Raw pools of keys and of values, where the lanes lie in them, and which tokens are read.
+Recent = tuple[Tensor, Tensor, Lanes, range]
+Packed = tuple[Tensor, Packing, Lanes]
+_PACKED = tl.constexpr(PACKED)
+# Words in a row of codes.
+_LANES = tl.constexpr(16)
+# Pages that a program reads at least, and rows of a product of scores at most.
+_LEAST = 2
+_ROWS = 64
+
+
+@triton.jit
+def _codes(words, rows, first, held, WIDTH: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """Codes [rows, COUNT * steps], in float32, of ``COUNT`` words from ``first`` on of each of ``rows``, which are
+    tokens of keys or channels of values and have ``WIDTH`` words in a page; 0 where a word is not ``held``."""
+    word = first + tl.arange(0, COUNT)
+    places = (rows // _LANES * WIDTH)[:, None] + word[None, :]
+    x = tl.load(words + places * _LANES + (rows % _LANES)[:, None], mask=held, other=0)
+    # Each line halves the codes that are still in one number; the last pair to part are neighbours (``packing.py``).
+    x = tl.join(x, x >> 8)
+    if BITS < 8:
+        x = tl.join(x, x >> 4)
+    if BITS < 4:
+        x = tl.join(x, x >> 2)
+    x = tl.reshape(tl.join(x, x >> 16), [rows.shape[0], COUNT * (32 // BITS)]) & ((1 << BITS) - 1)
+    # As the last bits of 2^23 in float32: conversions of integers are slow.
+    return (x | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _by_row(codes, places, held, COUNT: tl.constexpr, SPANS: tl.constexpr):
+    """Numbers that ``codes`` [rows, m] stand for, in float32, where ``SPANS`` groups of rows have scales [SPANS, m] at
+    ``places``, and ``COUNT`` further their minima."""
+    ROWS: tl.constexpr = codes.shape[0]
+    COLUMNS: tl.constexpr = codes.shape[1]
+    scale = tl.load(places, mask=held, other=0.0).to(tl.float32)
+    least = tl.load(places + COUNT, mask=held, other=0.0).to(tl.float32)
+    grouped = tl.reshape(codes, [SPANS, ROWS // SPANS, COLUMNS])
+    return tl.reshape(grouped * scale[:, None, :] + least[:, None, :], [ROWS, COLUMNS])
+
+
+@triton.jit
+def _by_column(codes, places, held, COUNT: tl.constexpr, SPANS: tl.constexpr):
+    """The same where groups are of columns: scales [rows, SPANS] at ``places``."""
+    ROWS: tl.constexpr = codes.shape[0]
+    COLUMNS: tl.constexpr = codes.shape[1]
+    scale = tl.load(places, mask=held, other=0.0).to(tl.float32)
+    least = tl.load(places + COUNT, mask=held, other=0.0).to(tl.float32)
+    grouped = tl.reshape(codes, [ROWS, SPANS, COLUMNS // SPANS])
+    return tl.reshape(grouped * scale[:, :, None] + least[:, :, None], [ROWS, COLUMNS])
+
+
+@triton.jit
+def _key_block(
+    words,
+    scales,
+    page,
+    place,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Keys [BLOCK, DP] of the tokens from ``place`` on of a page, as they decode; finite behind the last channel,
+    anything where no token is."""
+    SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
+    CODES: tl.constexpr = _PACKED * D * BITS // 8
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    COUNT: tl.constexpr = GROUPS * _PACKED if BY_TOKEN else _PACKED // GROUP * D
+    BYTES: tl.constexpr = CODES + 2 * COUNT * SIZE
+    WIDTH: tl.constexpr = D * BITS // 32
+    WORDS: tl.constexpr = DP * BITS // 32
+    token, channel = place + tl.arange(0, BLOCK), tl.arange(0, DP)
+    held = (tl.arange(0, WORDS) < WIDTH)[None, :]
+    codes = _codes(words + page * (BYTES // 4), token, 0, held, WIDTH, BITS, WORDS)
+    scales += page * (BYTES // SIZE) + CODES // SIZE
+    SIDE: tl.constexpr = DP if BY_TOKEN else BLOCK
+    SPANS: tl.constexpr = SIDE // GROUP if GROUP < SIDE else 1
+    span = tl.arange(0, SPANS)
+    if BY_TOKEN:
+        places = scales + span[None, :] * _PACKED + token[:, None]
+        key = _by_column(codes, places, (span < GROUPS)[None, :], COUNT, SPANS)
+    else:
+        places = scales + (place // GROUP + span)[:, None] * D + channel[None, :]
+        key = _by_row(codes, places, (channel < D)[None, :], COUNT, SPANS)
+    return key.to(scales.dtype.element_ty)
+
+
+@triton.jit
+def _value_block(
+    words,
+    scales,
+    page,
+    place,
+    held,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Values [DP, BLOCK] of the tokens from ``place`` on of a page, as they decode; 0 for tokens that are not ``held``,
+    anything behind the last channel."""
+    SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
+    CODES: tl.constexpr = _PACKED * D * BITS // 8
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    COUNT: tl.constexpr = GROUPS * _PACKED
+    BYTES: tl.constexpr = CODES + 2 * COUNT * SIZE
+    SPANS: tl.constexpr = DP // GROUP if GROUP < DP else 1
+    STEPS: tl.constexpr = 32 // BITS
+    token, channel, span = place + tl.arange(0, BLOCK), tl.arange(0, DP), tl.arange(0, SPANS)
+    there = (channel < D)[:, None]
+    codes = _codes(words + page * (BYTES // 4), channel, place // STEPS, there, _PACKED // STEPS, BITS, BLOCK // STEPS)
+    places = scales + page * (BYTES // SIZE) + CODES // SIZE + span[:, None] * _PACKED + token[None, :]
+    value = _by_row(codes, places, (span < GROUPS)[:, None] & held[None, :], COUNT, SPANS)
+    return value.to(scales.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=("kv_heads", "key_width", "value_width", "start", "stop", "each", "slots"))
+def _packed_attend(
+    query,
+    key_words,
+    key_scales,
+    key_pages,
+    value_words,
+    value_scales,
+    value_pages,
+    stops,
+    outs,
+    lses,
+    kv_heads,
+    key_width,
+    value_width,
+    start,
+    stop,
+    each,
+    slots,
+    scale,
+    softcap,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BITS: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    # As in decoding from raw pages, the query heads of a key head are the rows of one product.
+    part, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows, channels = tl.arange(0, ROWS), tl.arange(0, DP)
+    asked = (rows < GROUPS)[:, None] & (channels < D)[None, :]
+    q = tl.load(query + (lane * GROUPS + rows)[:, None] * D + channels[None, :], mask=asked, other=0.0)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DP], tl.float32)
+    begin = start // BLOCK * BLOCK + part * each
+    end = tl.minimum(begin + each, stop)
+    if RAGGED:
+        end = tl.minimum(end, tl.load(stops + lane // kv_heads))
+    # Every block that is read holds a token, so the maximum is finite from the first one on.
+    end = tl.where(end > start, end, begin)
+    for done in range(0, end - begin, BLOCK):
+        at = begin + done
+        place, token = at % _PACKED, at + tl.arange(0, BLOCK)
+        held = (token >= start) & (token < end)
+        page = tl.load(key_pages + lane * key_width + at // _PACKED).to(tl.int64)
+        key = _key_block(key_words, key_scales, page, place, D, DP, BITS, KEY_GROUP, BY_TOKEN, BLOCK)
+        logits = product(q, tl.trans(key), tl.zeros([ROWS, BLOCK], tl.float32)) * scale
+        if SOFTCAP:
+            logits = capped(logits, softcap)
+        logits = tl.where(held[None, :], logits, float("-inf"))
+        higher = tl.maximum(most, tl.max(logits, 1))
+        weights = tl.exp(logits - higher[:, None])
+        shrink = tl.exp(most - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        page = tl.load(value_pages + lane * value_width + at // _PACKED).to(tl.int64)
+        value = _value_block(value_words, value_scales, page, place, held, D, DP, BITS, VALUE_GROUP, BLOCK)
+        sums = product(weights.to(value.dtype), tl.trans(value), sums * shrink[:, None])
+        most = higher
+    saw = total > 0
+    sums = sums / tl.where(saw, total, 1.0)[:, None]
+    lse = tl.where(saw, most + tl.log(tl.where(saw, total, 1.0)), float("-inf"))
+    row = (lane * GROUPS + rows) * slots + part
+    tl.store(outs + row[:, None] * D + channels[None, :], sums, mask=asked)
+    tl.store(lses + row, lse, mask=rows < GROUPS)
+
+
+@triton.jit(do_not_specialize=("table_width", "rows", "start", "stop"))
+def _packed_scores(
+    query,
+    words,
+    scales,
+    pages,
+    scores,
+    table_width,
+    rows,
+    start,
+    stop,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane, at = tl.program_id(1).to(tl.int64), start // BLOCK * BLOCK + tl.program_id(0) * BLOCK
+    token, channels = at + tl.arange(0, BLOCK), tl.arange(0, DP)
+    page = tl.load(pages + lane * table_width + at // _PACKED).to(tl.int64)
+    key = _key_block(words, scales, page, at % _PACKED, D, DP, BITS, GROUP, BY_TOKEN, BLOCK)
+    held = (token >= start) & (token < stop)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        line = lane * rows + row
+        upper, lower = halves(query + line[:, None] * D, channels, row < rows, D, key.dtype)
+        score = twice(upper, lower, tl.trans(key), tl.zeros([ROWS, BLOCK], tl.float32))
+        mask = (row < rows)[:, None] & held[None, :]
+        tl.store(scores + line[:, None] * (stop - start) + (token - start)[None, :], score, mask=mask)
+
+
+def _pool(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """A pool as words and as scales, and its page table on the device."""
+    pages, form, lanes = packed
+    check(form.width == form.dim, "the head size must be a multiple of 16")
+    check(pages.is_contiguous() and pages.shape[-1] == form.page_bytes, "pages must be a contiguous pool of the form")
+    return pages.view(torch.int32), pages.view(form.dtype), table(lanes, pages.device)
+
+
+def _shape(form: Packing) -> tuple[int, int]:
+    """Tokens at a time, and warps: what is decoded of a block lies in registers, and float32 products take many."""
+    return (16, 8) if form.dtype == torch.float32 else (64 if form.dim <= 128 else 32, 4)
+
+
+@at_home
+def attend(
+    query: Tensor,
+    keys: Packed,
+    values: Packed,
+    tokens: range,
+    *,
+    recent: Recent | None = None,
+    scale: float,
+    softcap: float | None,
+    stops: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``cpu.packed.attend``: out [sequences, heads, d] and lse [sequences, heads] in float32 over a range of packed
+    tokens, and over ``recent`` ones.
+
+    ``query`` [sequences, heads, d], head = h_kv * g + i, is rounded to the dtype of the model; lanes are (sequence, key
+    head) in that order. ``stops`` int32 [sequences], on the device: sequence i reads its packed tokens before
+    ``stops[i]`` only. A sequence that reads nothing answers 0 with an lse of -inf. Raises ValueError for what would be
+    read wrongly.
+    """
+    (_, form, lanes), (_, value_form, value_lanes) = keys, values
+    sequences, heads, dim = query.shape
+    groups, device = sequences * heads // lanes.count, query.device
+    check(groups * lanes.count == sequences * heads, "every key head must have as many query heads")
+    check(groups <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
+    check(form.dim == value_form.dim == dim, "keys and values must have the query's head size")
+    check(form.dtype == value_form.dtype and form.bits == value_form.bits, "keys and values must be alike")
+    check(form.are_keys and not value_form.are_keys, "keys must be keys and values values")
+    check(value_lanes.count == lanes.count, "values must have as many lanes as keys")
+    check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
+    key_words, key_scales, key_pages = _pool(keys)
+    value_words, value_scales, value_pages = _pool(values)
+    query, (block, warps) = query.to(form.dtype).contiguous(), _shape(form)
+    pages = -(-max(0, tokens.stop - tokens.start // block * block) // PACKED)
+    each, parts = split(pages, lanes.count, device, least=_LEAST)
+    if recent is None:
+        outs = torch.empty(sequences, heads, parts, dim, dtype=torch.float32, device=device)
+        lses = torch.empty(sequences, heads, parts, dtype=torch.float32, device=device)
+    else:
+        check(recent[0].shape[-1] == dim, "recent tokens must have the head size")
+        check(recent[0].dtype == form.dtype, "recent tokens must be of the dtype of the form")
+        check(recent[2].count == lanes.count, "recent tokens must be of as many lanes")
+        outs, lses = decode_parts(query, *recent, scale=scale, softcap=softcap, ahead=parts)
+    _packed_attend[(parts, lanes.count)](
+        query,
+        key_words,
+        key_scales,
+        key_pages,
+        value_words,
+        value_scales,
+        value_pages,
+        key_pages if stops is None else stops,
+        outs,
+        lses,
+        lanes.count // sequences,
+        key_pages.shape[1],
+        value_pages.shape[1],
+        tokens.start,
+        tokens.stop,
+        each * PACKED,
+        outs.shape[2],
+        scale,
+        softcap or 0.0,
+        GROUPS=groups,
+        ROWS=padded(groups),
+        D=dim,
+        DP=padded(dim),
+        BITS=form.bits,
+        KEY_GROUP=form.group,
+        VALUE_GROUP=value_form.group,
+        BY_TOKEN=form.by_token,
+        BLOCK=block,
+        RAGGED=stops is not None,
+        SOFTCAP=softcap is not None,
+        num_warps=warps,
+        num_stages=4,
+    )
+    return merge_parts(outs, lses)
+
+
+@at_home
+def scores(query: Tensor, keys: Packed, tokens: range) -> Tensor:
+    """As ``cpu.packed.scores``: q.k [sequences, heads, r, n] in float32 of ``query`` [sequences, heads, r, d] with a
+    range of packed keys. Float32 queries meet 16-bit keys in two parts, as in ``votes``. Raises ValueError for what
+    would be read wrongly."""
+    _, form, lanes = keys
+    sequences, heads, r, dim = query.shape
+    rows = sequences * heads // lanes.count * r
+    check(rows * lanes.count == sequences * heads * r, "every key head must have as many query heads")
+    check(form.are_keys and form.dim == dim, "keys must be keys of the query's head size")
+    check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
+    words, scales, pages = _pool(keys)
+    query, (block, warps) = query.float().contiguous(), _shape(form)
+    out = torch.empty(sequences, heads, r, len(tokens), dtype=torch.float32, device=query.device)
+    if not out.numel():
+        return out
+    _packed_scores[(-(-(tokens.stop - tokens.start // block * block) // block), lanes.count)](
+        query,
+        words,
+        scales,
+        pages,
+        out,
+        pages.shape[1],
+        rows,
+        tokens.start,
+        tokens.stop,
+        ROWS=min(_ROWS, padded(rows)),
+        D=dim,
+        DP=padded(dim),
+        BITS=form.bits,
+        GROUP=form.group,
+        BY_TOKEN=form.by_token,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return out
