@@ -72,13 +72,13 @@ class Rope:
         shape = (*positions.shape, cos.shape[-1])
         return cos.float().reshape(shape), sin.float().reshape(shape)
 
-    def contiguous(self, count: int, device: torch.device) -> Angles:
-        """The angles [count, r] of positions 0 .. count - 1, in float32."""
+    def contiguous(self, count: int, device: torch.device, start: int = 0) -> Angles:
+        """The angles [count - start, r] in float32 of positions ``start`` .. count - 1, among ``count`` of them."""
         # One table that grows serves every count, unless angles depend on the largest position.
         if self.fixed:
             for (size, place), (cos, sin) in self._tables.items():
                 if size >= count and place == device:
-                    return cos[:count], sin[:count]
+                    return cos[start:count], sin[start:count]
         size = max([1 << max(9, (count - 1).bit_length()), *(n for n, _ in self._tables)]) if self.fixed else count
         if (size, device) not in self._tables:
             if self.fixed or len(self._tables) >= _TABLES_KEPT:
@@ -87,7 +87,7 @@ class Rope:
             cos, sin = self._angles(module, torch.arange(size, device=device), torch.float32)
             self._tables[(size, device)] = cos.clone(), sin.clone()
         cos, sin = self._tables[(size, device)]
-        return cos[:count], sin[:count]
+        return cos[start:count], sin[start:count]
 
     def once(self, positions: Tensor) -> Angles:
         """``angles`` in float32, with the frequencies that the model last used, for positions that will not be asked

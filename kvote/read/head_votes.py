@@ -180,9 +180,9 @@ class HeadVotes:
         assert rope is not None
         assert raw is not None
         rows = raw[:, :, row:stop].float()
-        cos, sin = rope.contiguous(self.window + self.chunk, raw.device)
         alone, count = row >= reading.count - reading.solo, stop - row
-        at = slice(self.window, self.window + (1 if alone else count))
+        cos, sin = rope.contiguous(self.window + self.chunk, raw.device, start=self.window)
+        at = slice(0, 1 if alone else count)
         return rope.apply(rows, (cos[at].expand(count, -1), sin[at].expand(count, -1)))
 
     def _select(self, reading: Reading, query: Tensor, edges: list[int], skip: Tensor | None = None) -> Tensor:

@@ -73,6 +73,8 @@ class Queries:
     raw: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "Queries":
+        if start == 0 and stop == self.rotated.shape[2]:
+            return self
         raw = None if self.raw is None else self.raw[:, :, start:stop]
         return Queries(self.rotated[:, :, start:stop], raw)
 

@@ -187,9 +187,10 @@ class RawSegment:
         b, heads, t, d = queries.raw.shape
         q, r = tokens.blocks, t // tokens.blocks
         first = len(tokens) - r if tokens.query_at is None else tokens.query_at
-        cos, sin = self.rope.contiguous(max(len(tokens), first + 1), queries.raw.device)
-        at = slice(first, first + (r if tokens.query_at is None else 1))
-        return self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos[at], sin[at])).reshape(b, heads, t, d)
+        cos, sin = self.rope.contiguous(max(len(tokens), first + 1), queries.raw.device, start=first)
+        if tokens.query_at is not None:
+            cos, sin = cos[:1], sin[:1]
+        return self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos, sin)).reshape(b, heads, t, d)
 
     def _streams(self, tokens: TokenSet, heads: int) -> bool:
         """Whether a fast kernel can read ``tokens`` for single queries straight from the pages."""

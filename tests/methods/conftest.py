@@ -31,5 +31,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
     monkeypatch.setattr(RawSegment, "attend", spy_attend)
     monkeypatch.setattr(RawSegment, "winners", spy_winners)
     monkeypatch.setattr(kernels, "top_k", lambda votes, k: (seen.votes.append(votes.clone()), top_k(votes, k))[1])
-    monkeypatch.setattr(Rope, "contiguous", lambda s, n, device: (seen.tables.append(n), contiguous(s, n, device))[1])
+    monkeypatch.setattr(
+        Rope, "contiguous", lambda s, n, *rest, **at: (seen.tables.append(n), contiguous(s, n, *rest, **at))[1]
+    )
     return seen
