@@ -36,7 +36,7 @@ def tokenselect(
     with key head h mod (number of key heads), as the published code does. ``selection``: 'soft_vote', or the
     ablations 'head_vote' and 'logit_sum'. ``sketch``: what a query scores
     with: 'none', the keys themselves; 'int8', 8-bit copies (half the bytes of bfloat16 keys); 'int4', 4-bit copies (a
-    quarter), which only nominate three times as many tokens as are read, or 4,096, to be scored again with their keys.
+    quarter), which only nominate four times as many tokens as are read, or 4,096, to be scored again with their keys.
     Sketches need compiled kernels (CPU or GPU) and cost their bytes on top; elsewhere the keys are read. ``positions``:
     'original' keeps the text's own positions. ``tensor_parallel``: heads are split over the ranks of
     torch.distributed, and votes are summed across them.

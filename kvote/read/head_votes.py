@@ -19,7 +19,7 @@ from kvote.read.votes import vote_named
 
 # Float32 entries of scores held at a time when many single tokens select (64 MiB).
 _SCORES_HELD = 1 << 24
-# A 4-bit sketch nominates this many tokens at least, and three times as many as are read: with fewer, attention mass
+# A 4-bit sketch nominates this many tokens at least, and four times as many as are read: with fewer, attention mass
 # is lost that the keys themselves would have found (bench/recall.py).
 _NOMINATED = 4096
 # What a selection scores with, and the bits per channel of that copy of the keys.
@@ -102,7 +102,7 @@ class HeadVotes:
     @property
     def nominated(self) -> int:
         """How many tokens votes from the sketch only nominate; 0 where they decide."""
-        return max(_NOMINATED, 3 * self.top_k) if self.sketch == "int4" else 0
+        return max(_NOMINATED, 4 * self.top_k) if self.sketch == "int4" else 0
 
     @property
     def _fused(self) -> bool:
