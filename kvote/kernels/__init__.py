@@ -63,7 +63,7 @@ def chosen(*tensors: Tensor) -> str:
 
     Raises InputError as ``backend``.
     """
-    names = list(_FAST) if os.environ.get("KVOTE_BACKEND") is None else [backend()]
+    names = [*_FAST] if os.environ.get("KVOTE_BACKEND") is None else [backend()]
     for name in names:
         # The interpreter of GPU kernels is there for tests, which ask for it.
         asked = len(names) == 1 or name != "triton" or not gpu.interpreted()
@@ -97,13 +97,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     backend = chosen(x) if rows and x.stride(-1) == 1 and cos.dtype == torch.float32 else "reference"
     if backend == "reference":
         return reference.rotate(x, cos, sin, interleaved=interleaved)
-    turn = named(backend).turn
     if cos.dim() == 4:
-        return turn(x, (cos.flatten(1, 2).contiguous(), sin.flatten(1, 2).contiguous()), interleaved)
-    angles = cos.contiguous()[None], sin.contiguous()[None]
-    if x.dim() == 4:
-        return turn(x, angles, interleaved)
-    return turn(x.reshape(1, -1, *x.shape[-2:]), angles, interleaved).view(x.shape)
+        cos, sin = cos.squeeze(1), sin.squeeze(1)
+    flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
+    turned: Tensor = named(backend).turn(flat, (cos.contiguous(), sin.contiguous()), interleaved)
+    return turned if x.dim() == 4 else turned.view(x.shape)
 
 
 def attend(

@@ -179,7 +179,7 @@ class HeadVotes:
         rope, raw = reading.rope, reading.queries.raw
         assert rope is not None
         assert raw is not None
-        rows = raw[:, :, row:stop].float()
+        rows = (raw if stop - row == reading.count else raw[:, :, row:stop]).float()
         alone, count = row >= reading.count - reading.solo, stop - row
         cos, sin = rope.contiguous(self.window + self.chunk, raw.device, start=self.window)
         at = slice(0, 1 if alone else count)

@@ -186,11 +186,13 @@ class RawSegment:
         assert queries.raw is not None
         b, heads, t, d = queries.raw.shape
         q, r = tokens.blocks, t // tokens.blocks
+        raw = queries.raw if q == 1 else queries.raw.reshape(b, heads, q, r, d)
         first = len(tokens) - r if tokens.query_at is None else tokens.query_at
         cos, sin = self.rope.contiguous(max(len(tokens), first + 1), queries.raw.device, start=first)
         if tokens.query_at is not None:
             cos, sin = cos[:1], sin[:1]
-        return self.rope.apply(queries.raw.reshape(b, heads, q, r, d), (cos, sin)).reshape(b, heads, t, d)
+        placed = self.rope.apply(raw, (cos, sin))
+        return placed if q == 1 else placed.reshape(b, heads, t, d)
 
     def _streams(self, tokens: TokenSet, heads: int) -> bool:
         """Whether a fast kernel can read ``tokens`` for single queries straight from the pages."""
@@ -222,11 +224,11 @@ class RawSegment:
                 scale=logits.scale,
                 softcap=logits.softcap,
             )
-            outs.append(out.to(query.dtype).reshape(b, heads, -1))
-            lses.append(lse.reshape(b, heads))
+            outs.append(out.to(query.dtype).view(b, heads, 1, -1))
+            lses.append(lse.view(b, heads, 1))
         if len(outs) == 1:
-            return outs[0][:, :, None], lses[0][:, :, None]
-        return torch.stack(outs, dim=2), torch.stack(lses, dim=2)
+            return outs[0], lses[0]
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
     def attention_mass(
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
@@ -252,8 +254,9 @@ class RawSegment:
         """Angles [m, r] of the places that the tokens of a set take when they stand side by side."""
         if self.rope is None:
             return None
-        cos, sin = self.rope.contiguous(max(len(tokens), (tokens.query_at or 0) + 1), self.pool.keys.device)
-        return cos[: len(tokens)], sin[: len(tokens)]
+        n = len(tokens)
+        cos, sin = self.rope.contiguous(max(n, (tokens.query_at or 0) + 1), self.pool.keys.device)
+        return (cos, sin) if len(cos) == n else (cos[:n], sin[:n])
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         if self._compiled and stop > start:
@@ -282,7 +285,7 @@ class RawSegment:
         """What a kernel answers [b, ...] to ``query`` [b, heads, r, d]: the CPU's one sequence after the other."""
         if self._backend == "triton":
             return call(query, self.pool.table(self._lanes(rows)))
-        each = [call(q, self.pool.table(self._lanes([row]))) for q, row in zip(query, rows, strict=True)]
+        each = [call(query[i], self.pool.table(self._lanes([row]))) for i, row in enumerate(rows)]
         return torch.stack(each) if len(each) > 1 else each[0][None]
 
     def winners(

@@ -274,13 +274,13 @@ def decode(
 
 
 def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
-    """``reference.rotate`` of ``x`` [sequences, heads, n, d], channels contiguous, by ``angles`` [sequences or 1, n, r]
-    in float32."""
+    """``reference.rotate`` of ``x`` [sequences, heads, n, d], channels contiguous, by ``angles`` [n, r] or
+    [sequences or 1, n, r] in float32."""
     sequences, heads, count, dim = x.shape
     cos, sin = angles
     _check(cos.is_contiguous() and sin.is_contiguous() and cos.dtype == torch.float32, "angles must be float32 rows")
-    _check(x.stride(-1) == 1 and cos.shape[1] == count and 2 * cos.shape[2] <= dim, "angles must fit the rows")
-    out = torch.empty(x.shape, dtype=x.dtype)
+    _check(x.stride(-1) == 1 and cos.shape[-2] == count and 2 * cos.shape[-1] <= dim, "angles must fit the rows")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _cpu.turn(
         x.data_ptr(),
         _TYPES[x.dtype],
@@ -291,8 +291,8 @@ def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
         *x.stride()[:3],
         cos.data_ptr(),
         sin.data_ptr(),
-        count if cos.shape[0] > 1 else 0,
-        cos.shape[2],
+        count if cos.dim() == 3 and cos.shape[0] > 1 else 0,
+        cos.shape[-1],
         interleaved,
         out.data_ptr(),
         torch.get_num_threads(),

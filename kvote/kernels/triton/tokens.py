@@ -236,11 +236,11 @@ def _turn(
 @at_home
 def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """As ``cpu.turn``: ``x`` [sequences, heads, n, d], channels contiguous, rotated by float32 ``angles``
-    [sequences or 1, n, r]."""
+    [n, r] or [sequences or 1, n, r]."""
     sequences, heads, count, dim = x.shape
     cos, sin = angles
     check(cos.is_contiguous() and sin.is_contiguous() and cos.dtype == torch.float32, "angles must be float32 rows")
-    check(x.stride(-1) == 1 and cos.shape[1] == count and 2 * cos.shape[2] <= dim, "angles must fit the rows")
+    check(x.stride(-1) == 1 and cos.shape[-2] == count and 2 * cos.shape[-1] <= dim, "angles must fit the rows")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         _turn[(-(-count // _BLOCK), sequences * heads)](
@@ -251,8 +251,8 @@ def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
             *x.stride()[:3],
             heads,
             count,
-            count if cos.shape[0] > 1 else 0,
-            cos.shape[2],
+            count if cos.dim() == 3 and cos.shape[0] > 1 else 0,
+            cos.shape[-1],
             D=dim,
             DP=padded(dim),
             INTERLEAVED=interleaved,
