@@ -215,9 +215,10 @@ def sketch_is_that_of_the_law(case: Case, bits: int) -> None:
         held = torch.cat([codes & 15, codes >> 4], dim=-1).float() - 7.5
     held = (held * scales[..., None]).view(-1, case.d)[pool.held].reshape(pool.key.shape)
     law = reference.sketched(pool.key, bits)
-    # A number midway between two codes may get either.
+    # Of float32, a number next to the middle between two codes may get either; no number of 16 bits is so near to it
+    # and not in it.
     wrong = (held - law).abs() > 1e-6 * law.abs().amax(-1, keepdim=True)
-    assert float(wrong.float().mean()) <= 1e-3
+    assert float(wrong.float().mean()) <= (1e-3 if case.dtype == torch.float32 else 0.0)
     assert float((held - pool.key.float()).abs().max()) <= float(pool.key.float().abs().max()) / (
         127 if bits == 8 else 7
     )

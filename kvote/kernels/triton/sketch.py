@@ -63,24 +63,26 @@ def scales_of(scales, slots, held, D: tl.constexpr, BITS: tl.constexpr):
 def encode(first, second, codes, scales, slots, held, channels, D: tl.constexpr, BITS: tl.constexpr):
     """Writes the sketches of tokens: ``first`` [tokens, channels] are all channels, or with 4 bits those of the first
     half, and ``second`` those of the second; what is behind the last channel is 0."""
+    # Divisions are rounded as the law rounds them. What ``/`` compiles to is off by a bit or two, and of 16-bit keys
+    # many lie exactly midway between two codes.
     WIDTH: tl.constexpr = D * BITS // 8
     page = slots // _PAGE
     places = codes + (page * (_PAGE * (WIDTH + 2)) + slots % _PAGE * WIDTH)[:, None] + channels[None, :]
     mask = held[:, None] & (channels < WIDTH)[None, :]
     largest = tl.max(tl.abs(first), 1)
     if BITS == 8:
-        scale = (largest / 127.0).to(tl.float16).to(tl.float32)
+        scale = tl.div_rn(largest, 127.0).to(tl.float16).to(tl.float32)
     else:
         largest = tl.maximum(largest, tl.max(tl.abs(second), 1))
-        scale = (largest / 7.5).to(tl.float16).to(tl.float32)
+        scale = tl.div_rn(largest, 7.5).to(tl.float16).to(tl.float32)
     divisor = tl.where(scale > 0, scale, 1.0)[:, None]
     if BITS == 8:
-        code = tl.where(scale[:, None] > 0, first / divisor, 0.0)
+        code = tl.where(scale[:, None] > 0, tl.div_rn(first, divisor), 0.0)
         code = tl.floor(tl.minimum(tl.maximum(code, -127.0), 127.0) + 0.5)
         tl.store(places, code.to(tl.int32).to(tl.int8), mask=mask)
     else:
-        low = tl.where(scale[:, None] > 0, first / divisor, 0.0)
-        high = tl.where(scale[:, None] > 0, second / divisor, 0.0)
+        low = tl.where(scale[:, None] > 0, tl.div_rn(first, divisor), 0.0)
+        high = tl.where(scale[:, None] > 0, tl.div_rn(second, divisor), 0.0)
         low = tl.floor(tl.minimum(tl.maximum(low, -7.5), 7.5) + 8.0).to(tl.int32)
         high = tl.floor(tl.minimum(tl.maximum(high, -7.5), 7.5) + 8.0).to(tl.int32)
         tl.store(places, (low | (high << 4)).to(tl.uint8), mask=mask)
