@@ -162,3 +162,11 @@ def test_what_the_kernels_cannot_read_is_refused():
         kernels().select(query[0, :, None], pool.keys, pool.table(), None, 0, 5, [9], 5)
     with pytest.raises(ValueError, match="contiguous int64"):
         kernels().decode(query, pool.keys, pool.values, pool.table(), torch.arange(9)[None].int(), **options)
+
+
+def test_a_page_table_is_not_made_in_a_captured_graph(monkeypatch):
+    from kvote.kernels.triton.common import uploaded
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="cannot be captured"):
+        uploaded(torch.zeros(2), torch.device("cuda"))

@@ -88,9 +88,15 @@ def table(lanes: Lanes, device: torch.device) -> Tensor:
 
 
 def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that nobody waits for."""
+    """A copy on the device that nobody waits for.
+
+    Raises ValueError during a capture: each replay would copy again, from memory that has become another's by then.
+    """
     if device.type != "cuda":
         return tensor.to(device)
+    check(
+        not torch.cuda.is_current_stream_capturing(), "page tables cannot be captured; make the same call once before"
+    )
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
