@@ -23,9 +23,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kvote.kernels.cpu import Lanes
 from kvote.kernels.packing import Packing
+from kvote.kernels.triton import common
 
 # Shared memory that a program may have, by compute capability.
-SHARED = {80: 166_912, 90: 232_448}
+SHARED = {80: 166_912, 86: 101_376, 90: 232_448}
 
 
 class Builder:
@@ -130,7 +131,10 @@ def packed_calls(dtype: torch.dtype, dim: int, groups: int) -> None:
 
 def main(capability: int) -> None:
     builder = Builder(capability)
-    with mock.patch.object(JITFunction, "run", lambda kernel, *a, **k: builder.run(kernel, *a, **k)):
+    with (
+        mock.patch.object(JITFunction, "run", lambda kernel, *a, **k: builder.run(kernel, *a, **k)),
+        mock.patch.object(common, "roomy", return_value=SHARED[capability] >= SHARED[80]),
+    ):
         for dtype, dim, groups in (
             (torch.bfloat16, 128, 7),
             (torch.float16, 80, 4),

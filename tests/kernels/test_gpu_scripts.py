@@ -46,7 +46,7 @@ def test_the_bench_says_that_there_is_no_gpu():
 
 @runs
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", ["80", "86", "90"])
 def test_every_kernel_compiles_for_a_gpu(capability):
     """Down to machine code, with Triton's own assembler; no GPU is needed, only minutes."""
     done = run("tests/kernels/building.py", capability)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.triton.common import at_home, capped, check, padded, product
+from kvote.kernels.triton.common import at_home, capped, check, padded, product, scarce
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -217,6 +217,6 @@ def attend(
         WINDOWED=windowed,
         SOFTCAP=softcap is not None,
         num_warps=8 if rows == 128 else 4,
-        num_stages=2 if wide else 3,
+        num_stages=2 if wide or scarce(dim, query.device) else 3,
     )
     return out, lse

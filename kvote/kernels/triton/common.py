@@ -66,6 +66,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _FEW
 
 
+@cache
+def roomy(device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory of a data centre's GPU, 164 KiB or more; others have 100 KiB."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 164 << 10
+
+
+def scarce(dim: int, device: torch.device) -> bool:
+    """Whether heads are so large that fewer blocks of them than elsewhere fit into the shared memory of this GPU."""
+    return dim > 128 and not roomy(device)
+
+
 def split(units: int, others: int, device: torch.device, least: int = 1) -> tuple[int, int]:
     """How ``units`` of work in a row are cut so that, times ``others``, they fill the GPU: (units each, parts)."""
     wanted = max(1, _WAVES * multiprocessors(device) // max(1, others))

@@ -18,6 +18,7 @@ from kvote.kernels.triton.common import (
     partners,
     product,
     rows_of,
+    scarce,
     split,
     table,
     turned,
@@ -179,6 +180,10 @@ def decode_parts(
     block = PAGE >> (int(wide) + int(angles is not None))
     unit = block if isinstance(tokens, Tensor) else 4 * PAGE
     each, parts = split(-(-count // unit), lanes.count, device)
+    # Two stages pass before a page's place is known, so these hold two blocks on their way.
+    stages = 3 if wide and angles is not None else 5
+    if keys.dtype == torch.float32 and scarce(dim, device):
+        stages = 1
     slots = ahead + parts
     outs = torch.empty(sequences, heads, slots, dim, dtype=torch.float32, device=device)
     lses = torch.empty(sequences, heads, slots, dtype=torch.float32, device=device)
@@ -216,7 +221,6 @@ def decode_parts(
         INTERLEAVED=interleaved,
         SOFTCAP=softcap is not None,
         num_warps=4,
-        # Two stages pass before a page's place is known, so these hold two blocks on their way.
-        num_stages=3 if wide and angles is not None else 5,
+        num_stages=stages,
     )
     return outs, lses

@@ -20,7 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from kvote.kernels.cpu import Lanes
-from kvote.kernels.triton.common import PAGE, at_home, check, fetched, integers, padded, product, rows_of, split, table
+from kvote.kernels.triton.common import (
+    PAGE,
+    at_home,
+    check,
+    fetched,
+    integers,
+    padded,
+    product,
+    rows_of,
+    scarce,
+    split,
+    table,
+)
 from kvote.kernels.triton.sketch import codes_of, scales_of, sketch_views
 
 # Rows of a product at most: query heads times selecting queries.
@@ -257,6 +269,8 @@ class _Ballot:
         units = -(-(stop - start // PAGE * PAGE) // PAGE)
         # Two stages pass before a page's place is known; a page of codes is small, so more of them are on their way.
         stages = 8 if sketch is not None else 5 if dim <= 128 and keys.dtype != torch.float32 else 3
+        if sketch is None and keys.dtype == torch.float32 and scarce(dim, device):
+            stages = 1
         each, parts = split(units, lanes.count * blocks, device, least=4)
         self.logits = torch.empty(*self.shape, self.count, dtype=torch.float32, device=device)
         lses = torch.empty(*self.shape, parts, dtype=torch.float32, device=device)
