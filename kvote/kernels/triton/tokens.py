@@ -220,7 +220,9 @@ def _turn(
     INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    place, line = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    # One axis for all: the others end at 65,535, and a few thousand queries that select alone have more heads.
+    blocks = tl.cdiv(count, BLOCK)
+    place, line = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), (tl.program_id(0) // blocks).to(tl.int64)
     sequence, head = line // heads, line % heads
     held, channels = place < count, tl.arange(0, DP)
     rows = x + sequence * x_sequence + head * x_head + place.to(tl.int64)[:, None] * x_token
@@ -243,7 +245,7 @@ def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     check(x.stride(-1) == 1 and cos.shape[-2] == count and 2 * cos.shape[-1] <= dim, "angles must fit the rows")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        _turn[(-(-count // _BLOCK), sequences * heads)](
+        _turn[(-(-count // _BLOCK) * sequences * heads,)](
             x,
             cos,
             sin,
