@@ -17,7 +17,7 @@ Angles = tuple[Tensor, Tensor]
 _BLOCK = 16
 
 
-@triton.jit(do_not_specialize=("kv_heads", "table_width", "first", "count"))
+@triton.jit(do_not_specialize=("position_sequence", "kv_heads", "table_width", "first", "count"))
 def _append(
     key,
     value,
