@@ -7,7 +7,8 @@ bandwidth that each kernel reaches; and a whole model with random weights in the
 
 Every kernel is checked first, against the float32 reference, on fresh random numbers and with outputs that start as
 NaN; if one is wrong there are no figures. Times are those of captured graphs between device events, medians, with the
-second-level cache evicted before each. Needs no network and some eight minutes; one table, and bench/results/gpu.json.
+second-level cache evicted before each. Needs no network and some eight minutes; one table, and bench/results/gpu.json,
+which grows line by line, so that what fails or is stopped costs nothing else its figures.
 
     python bench/gpu.py
     python bench/gpu.py --interpret     # tiny sizes in Triton's interpreter, without a GPU: the logic, no times
@@ -17,6 +18,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 if "--interpret" in sys.argv:
@@ -24,7 +27,7 @@ if "--interpret" in sys.argv:
     os.environ.update(TRITON_INTERPRET="1", KVOTE_BACKEND="triton")
 
 import torch
-from common import save, table
+from common import RESULTS, save, table
 
 from kvote.kernels import gpu
 
@@ -40,31 +43,30 @@ def say(what: str) -> None:
     print(f"[{time.perf_counter() - BEGIN:5.0f} s] {what}", file=sys.stderr, flush=True)
 
 
-def chunk_rows(work: Any, clock: Any, length: str) -> list[dict[str, Any]]:
+def chunk_rows(work: Any, clock: Any, length: str) -> Iterator[dict[str, Any]]:
     """(b) Attention of one chunk: the paper's list, and kvote's, whose window begins before the chunk."""
     sizes, query = work.sizes, work.query(work.sizes.chunk)
     name, dense = clock.fastest(work.baselines(query))
-    rows = [row("b chunk", length, f"torch flash, {name}", dense, dense)]
+    yield row("b chunk", length, f"torch flash, {name}", dense, dense)
     for bits in (0, 8, 4):
         if bits:
             work.sketch(bits)
         said = "tokenselect" if not bits else f"tokenselect, {bits}-bit sketch"
         spent = clock.ms(lambda bits=bits: work.chunk(query, sizes.chunk, bits))
-        rows.append(row("b chunk", length, said, spent, dense, paper=None if bits else PAPER.get(length)))
+        yield row("b chunk", length, said, spent, dense, paper=None if bits else PAPER.get(length))
     spent = clock.ms(lambda: work.chunk(query, sizes.chunk + sizes.window))
-    rows.append(row("b chunk", length, "tokenselect, window before the chunk", spent, dense))
-    return rows
+    yield row("b chunk", length, "tokenselect, window before the chunk", spent, dense)
 
 
-def step_rows(work: Any, clock: Any, length: str, copy: float | None) -> list[dict[str, Any]]:
+def step_rows(work: Any, clock: Any, length: str, copy: float | None) -> Iterator[dict[str, Any]]:
     """(c) A decode step, and (d) what share of the copy's bandwidth its kernels reach."""
     from gpu_work import PACKED_BITS
 
     sizes, query, b = work.sizes, work.query(1), work.batch
     part, keys = f"c step, batch {b}", work.batch * work.tokens * work.sizes.token_bytes
     name, dense = clock.fastest(work.baselines(query))
-    rows = [row(part, length, f"torch flash, {name}", dense, dense, 2 * keys, copy)]
-    rows.append(row(part, length, "kvote dense", clock.ms(lambda: work.dense(query)), dense, 2 * keys, copy))
+    yield row(part, length, f"torch flash, {name}", dense, dense, 2 * keys, copy)
+    yield row(part, length, "kvote dense", clock.ms(lambda: work.dense(query)), dense, 2 * keys, copy)
     edge = work.tokens - sizes.window
     scored = b * (edge - sizes.sinks) * sizes.token_bytes
     index = work.listed(work.select(query, edge), edge)
@@ -76,24 +78,22 @@ def step_rows(work: Any, clock: Any, length: str, copy: float | None) -> list[di
         read = scored if not bits else b * sizes.kv_heads * (edge - sizes.sinks) * (sizes.dim * bits // 8 + 2)
         given = scoring, work.keys, work.lanes, work.sketch(bits), bits, sizes.sinks, [edge]
         spent = clock.ms(lambda given=given: votes_of(*given))
-        rows.append(row(f"d kernel, batch {b}", length, f"votes{bits_said}", spent, None, read, copy))
+        yield row(f"d kernel, batch {b}", length, f"votes{bits_said}", spent, None, read, copy)
         spent = clock.ms(lambda bits=bits: work.step(query, bits))
-        rows.append(row(part, length, f"tokenselect{bits_said}", spent, dense, read + listed, copy))
+        yield row(part, length, f"tokenselect{bits_said}", spent, dense, read + listed, copy)
     spent = clock.ms(lambda: work.read_list(query, index))
-    rows.append(
-        row(f"d kernel, batch {b}", length, f"attention to a list of {index.shape[-1]:,}", spent, dense, listed, copy)
-    )
+    said = f"attention to a list of {index.shape[-1]:,}"
+    yield row(f"d kernel, batch {b}", length, said, spent, dense, listed, copy)
     for bits in PACKED_BITS:
         packed = work.packed(bits)
         read = sum(pages.nbytes for pages, _, _ in packed)
         spent = clock.ms(lambda packed=packed: work.read_packed(query, packed))
         said = f"attention to packed tokens, {bits} bits"
-        rows.append(row(f"d kernel, batch {b}", length, said, spent, None, read, copy))
+        yield row(f"d kernel, batch {b}", length, said, spent, None, read, copy)
         del packed
     counted = votes_of(scoring, work.keys, work.lanes, None, 0, sizes.sinks, [edge])
     spent = clock.ms(lambda: top_k_of(counted, sizes.top_k))
-    rows.append(row(f"d kernel, batch {b}", length, f"top-k, {sizes.top_k:,}", spent, None, counted.nbytes, copy))
-    return rows
+    yield row(f"d kernel, batch {b}", length, f"top-k, {sizes.top_k:,}", spent, None, counted.nbytes, copy)
 
 
 def votes_of(*given: Any) -> Any:
@@ -155,7 +155,6 @@ def shown(rows: list[dict[str, Any]]) -> str:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     from gpu_clock import Clock, ceilings
-    from gpu_model import model_rows
     from gpu_work import Sizes, Work, check
 
     tiny = options.interpret
@@ -167,24 +166,49 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     errors = check(Work(sizes, next(iter(lengths.values())), 2, device))
     say("ceilings")
     roof = ceilings(clock, tiny)
-    copy, rows = roof["copy_bytes_per_s"], []
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    name = "Triton's interpreter" if tiny else torch.cuda.get_device_name()
+    result = {"gpu": name, "errors": errors, "ceilings": roof, "rows": rows, "failures": failures}
+
+    def keep() -> None:
+        result["seconds"] = time.perf_counter() - BEGIN
+        if not tiny:
+            save("gpu", result)
+
+    def add(part: str, make: Callable[[], Iterator[dict[str, Any]]]) -> None:
+        """What a part measures, as far as it comes: what fails in it costs no other its figures."""
+        say(part)
+        try:
+            for each in make():
+                rows.append(each)
+                keep()
+        except Exception as error:
+            failures[part] = f"{type(error).__name__}: {error}"
+            say(f"{part} failed: {failures[part]}")
+        keep()
+        if not tiny:
+            torch.cuda.empty_cache()
+
+    def of_length(length: str, tokens: int, batch: int) -> Iterator[dict[str, Any]]:
+        work = Work(sizes, tokens, batch, device)
+        if batch == 1:
+            yield from chunk_rows(work, clock, length)
+        yield from step_rows(work, clock, length, roof["copy_bytes_per_s"])
+
+    def of_a_model() -> Iterator[dict[str, Any]]:
+        from gpu_model import model_rows
+
+        yield from model_rows(device, tiny, options.model_tokens, say)
+
     for length, tokens in lengths.items():
         for batch in (1,) if tiny else (1, 8):
             if not tiny and 3 * batch * tokens * sizes.token_bytes + _SPARE > torch.cuda.mem_get_info()[0]:
                 say(f"{length} tokens times {batch} do not fit into this GPU: left out")
                 continue
-            say(f"{length} tokens, batch {batch}")
-            work = Work(sizes, tokens, batch, device)
-            if batch == 1:
-                rows += chunk_rows(work, clock, length)
-            rows += step_rows(work, clock, length, copy)
-            del work
-            if not tiny:
-                torch.cuda.empty_cache()
-    say("a whole model")
-    rows += model_rows(device, tiny, options.model_tokens, say)
-    name = "Triton's interpreter" if tiny else torch.cuda.get_device_name()
-    return {"gpu": name, "seconds": time.perf_counter() - BEGIN, "errors": errors, "ceilings": roof, "rows": rows}
+            add(f"{length} tokens, batch {batch}", partial(of_length, length, tokens, batch))
+    add("a whole model", of_a_model)
+    return result
 
 
 def main() -> int:
@@ -202,8 +226,10 @@ def main() -> int:
     print(shown(result["rows"]))
     print(f"\n{result['gpu']}; ceilings {result['ceilings']}; largest error {max(result['errors'].values()):.2g}")
     if not options.interpret:
-        print(f"written to {save('gpu', result)}")
-    return 0
+        print(f"written to {RESULTS / 'gpu.json'}")
+    for part, error in result["failures"].items():
+        print(f"{part} failed: {error}", file=sys.stderr)
+    return 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":

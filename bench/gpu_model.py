@@ -1,6 +1,6 @@
 """A whole model in the shape of Llama-3.1-8B, random weights, through ``generate()``: the default cache and kvote's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -96,7 +96,7 @@ def generate(model: Any, cache: Any, ids: Tensor, attention: str) -> tuple[Tenso
     return answer.logits[0].float(), [1000 * seconds for seconds in clock.steps[3:]]
 
 
-def model_rows(device: torch.device, tiny: bool, tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def model_rows(device: torch.device, tiny: bool, tokens: int, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """(e) Milliseconds per generated token. The exact cache is checked against the default one's logits."""
     tokens = 64 if tiny else tokens
     model = build(device, tiny)
@@ -104,7 +104,7 @@ def model_rows(device: torch.device, tiny: bool, tokens: int, say: Callable[[str
     say("default cache")
     cache = default_cache(model, tokens)
     law, base = generate(model, cache, ids, "sdpa")
-    rows = [_row(tokens, "DynamicCache, sdpa", base, base, device)]
+    yield _row(tokens, "DynamicCache, sdpa", base, base, device)
     del cache
     for method in ("dense", SMALL) if tiny else METHODS:
         say(f"kvote {method}")
@@ -112,12 +112,11 @@ def model_rows(device: torch.device, tiny: bool, tokens: int, say: Callable[[str
         logits, spent = generate(model, cache, ids, model.config._attn_implementation)
         error = float((logits - law).norm() / law.norm())
         if method == "dense" and not error <= TOLERANCE:
-            raise SystemExit(f"The model's logits are off by {error:.2g} with kvote's dense cache; no figures.")
-        rows.append(_row(tokens, f"kvote {method}", spent, base, device))
+            raise RuntimeError(f"The model's logits are off by {error:.2g} with kvote's dense cache; no figures.")
+        yield _row(tokens, f"kvote {method}", spent, base, device)
         del cache
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def _row(tokens: int, name: str, spent: list[float], base: list[float], device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Random tokens in pages on a GPU, what reads them, and the law that says whether it reads them right."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -211,60 +211,86 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def check(work: Work) -> dict[str, float]:
-    """Errors of every kernel against the law in float32, fresh random queries each. Stops at one that is too large."""
-    sizes, errors = work.sizes, {}
-    key, value = work.plain(work.keys), work.plain(work.values)
-    edge = work.tokens - sizes.window
+    """Errors of every kernel against the law in float32, fresh random queries each. Stops at last if one is too large,
+    or if something does not run at all, so that one call tells all that is wrong."""
+    errors: dict[str, float] = {}
     with mock.patch.object(torch, "empty", poisoned(torch.empty)):
-        for bits in (0, 8, 4):
-            query = work.query(1)
-            scoring = work.turned(query, sizes.window).float()
-            keys = key[:, :, sizes.sinks : edge]
-            law = reference.soft_votes(reference.scores(scoring, reference.sketched(keys, bits) if bits else keys))
-            given = scoring, work.keys, work.lanes, work.sketch(bits), bits, sizes.sinks, [edge]
-            mine = fast.votes(*given)
-            errors[f"votes, {bits or 16} bits"] = float(((mine - law).abs() / law.clamp(min=1e-9)).max())
-            winners = fast.select(*given, sizes.top_k)[:, 0] - sizes.sinks
-            least = law[:, 0].topk(sizes.top_k).values.amin(-1, keepdim=True)
-            missed = float((1 - law[:, 0].gather(-1, winners) / least.clamp(min=1e-30)).max())
-            ascending = bool((winners.diff() > 0).all())
-            errors[f"winners, {bits or 16} bits"] = max(0.0, missed) if ascending else math.inf
-        query = work.query(1)
-        errors["dense decode"] = _off(work.dense(query), _law(query, key, value, sizes.scale)[:, :, 0])
-        for bits in PACKED_BITS:
-            query, packed = work.query(1), work.packed(bits)
-            decoded = [work.decoded(each) for each in packed]
-            law = _law(query, *decoded, sizes.scale)[:, :, 0]
-            errors[f"packed decode, {bits} bits"] = _off(work.read_packed(query, packed), law)
-            law = reference.scores(query, decoded[0]).transpose(1, 2)
-            errors[f"packed scores, {bits} bits"] = _off(fast.packed.scores(query, packed[0], range(work.tokens)), law)
-        channels = slice(0, max(1, sizes.dim // 16))
-        labels = work.keys[..., channels].transpose(1, 2).contiguous()
-        scored = fast.label_scores(query[..., channels], labels, work.lanes, sizes.sinks, edge)
-        law = reference.scores(query[..., channels], key[:, :, sizes.sinks : edge, channels])
-        errors["scores of labels"] = _off(scored, law)
-        for bits in (0, 4):
-            query = work.query(1)
-            index = work.listed(work.select(query, edge, bits), edge)
-            placed, values = _listed(work, index)
-            turned = work.turned(query, index.shape[-1] - 1)
-            law = _law(turned, placed, values, sizes.scale)[:, :, 0]
-            errors[f"list decode, {bits or 16} bits"] = _off(work.read_list(query, index), law)
-        query = work.query(sizes.chunk)
-        index = work.chunk_list(query, sizes.chunk)
-        placed, values = _listed(work, index)
-        m = index.shape[-1]
-        mask = torch.ones(sizes.chunk, m, dtype=torch.bool, device=work.device).tril(m - sizes.chunk)
-        law = reference.attend(
-            work.turned(query, m - sizes.chunk).float(), placed, values, scale=sizes.scale, mask=mask
-        )[0]
-        errors["chunk over a list"] = _off(work.chunk_over(query, index), law)
-        for name, call in work.baselines(query := work.query(1)).items():
-            errors[f"torch, {name}"] = _off(call(), _law(query, key, value, sizes.scale))
+        for part in (_check_votes, _check_decoding, _check_packed, _check_lists, _check_torch):
+            _take(part, work, errors)
     wrong = {name: e for name, e in errors.items() if not e <= (VOTES if name[0] in "vw" else ATTENTION)}
     if wrong:
         raise SystemExit(f"Wrong answers: {wrong} (relative to the largest number of the right one); no figures.")
     return errors
+
+
+def _take(part: Callable[[Work], Iterator[tuple[str, float]]], work: Work, errors: dict[str, float]) -> None:
+    try:
+        errors.update(part(work))
+    except Exception as error:
+        errors[f"{part.__name__[7:]}, {type(error).__name__}: {error}"] = math.inf
+
+
+def _check_votes(work: Work) -> Iterator[tuple[str, float]]:
+    sizes, key = work.sizes, work.plain(work.keys)
+    edge = work.tokens - sizes.window
+    for bits in (0, 8, 4):
+        scoring = work.turned(work.query(1), sizes.window).float()
+        keys = key[:, :, sizes.sinks : edge]
+        law = reference.soft_votes(reference.scores(scoring, reference.sketched(keys, bits) if bits else keys))
+        given = scoring, work.keys, work.lanes, work.sketch(bits), bits, sizes.sinks, [edge]
+        mine = fast.votes(*given)
+        yield f"votes, {bits or 16} bits", float(((mine - law).abs() / law.clamp(min=1e-9)).max())
+        winners = fast.select(*given, sizes.top_k)[:, 0] - sizes.sinks
+        least = law[:, 0].topk(sizes.top_k).values.amin(-1, keepdim=True)
+        missed = float((1 - law[:, 0].gather(-1, winners) / least.clamp(min=1e-30)).max())
+        ascending = bool((winners.diff() > 0).all())
+        yield f"winners, {bits or 16} bits", max(0.0, missed) if ascending else math.inf
+
+
+def _check_decoding(work: Work) -> Iterator[tuple[str, float]]:
+    sizes, key, value = work.sizes, work.plain(work.keys), work.plain(work.values)
+    edge, query = work.tokens - sizes.window, work.query(1)
+    yield "dense decode", _off(work.dense(query), _law(query, key, value, sizes.scale)[:, :, 0])
+    channels = slice(0, max(1, sizes.dim // 16))
+    labels = work.keys[..., channels].transpose(1, 2).contiguous()
+    scored = fast.label_scores(query[..., channels], labels, work.lanes, sizes.sinks, edge)
+    law = reference.scores(query[..., channels], key[:, :, sizes.sinks : edge, channels])
+    yield "scores of labels", _off(scored, law)
+
+
+def _check_packed(work: Work) -> Iterator[tuple[str, float]]:
+    for bits in PACKED_BITS:
+        query, packed = work.query(1), work.packed(bits)
+        decoded = [work.decoded(each) for each in packed]
+        law = _law(query, *decoded, work.sizes.scale)[:, :, 0]
+        yield f"packed decode, {bits} bits", _off(work.read_packed(query, packed), law)
+        law = reference.scores(query, decoded[0]).transpose(1, 2)
+        yield f"packed scores, {bits} bits", _off(fast.packed.scores(query, packed[0], range(work.tokens)), law)
+
+
+def _check_lists(work: Work) -> Iterator[tuple[str, float]]:
+    sizes = work.sizes
+    edge = work.tokens - sizes.window
+    for bits in (0, 4):
+        query = work.query(1)
+        index = work.listed(work.select(query, edge, bits), edge)
+        placed, values = _listed(work, index)
+        turned = work.turned(query, index.shape[-1] - 1)
+        law = _law(turned, placed, values, sizes.scale)[:, :, 0]
+        yield f"list decode, {bits or 16} bits", _off(work.read_list(query, index), law)
+    query = work.query(sizes.chunk)
+    index = work.chunk_list(query, sizes.chunk)
+    placed, values = _listed(work, index)
+    m = index.shape[-1]
+    mask = torch.ones(sizes.chunk, m, dtype=torch.bool, device=work.device).tril(m - sizes.chunk)
+    law = reference.attend(work.turned(query, m - sizes.chunk).float(), placed, values, scale=sizes.scale, mask=mask)[0]
+    yield "chunk over a list", _off(work.chunk_over(query, index), law)
+
+
+def _check_torch(work: Work) -> Iterator[tuple[str, float]]:
+    key, value, query = work.plain(work.keys), work.plain(work.values), work.query(1)
+    for name, call in work.baselines(query).items():
+        yield f"torch, {name}", _off(call(), _law(query, key, value, work.sizes.scale))
 
 
 def _listed(work: Work, index: Tensor) -> tuple[Tensor, Tensor]:

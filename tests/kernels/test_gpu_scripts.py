@@ -36,6 +36,32 @@ def test_the_bench_runs_through_in_the_interpreter():
     assert "% |" not in done.stdout
 
 
+# Stands in for what is measured: one part fails half way, another does not.
+FAILING = """
+import sys
+sys.argv, sys.path[:0] = ["gpu.py", "--interpret"], ["bench"]
+import gpu, gpu_model, gpu_work
+
+def halfway(*given):
+    yield gpu.row("b chunk", "128", "before", None, None)
+    raise RuntimeError("too little memory")
+
+gpu.chunk_rows = halfway
+gpu_work.check = lambda work: {"votes": 0.0}
+gpu_model.model_rows = lambda *given: [gpu.row("e model", "64", "after", None, None)]
+sys.exit(gpu.main())
+"""
+
+
+@runs
+def test_a_part_of_the_bench_that_fails_costs_no_other_its_figures():
+    done = run("-c", FAILING)
+    assert done.returncode == 1
+    assert "| b chunk | 128 | before |" in done.stdout
+    assert "| e model | 64 | after |" in done.stdout
+    assert done.stderr.strip().endswith("128 tokens, batch 1 failed: RuntimeError: too little memory")
+
+
 @without_a_gpu
 def test_the_bench_says_that_there_is_no_gpu():
     done = run("bench/gpu.py")
