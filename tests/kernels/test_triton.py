@@ -68,9 +68,9 @@ def test_a_sketch_is_that_of_the_reference(d, bits):
 
 
 def test_a_key_of_nothing_has_a_sketch_of_nothing():
-    keys, slots = torch.zeros(1, 64, 32), torch.arange(64)
+    keys, slots = torch.zeros(1, 64, 32, device=DEVICE), torch.arange(64, device=DEVICE)
     for bits in (4, 8):
-        sketch = torch.full((1, kernels().sketch_bytes(32, bits)), 255, dtype=torch.uint8)
+        sketch = torch.full((1, kernels().sketch_bytes(32, bits)), 255, dtype=torch.uint8, device=DEVICE)
         kernels().sketch(keys, sketch, bits, slots)
         assert bool((sketch[:, -128:] == 0).all())
 

@@ -1,4 +1,4 @@
-"""Models and layers read with the GPU kernels answer as with the reference, and a GPU is never waited for."""
+"""Models and layers read with the GPU kernels, in Triton's interpreter, answer as with the reference."""
 
 from unittest import mock
 
@@ -11,10 +11,16 @@ from on_gpu import runs
 
 import kvote
 from kvote import kernels
+from kvote.kernels import gpu
 from kvote.store import packed
 from kvote.store.raw import RawSegment
 
-pytestmark = runs
+pytestmark = [
+    runs,
+    pytest.mark.skipif(
+        not gpu.interpreted(), reason="the models here are on the CPU; test_on_a_gpu.py has layers there"
+    ),
+]
 SPEC = "tokenselect(top_k=8, sinks=2, window=8, chunk=16, tail=2, theta={theta}, sketch={sketch!r})"
 
 
