@@ -128,7 +128,8 @@ class RawSegment:
         pools = (pool.keys, pool.values, pool.positions)
         key, value = key.to(pool.keys.dtype), value.to(pool.values.dtype)
         positions = positions.to(torch.int64)
-        if self._compiled and key.stride(-1) == value.stride(-1) == 1:
+        if self._compiled:
+            key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
             lengths = [pool.lanes[i].length for i in chosen]
             table = pool.table(chosen)
             self._fast.append(key, value, positions, pools, table, lengths, self._sketch, self.sketch_bits)

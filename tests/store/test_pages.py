@@ -242,6 +242,18 @@ def test_scores_are_products_with_the_tokens_between():
     torch.testing.assert_close(got[0, 0], key.sum(-1))
 
 
+@pytest.mark.parametrize("sketch_bits", [4, 8])
+def test_keys_whose_channels_lie_apart_are_sketched_too(sketch_bits):
+    held, (key, value) = segment(1, sketch_bits=sketch_bits), content(list(range(100)))
+    assert key.stride(-1) != 1
+    held.append([0], key[None], value[None], torch.arange(100)[None])
+    if held.sketch_bits:
+        again = held.pool.sketch.clone()
+        for lane in held.pool.lanes:
+            cpu.sketch(held.pool.keys, again, held.sketch_bits, held.pool.slots(lane, 0, lane.length))
+        assert torch.equal(again, held.pool.sketch)
+
+
 @pytest.mark.parametrize("sketch_bits", [0, 4, 8])
 @pytest.mark.parametrize("seed", range(6))
 def test_heads_of_a_sequence_may_keep_different_tokens(seed, sketch_bits):
