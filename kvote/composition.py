@@ -16,8 +16,8 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
         )
     if store.regroups and keep.drops and keep.while_generating:
         return (
-            "tokens would be dropped with every generated token, and every time what is stored would have to be "
-            "decoded and encoded again; use a method that drops tokens with prompts only"
+            "tokens would be dropped while generating, and every time what is stored would have to be decoded and "
+            "encoded again; use a method that drops tokens with prompts only"
         )
     if keep.needs_plain_keys and (read.needs_raw_keys or store.needs_raw_keys):
         return (

@@ -90,6 +90,8 @@ class Layer:
     expected: int = 0
     # Tokens of an announced prompt still to come.
     ahead: int = 0
+    # Whether tokens of a prompt came since the keeper was last asked.
+    prompted: bool = False
     record: Record = field(init=False)
 
     def __post_init__(self) -> None:
@@ -230,6 +232,7 @@ class Layer:
             group.put(out, answer)
         self.seen += t
         self.ahead = max(0, step.ahead or 0)
+        self.prompted |= step.ahead is not None
         if not self.record_past:
             self.drop()
             self.seal_all()
@@ -318,15 +321,15 @@ class Layer:
             self.settled = self.seen
         if keeper.waits and self.ahead:
             return
+        prompted, self.prompted = self.prompted, False
         # Generated tokens change nothing in other layers.
-        first = 0 if keeper.cascades and self.record.prompted else self.number
-        self.record.prompted = False
+        first = 0 if keeper.cascades and prompted else self.number
         for layer in self.crew.layers[first : self.number + 1]:
-            layer.drop_own(self.number + 1)
+            layer.drop_own(self.number + 1, generated=not prompted)
 
-    def drop_own(self, observed: int) -> None:
+    def drop_own(self, observed: int, *, generated: bool) -> None:
         """Lets go of the tokens of this layer that the keeper does not keep, by what it has been shown of the first
-        ``observed`` layers."""
+        ``observed`` layers. ``generated``: all that came since it was last asked was generated."""
         if self.segment is None:
             return
         before = self.activity.dropped
@@ -335,7 +338,7 @@ class Layer:
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
             budget = length if budget is None else budget
-            held = Held(row, length, budget, self.segment, memories, self.number, observed, rope)
+            held = Held(row, length, budget, self.segment, memories, self.number, observed, rope, generated)
             kept = self.method.keep.survivors(held, self.record.memory)
             if kept is not None:
                 self.segment.keep(row, kept.slots, kept.content)
@@ -430,7 +433,7 @@ class Layer:
         self.segment, self.columns, self.memory = None, None, None
         self.record = Record(self.method.keep)
         self.seen = self.settled = self.expected = self.ahead = 0
-        self.record_past = False
+        self.record_past = self.prompted = False
         self.activity = Activity()
 
 

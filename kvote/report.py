@@ -10,7 +10,8 @@ from kvote.layer import Layer
 @dataclass(frozen=True)
 class LayerReport:
     """One layer. ``tokens_held`` is the sum over sequences, ``tokens_read`` what the latest query read; ``budget``:
-    tokens that the longest sequence may hold now, None for no limit."""
+    tokens that the longest sequence may hold now (while generating, it may hold fewer for a few steps), None for no
+    limit."""
 
     layer: int
     tokens_seen: int

@@ -7,8 +7,11 @@ from typing import Literal
 
 from kvote.errors import MethodError
 from kvote.numbers import is_number
+from kvote.store.pages import PAGE
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+# A burst is this part of what may be held.
+_PART = 64
 _BYTES = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*")
 
 
@@ -31,6 +34,20 @@ class Budget:
 def whole(tokens: float) -> int:
     """Whole tokens of a share. 0.29 * 100 is 28.999999999999996, and 29 were meant."""
     return int(tokens + 1e-9)
+
+
+def check_burst(burst: object) -> None:
+    """Raises MethodError unless it is None or a whole number of tokens up to a page."""
+    if burst is not None and (not isinstance(burst, int) or isinstance(burst, bool) or not 1 <= burst <= PAGE):
+        raise MethodError(f"burst must be a whole number of tokens from 1 to {PAGE}, or None; got {burst!r}.")
+
+
+def left(most: int, burst: int | None = None) -> int:
+    """Tokens that stay once generated ones have made them more than ``most``, so that this happens once in ``burst``
+    steps: to let go of a single token, all behind it are moved. None: a 64th of ``most``, a page at most. One stays, if
+    any may."""
+    burst = min(max(most // _PART, 1), PAGE) if burst is None else burst
+    return min(most, max(1, most - burst + 1))
 
 
 def budget(value: object) -> Budget:

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool1d
 
 from kvote import kernels
 from kvote.errors import MethodError
-from kvote.keep.budget import Budget
+from kvote.keep.budget import Budget, check_burst, left
 from kvote.keep.keeper import Held, Kept
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
@@ -35,6 +35,7 @@ class KeepCascade(Plain):
     tau2: float
     per_head: bool = True
     evict_generated: bool = True
+    burst: int | None = None
     drops: bool = field(default=True, init=False)
     waits: bool = field(default=True, init=False)
     cascades: bool = field(default=True, init=False)
@@ -50,6 +51,7 @@ class KeepCascade(Plain):
             if not is_number(value) or value < least:
                 raise MethodError(f"{name} must be a finite number of at least {least}; got {value!r}.")
         check_flags(self, "per_head", "evict_generated")
+        check_burst(self.burst)
         if self.budget.unit == "tokens" and self.budget.amount <= self.window:
             raise MethodError(
                 f"budget must exceed the window of {self.window}, which always stays; got {self.budget.amount}."
@@ -115,9 +117,9 @@ class KeepCascade(Plain):
         if worth is not None:
             return self._best(worth, self._share(held, memory), held.length)
         edge = held.length - self.window
-        if latest is None or held.row not in memory.limits or edge <= 0:
+        if latest is None or edge <= memory.limits.get(held.row, edge):
             return None
-        return self._best(self._pooled(latest[:, :edge]), memory.limits[held.row], held.length)
+        return self._best(self._pooled(latest[:, :edge]), left(memory.limits[held.row], self.burst), held.length)
 
     def _best(self, worth: Tensor, count: int, length: int) -> Kept | None:
         """The ``count`` most worthy of the first tokens, and all behind them."""

@@ -6,7 +6,7 @@ import torch
 
 from kvote import kernels
 from kvote.errors import MethodError
-from kvote.keep.budget import Budget, whole
+from kvote.keep.budget import Budget, check_burst, left, whole
 from kvote.keep.keeper import Held, Kept
 from kvote.keep.mass import Mass
 from kvote.keep.observation import Observation
@@ -21,6 +21,7 @@ class KeepHeavyHitters(Plain):
     budget: Budget
     recent: float
     per_head: bool = True
+    burst: int | None = None
     drops: bool = field(default=True, init=False)
     waits: bool = field(default=True, init=False)
     adds_up: bool = field(default=True, init=False)
@@ -30,6 +31,7 @@ class KeepHeavyHitters(Plain):
         if not isinstance(self.recent, int | float) or isinstance(self.recent, bool) or not 0 < self.recent <= 1:
             raise MethodError(f"recent must be a share of the budget, above 0 and at most 1; got {self.recent!r}.")
         check_flags(self, "per_head")
+        check_burst(self.burst)
 
     def new_memory(self) -> Mass:
         return Mass()
@@ -44,8 +46,9 @@ class KeepHeavyHitters(Plain):
     def survivors(self, held: Held, memory: Mass) -> Kept | None:
         if held.length <= held.budget:
             return None
-        heavy = whole(held.budget * (1 - self.recent))
-        edge = held.length - (held.budget - heavy)
+        stays = left(held.budget, self.burst) if held.generated else held.budget
+        heavy = whole(stays * (1 - self.recent))
+        edge = held.length - (stays - heavy)
         mass = memory.rows[held.row]
         recent = torch.arange(edge, held.length, device=mass.device).expand(len(mass), -1)
         slots = torch.cat([kernels.top_k(mass[:, :edge], heavy), recent], dim=1) if heavy else recent

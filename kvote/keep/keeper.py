@@ -18,7 +18,9 @@ class Held:
     """One sequence when something may be dropped: its ``row`` in the ``segment``, the tokens it holds, and how many its
     budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer`` and
     the first ``observed`` have been through this pass; empty unless the keeper ``cascades``. ``rope``: the rotation
-    that is in the keys held, for a keeper that needs it; None where keys are held without."""
+    that is in the keys held, for a keeper that needs it; None where keys are held without. ``generated``: whether all
+    that came since the last such moment was; what a prompt ends with is the budget, generated tokens may then go in
+    bursts (``keep.budget.left``)."""
 
     row: int
     length: int
@@ -28,6 +30,7 @@ class Held:
     layer: int
     observed: int
     rope: Rope | None = None
+    generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Share:
     """``heads``, key heads of a layer in ascending order, that ``keeper`` keeps in its own way.
 
     ``apart``: they keep their tokens as the model made them and read all of them, whatever store and reader the method
-    is joined with: right where a few tokens are left, that come and go with every step. ``sharers``: how many shares of
-    this size a budget of bytes is for; None: as many as layers.
+    is joined with: right where a few tokens are left, that come and go while generating. ``sharers``: how many shares
+    of this size a budget of bytes is for; None: as many as layers.
     """
 
     heads: tuple[int, ...]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvote.errors import MethodError
-from kvote.keep.budget import Budget
+from kvote.keep.budget import Budget, check_burst, left
 from kvote.keep.keeper import Held, Kept
 from kvote.keep.policies import Plain
 from kvote.kernels import reference
@@ -74,12 +74,13 @@ class Means:
 
 @dataclass(frozen=True)
 class KeepRecentAndMean(Plain):
-    """The first ``sinks`` tokens and the most recent ones, together as many as ``budget`` says. ``compensation``: the
-    mean of what is dropped stays and stands for all of it."""
+    """The first ``sinks`` tokens and the most recent ones, together as many as ``budget`` says; while generating, up to
+    ``burst`` - 1 fewer. ``compensation``: the mean of what is dropped stays and stands for all of it."""
 
     budget: Budget
     sinks: int
     compensation: bool = True
+    burst: int | None = None
     drops: bool = field(default=True, init=False)
     waits: bool = field(default=True, init=False)
     per_layer: bool = field(default=False, init=False)
@@ -91,6 +92,7 @@ class KeepRecentAndMean(Plain):
     def __post_init__(self) -> None:
         check_whole(self, sinks=0)
         check_flags(self, "compensation")
+        check_burst(self.burst)
         if self.budget.unit == "tokens" and self.budget.amount <= self.sinks:
             raise MethodError(
                 f"budget must exceed the {self.sinks} sinks, which always stay; got {self.budget.amount}."
@@ -100,9 +102,10 @@ class KeepRecentAndMean(Plain):
         return Means() if self.compensation else None
 
     def survivors(self, held: Held, memory: Means | None) -> Kept | None:
-        edge = held.length - max(1, held.budget - self.sinks)
-        if edge <= self.sinks:
+        recent = max(1, held.budget - self.sinks)
+        if held.length <= self.sinks + recent:
             return None
+        edge = held.length - (left(recent, self.burst) if held.generated else recent)
         if memory is not None:
             key, value = held.segment.decode([held.row], self.sinks, edge)
             memory.fold(held.row, key[0], value[0])

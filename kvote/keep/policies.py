@@ -1,13 +1,13 @@
 """Which tokens stay in memory after a forward pass, decided by their place in the text alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvote.keep.budget import Budget
+from kvote.keep.budget import Budget, check_burst, left
 from kvote.keep.keeper import Held, Kept, Share
 from kvote.keep.observation import Observation
 from kvote.read.tokens import Queries
@@ -66,11 +66,15 @@ class KeepAll(Blind):
 
 @dataclass(frozen=True)
 class KeepSinksAndRecent(Blind):
-    """The first ``sinks`` tokens and the last ``window`` ones."""
+    """The first ``sinks`` tokens and the last ``window`` ones; while generating, up to ``burst`` - 1 fewer of these."""
 
     sinks: int
     window: int
-    drops: bool = True
+    burst: int | None = None
+    drops: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        check_burst(self.burst)
 
     @property
     def budget(self) -> Budget:
@@ -79,4 +83,5 @@ class KeepSinksAndRecent(Blind):
     def survivors(self, held: Held, memory: None) -> Kept | None:
         if held.length <= self.sinks + self.window:
             return None
-        return Kept(torch.cat([torch.arange(self.sinks), torch.arange(held.length - self.window, held.length)]))
+        recent = left(self.window, self.burst) if held.generated else self.window
+        return Kept(torch.cat([torch.arange(self.sinks), torch.arange(held.length - recent, held.length)]))

@@ -10,18 +10,15 @@ from kvote.memory import storage_bytes
 
 @dataclass
 class Record:
-    """Passes ``waiting`` to be shown to the ``keeper``, and its ``memory`` of those that were. ``prompted``: whether
-    one of a prompt was among them since tokens were last dropped."""
+    """Passes ``waiting`` to be shown to the ``keeper``, and its ``memory`` of those that were."""
 
     keeper: Keeper
     memory: Any = None
     waiting: list[Observation] = field(default_factory=list)
-    prompted: bool = False
 
     def settle(self, lengths: list[int]) -> bool:
         """Shows the keeper what waits, up to slot ``lengths[row]`` of each sequence. Says whether there was any."""
         waiting, self.waiting = self.waiting, []
-        self.prompted |= any(seen.ahead is not None for seen in waiting)
         for seen in waiting:
             whole = all(lengths[row] >= seen.first + seen.count for row in seen.rows)
             for part in [seen] if whole else [seen.of(row, lengths[row]) for row in seen.rows]:

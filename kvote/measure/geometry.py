@@ -72,7 +72,7 @@ class Geometry:
             stop = min(n, start + _PASS)
             positions = torch.arange(start, stop).expand(batch, -1)
             segment.append(list(range(batch)), key[:, :, start:stop], value[:, :, start:stop], positions)
-            layer.seen = stop
+            layer.seen, layer.prompted = stop, True
             layer.drop()
 
     def prefilled(self, method: Method, key: Tensor, value: Tensor, layers: int = 1) -> list[Layer | HeadGroups]:
@@ -106,7 +106,7 @@ class Geometry:
                 stop = min(key.shape[2], start + _PASS)
                 own = key[:, heads, start:stop], value[:, heads, start:stop]
                 segment.append([0], *own, torch.arange(start, stop)[None])
-                part.seen, part.ahead = stop, announced - stop
+                part.seen, part.ahead, part.prompted = stop, announced - stop, True
                 part.drop()
                 part.seal_all()
 

@@ -15,6 +15,7 @@ def cake(
     tau2: float = 1.0,
     per_head: bool = True,
     evict_generated: bool = True,
+    burst: int | None = None,
 ) -> Method:
     """Gives layers whose attention is spread and shifts more of one budget, while the prompt goes through the layers.
 
@@ -27,10 +28,14 @@ def cake(
     the budget of all layers, their windows and one layer's prompt.
 
     ``budget``: tokens per layer on average, windows included, as a number (1024), a fraction of the tokens seen when
-    the prompt ended (0.25) or bytes for all layers ("512MiB"). ``evict_generated``: every generated token lets its
-    layer drop what it itself looks at least (pooled, the window apart), so that a layer stays as long as its share;
-    with False, tokens are dropped with prompts only, and generated ones stay on top. ``per_head``: every key head keeps
-    its own tokens; with False all keep the same, by the mean over heads, which readers such as ``tokenselect`` need.
+    the prompt ended (0.25) or bytes for all layers ("512MiB"). ``evict_generated``: a generated token that makes a
+    layer longer than its share lets it drop what that token looks at least (pooled, the window apart); with False,
+    tokens are dropped with prompts only, and generated ones stay on top. ``per_head``: every key head keeps its own
+    tokens; with False all keep the same, by the mean over heads, which readers such as ``tokenselect`` need.
+
+    ``burst``: so many tokens go at once while generating (64 at most): what stays is moved once in so many steps, and a
+    layer is up to ``burst`` - 1 tokens shorter than its share in between. None is a 64th of the share without the
+    window, which below 128 tokens is one per step, as in the paper; 1 is that for any share.
 
     Exponents that were published, (``tau1``, ``tau2``) for budgets of 1024 and of 128 tokens:
 
@@ -51,4 +56,5 @@ def cake(
     one pass (drafts) are followed by one drop, by what the last of them looks at.
     """
     taus = (tau1, tau2)
-    return Method(keep=KeepCascade(read_budget(budget), window, gamma, kernel, *taus, per_head, evict_generated))
+    keep = KeepCascade(read_budget(budget), window, gamma, kernel, *taus, per_head, evict_generated, burst)
+    return Method(keep=keep)

@@ -17,7 +17,11 @@ _NOISE = 1e-6
 
 @published(rooms="keep", source="Xiao et al. 2024, arXiv 2410.10819", needs="trained head gates (`kvote calibrate`)")
 def duoattention(
-    heads: str | Calibration | None = None, sparsity: float = 0.5, sinks: int = 64, window: int = 256
+    heads: str | Calibration | None = None,
+    sparsity: float = 0.5,
+    sinks: int = 64,
+    window: int = 256,
+    burst: int | None = None,
 ) -> Method:
     """Heads whose trained gate stayed open keep everything; the others stream: first tokens and a sliding window.
 
@@ -25,7 +29,9 @@ def duoattention(
     key heads that stream, those with the smallest gates (the paper: 0.5 where query heads share keys, 0.75 where they
     do not). Streaming heads keep ``sinks`` first tokens and the last ``window`` ones, at the text's own positions. They
     are cut down after every pass: a prompt in one pass is read in full by all heads, and in a prompt that comes in
-    several, a pass sees itself, the sinks and the window before it.
+    several, a pass sees itself, the sinks and the window before it. ``burst``: once a generated token exceeds the
+    window, so many leave it at once (64 at most), and it is up to ``burst`` - 1 tokens shorter in between; None is a
+    64th of the window, 1 a token per step, as in ``streamingllm``.
 
     Streaming heads hold their tokens as the model made them, and read all of them, whatever the method is joined with:
     in ``duoattention | tokenselect``, the other heads vote and select.
@@ -49,7 +55,7 @@ def duoattention(
     calibration = load_calibration(heads, DUO) if isinstance(heads, str) else heads
     gates = scores_of(calibration, DUO)["gate"]
     each = tuple((layer, len(found)) for layer, found in gates.items())
-    few = KeepSinksAndRecent(sinks, window)
+    few = KeepSinksAndRecent(sinks, window, burst)
     keep = KeepByHead(_above_quantile(gates, sparsity), each, few, calibration.name)
     return Method(keep=keep, calibrations=(calibration,))
 

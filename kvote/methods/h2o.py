@@ -6,18 +6,24 @@ from kvote.method import Method, published
 
 
 @published(rooms="keep", source="Zhang et al. 2023, arXiv 2306.14048")
-def h2o(budget: int | float | str = 0.2, recent: float = 0.5, per_head: bool = True) -> Method:
+def h2o(
+    budget: int | float | str = 0.2, recent: float = 0.5, per_head: bool = True, burst: int | None = None
+) -> Method:
     """Keeps the tokens that have received the most attention so far (heavy hitters), and the most recent ones.
 
     Every token adds up the attention that it receives from all queries, its own included, for as long as it is held.
     After each pass, the tokens with the largest sums among those that are not recent stay; the rest is gone, and its
-    sums are forgotten. A prompt is read in full and cut down at its end, so its own logits are exact; generating, a
-    token goes per step.
+    sums are forgotten. A prompt is read in full and cut down at its end, so its own logits are exact. Generating,
+    they go in bursts.
 
     ``budget``: tokens kept, as a number (1024), a fraction of the tokens seen (0.2, the paper's 10% + 10%) or bytes
     ("512MiB"). ``recent``: the share of it that is for recent tokens (the paper: half). ``per_head``: every key head
     keeps its own tokens; with False all keep the same, by the sum over heads, which readers such as ``tokenselect``
     need.
+
+    ``burst``: once a generated token exceeds the budget, so many go at once (64 at most): what stays is moved once in
+    so many steps, and up to ``burst`` - 1 tokens fewer than the budget are held in between. None is a 64th of the
+    budget, which below 128 tokens is one per step, as in the paper; 1 is that for any budget.
 
     The end of every pass counts as a prompt's end, unless ``Cache.expect`` announced a prompt in several passes.
     Sums are not divided by the number of queries that could see a token, as in the paper, so early tokens have an
@@ -25,4 +31,4 @@ def h2o(budget: int | float | str = 0.2, recent: float = 0.5, per_head: bool = T
     apart (the published code adds them up). Positions stay the text's own (the published code's streaming variant
     renumbers them). A fraction follows the text as it grows; the published simulation fixes it at the prompt.
     """
-    return Method(keep=KeepHeavyHitters(read_budget(budget), recent, per_head))
+    return Method(keep=KeepHeavyHitters(read_budget(budget), recent, per_head, burst))

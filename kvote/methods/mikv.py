@@ -13,6 +13,7 @@ def mikv(
     low_bits: int = 2,
     group: int = 64,
     balancer: bool = True,
+    burst: int | None = None,
 ) -> Method:
     """Keeps the tokens that have received the most attention, and the most recent ones; the others stay in a few bits.
 
@@ -30,14 +31,16 @@ def mikv(
     important and demoted ones together; what is retained grows with the text, so fewer and fewer stay important; one
     does, even where the rest alone takes more than that).
     ``recent``: the share of it that is for recent tokens. ``low_bits``: 2, 4 or 8; 16 demotes without rounding, to
-    tell the two apart. ``balancer``: False leaves keys as they are.
+    tell the two apart. ``balancer``: False leaves keys as they are. ``burst``: once a generated token exceeds the
+    budget, so many are demoted at once (64 at most), and up to ``burst`` - 1 fewer are important in between; None is a
+    64th of the budget, 1 a token per step, as in ``h2o``.
 
     Known from the paper's abstract and accounts of it: accumulated attention decides, keys and values are rounded per
-    token, asymmetrically and to nearest, and the balancer's formula. Assumed: demotion is one token per step and never
-    undone, as in H2O, and groups are half a head of 128 channels. The paper also has 3 bits, and holds important
-    tokens in 4 bits in its final configuration; here they stay in the dtype of the model. Heads that share keys share
-    what is important and the largest query magnitude (the paper's models have none). ``positions()`` and ``report()``
-    show important tokens; demoted ones count as dropped there, since they have lost their slots, but ``nbytes()``
-    counts their bytes.
+    token, asymmetrically and to nearest, and the balancer's formula. Assumed: demotion is that of H2O and never undone,
+    and groups are half a head of 128 channels. The paper also has 3 bits, and holds important tokens in 4 bits in its
+    final configuration; here they stay in the dtype of the model. Heads that share keys share what is important and the
+    largest query magnitude (the paper's models have none). ``positions()`` and ``report()`` show important tokens;
+    demoted ones count as dropped there, since they have lost their slots, but ``nbytes()`` counts their bytes.
     """
-    return Method(keep=KeepHeavyHitters(read_budget(budget), recent), store=TwoPrecisions(low_bits, group, balancer))
+    keep = KeepHeavyHitters(read_budget(budget), recent, burst=burst)
+    return Method(keep=keep, store=TwoPrecisions(low_bits, group, balancer))

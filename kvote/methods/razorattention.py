@@ -21,6 +21,7 @@ def razorattention(
     compensation: bool = True,
     induction: float = 0.14,
     echo: float = 0.01,
+    burst: int | None = None,
 ) -> Method:
     """Heads that find what was said before keep everything; the others a recent part, and a mean of the rest.
 
@@ -34,7 +35,9 @@ def razorattention(
 
     ``budget``: instead of ``least`` and ``share``, the tokens that each of the other heads holds, sinks among them, as
     a number (1024), a fraction of the tokens seen (0.25) or bytes ("512MiB", for these heads of all layers and
-    sequences together). The mean comes on top, in float32.
+    sequences together). The mean comes on top, in float32. ``burst``: once a generated token exceeds that number, so
+    many go at once (64 at most): what stays is moved once in so many steps, and up to ``burst`` - 1 tokens fewer are
+    held in between. None is a 64th of the number, sinks apart; 1 is one token per step, as in the paper.
 
     Other heads hold their tokens as the model made them, and read all of them, whatever the method is joined with: in
     ``razorattention | tokenselect``, the heads that keep everything vote and select.
@@ -61,5 +64,5 @@ def razorattention(
     count = sum(found for _, found in each)
     whole = best(scores["induction"], round(induction * count)) | best(scores["echo"], round(echo * count))
     dial = Budget(share, "fraction", least, sinks) if budget is None else read_budget(budget)
-    few = KeepRecentAndMean(dial, sinks, compensation)
+    few = KeepRecentAndMean(dial, sinks, compensation, burst)
     return Method(keep=KeepByHead(frozenset(whole), each, few, calibration.name), calibrations=(calibration,))

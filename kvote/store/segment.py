@@ -139,9 +139,9 @@ class Labelled(Segment, Protocol):
 class Store(Protocol):
     """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
     be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
-    with prompts and not with every generated token. ``needs_plain_keys``: it works with keys as the model rotated
-    them. ``labels``: its segments are ``Labelled``. ``spans_layers``: layers share what they hold, so all their heads
-    must hold the same tokens."""
+    with prompts and not while generating. ``needs_plain_keys``: it works with keys as the model rotated them.
+    ``labels``: its segments are ``Labelled``. ``spans_layers``: layers share what they hold, so all their heads must
+    hold the same tokens."""
 
     @property
     def needs_raw_keys(self) -> bool: ...

@@ -229,7 +229,8 @@ class TwoPrecisionSegment(RawSegment):
         longest = max((self.length(row) + self.retained(row) for row in range(self.sequences)), default=0)
         nbytes -= 4 * self.heads * self.sequences * self.keys.form.dim * self.balanced
         tokens, before = 0, -1
-        # Every token that stays important is one less in low precision, which leaves room for a few more.
+        # Every token that stays important is one less in low precision, which leaves room for a few more. Found from
+        # below: there is room for a page in low precision besides, because bursts demote ahead of time.
         while before < tokens < longest:
             low = sum(part.pool.bytes_within(longest - tokens) for part in self._low)
             tokens, before = self.pool.tokens_within(nbytes - low, beside), tokens

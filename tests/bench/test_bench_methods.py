@@ -46,6 +46,30 @@ def test_every_method_is_checked_timed_and_has_acted(run, monkeypatch):
     assert run("--methods", *NAMES)[0] == points
 
 
+def test_a_round_of_what_drops_is_whole_bursts(run, monkeypatch):
+    import methods
+
+    steps, parts = [], methods.from_drop_to_drop
+
+    def watched(call, before, layers):
+        taken = 0
+
+        def counted(first):
+            nonlocal taken
+            taken += 1
+            return call(first)
+
+        before_it = methods.dropped(layers)
+        seconds = parts(counted, before, layers)
+        steps.append((taken, methods.dropped(layers) - before_it))
+        return seconds
+
+    monkeypatch.setattr(methods, "from_drop_to_drop", watched)
+    run("--methods", "dense", "snapkv", "streamingllm")
+    # A window of 1,020 tokens lets 15 go at once. The check let go of some, and one call went before the first round.
+    assert steps == [(14, 15), (15, 15), (15, 15)]
+
+
 def test_a_wrong_answer_means_no_figures(run, monkeypatch, results):
     def wrong(name, layer, geometry):
         if name == "h2o":

@@ -43,14 +43,19 @@ def test_bytes_held_fall_to_the_budget_and_use_it(method, rows, each):
     for either in (cache, dense):
         tiny.feed(net, either, tiny.ids(rows, 2000))
     assert dense.nbytes() > size
+    report = cache.report().layers[0]
+    assert report.dropped > 0
+    # A prompt ends at the budget.
+    assert report.budget * rows == report.tokens_held
     held = []
     for seed in range(70 if "h2o" in method else 1):
         held.append(cache.nbytes())
         tiny.feed(net, cache, tiny.ids(rows, 1, seed))
     assert size / 3 < max(held) <= size
-    report = cache.report().layers[0]
-    assert report.dropped > 0
-    assert report.budget * rows == report.tokens_held - (rows if "snapkv" in method else 0)
+    after = cache.report().layers[0]
+    burst = max(1, report.budget // 64)
+    fewest, most = (report.budget - burst + 1, report.budget) if "h2o" in method else [report.budget + 1] * 2
+    assert fewest * rows <= after.tokens_held <= most * rows
 
 
 def test_bytes_for_not_even_a_page_are_refused():

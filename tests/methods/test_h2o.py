@@ -15,8 +15,14 @@ from kvote.method import parse
 ONE = {"num_hidden_layers": 1}
 
 
-def slow(fed: Fed, passes: list[int], heavy: int, recent: int, row: int = 0, shared: bool = False) -> list[list[set]]:
-    """The paper token by token, in float64: after each pass, what every key head holds. Nothing of kvote is used."""
+def slow(
+    fed: Fed, passes: list[int], heavy: int, recent: int, row: int = 0, shared: bool = False, burst: int = 1
+) -> list[list[set]]:
+    """The paper token by token, in float64: after each pass, what every key head holds. Nothing of kvote is used.
+
+    ``burst``: generated tokens make so many go at once, as many heavy as recent ones fewer being held for it.
+    """
+    most = heavy + recent
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
     query, key = (fed.turned(x, 0, fed.key.shape[2])[row].double() for x in (fed.query, fed.key))
     scores: list[dict[int, float]] = [{} for _ in range(kv_heads)]
@@ -31,8 +37,11 @@ def slow(fed: Fed, passes: list[int], heavy: int, recent: int, row: int = 0, sha
                     for other, part in zip(seen, share, strict=True):
                         score[other] += part
         at += count
+        stays = most - burst + 1 if count == 1 else most
+        heavy, recent = stays // 2, stays - stays // 2
+        full = len(scores[0]) > most
         for head, score in enumerate(scores):
-            if len(score) > heavy + recent:
+            if full:
                 old = sorted(score)[: len(score) - recent]
                 worth = {t: sum(s[t] for s in scores) if shared else score[t] for t in old}
                 if not shared or head == 0:
@@ -40,7 +49,7 @@ def slow(fed: Fed, passes: list[int], heavy: int, recent: int, row: int = 0, sha
                 if not shared:
                     for token in gone:
                         del score[token]
-        if shared and len(scores[0]) > heavy + recent:
+        if shared and full:
             for score in scores:
                 for token in gone:
                     del score[token]
@@ -58,14 +67,24 @@ PASSES = {"prompt and decode": [30] + [1] * 34, "decode alone": [1] * 64, "turns
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])
 @pytest.mark.parametrize("per_head", [True, False])
-def test_kept_tokens_equal_a_slow_loop_after_every_step(passes, heads, kv_heads, per_head):
-    fed = Fed(f"h2o(budget=12, recent=0.5, per_head={per_head})", heads, kv_heads, rows=2)
-    expected = [slow(fed, passes, 6, 6, row, shared=not per_head) for row in range(2)]
+@pytest.mark.parametrize("burst", [None, 5])
+def test_kept_tokens_equal_a_slow_loop_after_every_step(passes, heads, kv_heads, per_head, burst):
+    fed = Fed(f"h2o(budget=12, recent=0.5, per_head={per_head}, burst={burst})", heads, kv_heads, rows=2)
+    expected = [slow(fed, passes, 6, 6, row, shared=not per_head, burst=burst or 1) for row in range(2)]
     for step, count in enumerate(passes):
         fed.feed(count)
         for row in range(2):
             assert kept(fed, row) == expected[row][step], (step, row)
-    assert fed.layer.activity.dropped == 2 * (64 - 12)
+    assert fed.layer.activity.dropped == 2 * (64 - len(expected[0][-1][0]))
+
+
+@pytest.mark.parametrize(("burst", "expected"), [(None, 4), (1, 1)])
+def test_a_large_budget_goes_in_bursts_unless_told_otherwise(burst, expected):
+    passes = [260] + [1] * 12
+    fed = Fed(f"h2o(budget=256, burst={burst})", 2, 1, n=272)
+    for step, held in enumerate(slow(fed, passes, 128, 128, burst=expected)):
+        fed.feed(passes[step])
+        assert kept(fed) == held, step
 
 
 @pytest.mark.parametrize("per_head", [True, False])
@@ -230,7 +249,7 @@ FAULTS = {
 def test_a_fault_in_the_sums_shows(monkeypatch, fault):
     monkeypatch.setattr(*FAULTS[fault])
     with pytest.raises((AssertionError, RuntimeError)):
-        test_kept_tokens_equal_a_slow_loop_after_every_step([30] + [1] * 34, 4, 2, True)
+        test_kept_tokens_equal_a_slow_loop_after_every_step([30] + [1] * 34, 4, 2, True, None)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +260,7 @@ def test_a_fault_in_the_sums_shows(monkeypatch, fault):
         ("h2o(recent=1.5)", "recent must be a share"),
         ("h2o(recent='half')", "recent must be a share"),
         ("h2o(per_head=1)", "per_head must be True or False"),
+        ("h2o(burst=0)", r"burst must be a whole number of tokens from 1 to 64, or None; got 0\.$"),
         ("h2o | snapkv", "both decide what to keep"),
         ("h2o | streamingllm", "both decide what to keep"),
     ],

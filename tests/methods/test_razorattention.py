@@ -199,7 +199,8 @@ def test_bytes_are_those_of_whole_heads_and_of_sinks_recent_and_a_mean():
     assert [layer.nbytes for layer in cache.report().layers] == [whole.nbytes + few.nbytes] * 2
     assert cache.nbytes() == sum(layer.nbytes for layer in cache.managed) < 0.6 * dense.nbytes()
     tiny.feed(net, cache, tiny.ids(1, 20), passes=1)
-    assert few.segment.length(0) == 4 * PAGE
+    # Tokens go in bursts of a 64th of what is not sinks.
+    assert 4 * PAGE - 3 < few.segment.length(0) <= 4 * PAGE
     # While tokens come and go, pages of one step more.
     assert few.segment.nbytes < 8 * page
 
@@ -302,7 +303,7 @@ def test_a_store_is_for_the_heads_that_keep_everything():
     stores = {g.layer.method.keep.drops: g.layer.method.store for g in cache.layers[0].layer.groups}
     assert stores == {True: Raw(), False: GROUPED}
     assert cache.report().layers[0].dropped > 0
-    with pytest.raises(MethodError, match="dropped with every generated token"):
+    with pytest.raises(MethodError, match="dropped while generating"):
         parse("h2o") | Method("grouped", store=GROUPED)
 
 

@@ -56,6 +56,25 @@ def test_one_layer_equals_a_dense_forward_on_the_kept_tokens_at_positions_from_z
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("sinks", "window", "burst"), [(2, 9, 3), (0, 9, 9), (3, 4, 64)])
+def test_in_bursts_a_query_reads_what_is_held_at_positions_from_zero(sinks, window, burst):
+    net, tokens, size = tiny.model(**ONE), tiny.ids(1, 60), sinks + window
+    cache = tiny.cache(net, f"streamingllm(sinks={sinks}, window={window}, burst={burst})")
+    tiny.feed(net, cache, tokens[:, :30])
+    held, sizes = formula(30, sinks, window), set()
+    for at in range(30, 60):
+        got = tiny.feed(net, cache, tokens[:, at : at + 1])
+        held = [*held, at]
+        # Never more than the window, whether or not room has been made.
+        seen = [*held[:sinks], *held[sinks:][-window:]]
+        expected = tiny.feed(net, None, tokens[:, seen])
+        torch.testing.assert_close(got[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+        held = held if len(held) <= size else [*held[:sinks], *held[-max(1, window - burst + 1) :]]
+        assert all(lane.tolist() == held for lane in cache.positions(0)[0])
+        sizes.add(len(held))
+    assert sizes == set(range(sinks + max(1, window - burst + 1), size + 1))
+
+
 @pytest.mark.parametrize("length", [1, 3, 6, 7, 8, 20])
 def test_no_token_counts_twice_when_sinks_and_window_overlap(length):
     tokens = tiny.ids(1, length)
