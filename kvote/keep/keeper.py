@@ -19,7 +19,7 @@ class Held:
     budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer`` and
     the first ``observed`` have been through this pass; empty unless the keeper ``cascades``. ``rope``: the rotation
     that is in the keys held, for a keeper that needs it; None where keys are held without. ``generated``: whether all
-    that came since the last such moment was; what a prompt ends with is the budget, generated tokens may then go in
+    that came since the last such moment was generated: a prompt is cut down to its budget, generated tokens may go in
     bursts (``keep.budget.left``)."""
 
     row: int

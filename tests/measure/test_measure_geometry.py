@@ -58,7 +58,9 @@ def test_a_prefilled_layer_is_one_that_was_fed(spec):
         assert layer.activity.dropped == 600 - 4 * (spec.startswith("streaming"))
     before = layer.segment.length(0)
     layer.attend(SMALL.step(800))
-    assert layer.segment.length(0) == before + (spec in ("dense", "snapkv(budget=0.25)", "kivi(bits=4)"))
+    # Others make room for a burst of three, of which this token is the first.
+    more = 1 if spec in ("dense", "snapkv(budget=0.25)", "kivi(bits=4)") else -2
+    assert layer.segment.length(0) == before + more
 
 
 def test_layers_that_share_tokens_are_one_crew():
