@@ -92,6 +92,8 @@ def test_nothing_in_a_spec_is_evaluated(spec):
         ("tokenselect(chunk=0)", "chunk must be"),
         ("tokenselect(top_k=1.5)", "top_k must be a whole number"),
         ("tokenselect(top_k='many')", "top_k must be a whole number"),
+        ("tokenselect(sinks=True)", "sinks must be a whole number"),
+        ("tokenselect(tensor_parallel='yes')", "tensor_parallel must be True or False"),
         ("tokenselect(theta='x')", "theta"),
         ("tokenselect(theta=None)", "theta"),
         ("tokenselect(max_pool=-1)", "max_pool"),
@@ -106,6 +108,7 @@ def test_nothing_in_a_spec_is_evaluated(spec):
         ("streamingllm(window=0)", "window >= 1"),
         ("streamingllm(window='x')", "streamingllm needs whole numbers"),
         ("streamingllm(window=2.5)", "window"),
+        ("streamingllm(sinks=True)", "streamingllm needs whole numbers"),
     ],
 )
 def test_a_parameter_that_makes_no_sense_is_refused_when_the_method_is_built(spec, message):

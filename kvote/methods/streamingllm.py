@@ -19,7 +19,8 @@ def streamingllm(sinks: int = 4, window: int = 1020, burst: int | None = None) -
     once in so many steps, and the window of generated tokens is up to ``burst`` - 1 tokens shorter in between. None is
     a 64th of the window, which below 128 tokens is one per step, as in the paper; 1 is that for any window.
     """
-    if not isinstance(sinks, int) or not isinstance(window, int) or sinks < 0 or window < 1:
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (sinks, window))
+    if not whole or sinks < 0 or window < 1:
         raise MethodError(
             f"streamingllm needs whole numbers sinks >= 0 and window >= 1; got sinks={sinks}, window={window}."
         )

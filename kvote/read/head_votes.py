@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.errors import MethodError
-from kvote.numbers import is_number
+from kvote.numbers import check_flags, check_whole, is_number
 from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
 from kvote.read.tokens import Positions, Reading, Span, TokenSet
 from kvote.read.votes import vote_named
@@ -45,13 +45,10 @@ class HeadVotes:
     tensor_parallel: bool
 
     def __post_init__(self) -> None:
-        whole = {"top_k": 1, "sinks": 0, "window": 0, "chunk": 1, "tail": 0, "reuse_span": 1, "max_pool": 0}
-        for name, least in whole.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise MethodError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        check_whole(self, top_k=1, sinks=0, window=0, chunk=1, tail=0, reuse_span=1, max_pool=0)
         if not is_number(self.theta):
             raise MethodError(f"theta must be a finite number; got {self.theta!r}.")
+        check_flags(self, "tensor_parallel")
         if self.head_map not in ("gqa", "paper"):
             raise MethodError(f"head_map must be 'gqa' or 'paper'; got {self.head_map!r}.")
         if self.positions not in ("contiguous", "original"):
