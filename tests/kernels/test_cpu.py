@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged import LENGTHS, Case, cases, compiled
+from paged import DTYPES, LENGTHS, Case, Paged, cases, compiled
 
 from kvote import kernels
 from kvote.kernels import cpu, reference
@@ -94,6 +94,20 @@ def test_decode_over_a_range_equals_the_reference(case, softcap, interleaved, da
     pairs = 0 if case.size > 1 else pairs_of(data, case.d)
     tokens = range(start, data.draw(st.integers(start + 1, case.n) | st.just(case.n)))
     comparisons.decode_equals_the_reference(case, tokens, pairs=pairs, interleaved=interleaved, softcap=softcap)
+
+
+@pytest.mark.parametrize("start", [0, 10])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_over_a_range_answers_the_same_bits_wherever_pages_lie(dtype, start):
+    answers = []
+    for pages in ("run", "scattered", "mixed"):
+        pool, random = Paged(Case(n=500, d=64, dtype=dtype, pages=pages)), torch.Generator().manual_seed(0)
+        for held in (pool.keys, pool.values):
+            held.view(-1, 64)[pool.held.flatten()] = torch.randn(1000, 64, generator=random).to(dtype)
+        given = torch.randn(1, 4, 64, generator=random), pool.keys, pool.values, pool.table(), range(start, 500)
+        answers.append(cpu.decode(*given, angles=None, interleaved=False, scale=0.2, softcap=None))
+    for answer in answers[1:]:
+        assert all(comparisons.same_bits(a, b) for a, b in zip(answers[0], answer, strict=True))
 
 
 @given_cases

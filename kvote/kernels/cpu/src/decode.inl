@@ -2,10 +2,12 @@
 //
 // Tokens are split into parts, whose answers are merged by their log-sum-exp, so that one long lane uses all threads
 // and many short ones balance. How they are split does not depend on the number of threads, so neither does the answer.
-// A block of tokens is scored for all queries of the key head at once: keys and values are read once. The key heads of
-// a sequence take turns block by block, so that the angles of a block are read from memory once for all of them.
+// A block of tokens is scored for all queries of the key head at once: keys and values are read once. Where tokens are a
+// list or keys are rotated, the key heads of a sequence take turns block by block, so that the angles of a block are read
+// from memory once for all of them; a range is read key head by key head, in the order of its addresses.
 
 constexpr int64_t BLOCK = 64;
+static_assert(BLOCK == PAGE, "a page is a block, and no block is more");
 
 // The running answer of one lane part: unnormalised output [groups, dim], maximum and mass per query.
 struct Partial {
@@ -248,14 +250,15 @@ void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to
         std::memset(parts[h * stride].out, 0, 4 * a.groups * a.dim);
     }
     if (!index && !a.pairs) {
-        // Nothing is shared between key heads, and blocks are stretches of memory.
+        // Nothing is shared between key heads. Blocks end with their page: they are stretches of memory, and the same
+        // ones wherever pages lie.
         int64_t h = 0, i = from;
         Lane::Cursor at;
         auto locate = [&] {
             if (i == to) i = from, ++h, at = Lane::Cursor{};
             if (h == heads) return Together<T>{};
-            const int64_t slot = lanes[h].slot(a.start + i, at), most = std::min(BLOCK, to - i);
-            const int64_t live = std::min(most, lanes[h].stretch(a.start + i, at));
+            const int64_t token = a.start + i, slot = lanes[h].slot(token, at);
+            const int64_t live = std::min(PAGE - token % PAGE, to - i);
             i += live;
             return Together<T>{keys + slot * a.dim, values + slot * a.dim, a.dim, live};
         };
