@@ -87,6 +87,26 @@ def test_top_k_prefers_anything_to_what_is_forbidden():
     assert cpu.top_k(votes, 3).tolist() == [[3, 50, 99]]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_far_below_what_a_sketch_gave_them_still_decide(seed):
+    pool = Paged(Case(n=300, d=64, size=1e3, seed=seed), 4)
+    query = pool.query(1)
+    got = cpu.select(query[0], pool.keys, pool.table(), pool.sketch, 4, 0, [300], 8, 300)
+    votes = reference.soft_votes(reference.scores(query, pool.key))[0, 0]
+    # Heads are sure of one token each.
+    assert set((votes > 0.1).nonzero()[:, 0].tolist()) <= set(got[0].tolist())
+
+
+@pytest.mark.parametrize("nominate", [40, 300])
+def test_a_head_whose_scores_are_infinite_leaves_the_choice_to_the_others(nominate):
+    pool = Paged(Case(n=300, d=64), 4)
+    query = pool.query(1)
+    votes = reference.soft_votes(reference.scores(query, pool.key)[:, :, 1:])
+    query[0, 0, 0, 0] = float("inf")
+    got = cpu.select(query[0], pool.keys, pool.table(), pool.sketch, 4, 0, [300], 3, nominate)
+    assert got.tolist() == votes[0].topk(3).indices.sort().values.tolist()
+
+
 @given_cases
 @given(cases(), st.sampled_from([None, 2.0, 30.0]), st.booleans(), st.data())
 def test_decode_over_a_range_equals_the_reference(case, softcap, interleaved, data):

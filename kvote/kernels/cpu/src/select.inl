@@ -149,7 +149,7 @@ struct Winners {
         const float rough_lse = weights.lse[head];
         const double rest = known < 1 ? 1 - known : 0;
         float* s = exact + head * padded;
-        vf best = splat(rough_lse);
+        vf best = splat(rest > 0 ? rough_lse : -INFINITY);
         for (int64_t i = 0; i < padded; i += W) best = vmax(load<vf>(s + i), best);
         const float peak = max(best);
         vf total{};
@@ -158,7 +158,9 @@ struct Winners {
             store(s + i, e);
             total += e;
         }
-        factor[head] = float(1 / (double(sum(total)) + rest * std::exp2(double(rough_lse) - peak)));
+        // A head whose scores are no numbers has no say.
+        const double mass = double(sum(total)) + (rest > 0 ? rest * std::exp2(double(rough_lse) - peak) : 0);
+        factor[head] = mass > 0 ? float(1 / mass) : 0.0f;
     }
 
     // Votes of one block of nominated tokens.

@@ -82,7 +82,6 @@ template <class Stored>
 struct Weights {
     const Stored* weight;  // [tiles, heads, TILE]
     const float *factor, *lse;  // [heads, tiles], [heads]
-    int64_t heads, tiles;
 };
 
 inline int64_t tiles_of(const VotesArgs& a) { return (a.stop + TILE - 1) / TILE - a.start / TILE; }
@@ -111,7 +110,7 @@ void votes_of(const VotesArgs& a, std::size_t more, Then&& then) {
     float* queries = BITS ? nullptr : space.take<float>(a.kv_heads * padded * a.dim);
 
     float* votes = a.votes ? a.votes : space.take<float>(a.selections * n);
-    const Weights<Stored> result{weights, peaks, lse, heads, tiles};
+    const Weights<Stored> result{weights, peaks, lse};
     then.prepare(space);
 
     parallel(a.threads, [&](const Team& team) {
