@@ -120,6 +120,7 @@ inline void narrow(void* p, vu x) {
 inline vf get(const bf16* p) { return as_float(widen(p) << 16); }
 inline void put(bf16* p, vf x) {
 #if defined(__AVX512BF16__)
+    // Unlike below, what is smaller than 2^-126 becomes 0, and no NaN becomes a number.
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
     vu bits = as_bits(x);
