@@ -13,6 +13,7 @@ from kvote.measure import check
 from kvote.measure.clock import Call
 from kvote.measure.geometry import Geometry
 from kvote.methods import tokenselect
+from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
 
 SINKS, TOP_K, WINDOW = 128, 2048, 512
@@ -54,8 +55,9 @@ class Workload:
             for name in SKETCHES
         }
         for layer in self.layers.values():
-            # Where the last page is full, every call would take a new one; one step in a page does.
-            layer.attend(geometry.step(layer.seen))
+            # Else every call would take a new page; of real steps, one in a page does.
+            if layer.seen % PAGE == 0:
+                layer.attend(geometry.step(layer.seen))
         self.query = geometry.query()
 
     def kernels(self) -> Iterator[Kernel]:
