@@ -73,7 +73,7 @@ class Rope:
         return cos.float().reshape(shape), sin.float().reshape(shape)
 
     def contiguous(self, count: int, device: torch.device, start: int = 0) -> Angles:
-        """The angles [count - start, r] in float32 of positions ``start`` .. count - 1, as where ``count`` are in use."""
+        """Float32 angles [count - start, r] of positions ``start`` .. count - 1, as where ``count`` are in use."""
         # One table that grows serves every count, unless angles depend on the largest position.
         if self.fixed:
             for (size, place), (cos, sin) in self._tables.items():
