@@ -266,6 +266,21 @@ def _check_packed(work: Work) -> Iterator[tuple[str, float]]:
         yield f"packed decode, {bits} bits", _off(work.read_packed(query, packed), law)
         law = reference.scores(query, decoded[0]).transpose(1, 2)
         yield f"packed scores, {bits} bits", _off(fast.packed.scores(query, packed[0], range(work.tokens)), law)
+        yield f"wrong bytes, packed and unpacked, {bits} bits", _written(work, packed)
+
+
+def _written(work: Work, packed: tuple[fast.packed.Packed, fast.packed.Packed]) -> float:
+    """How many bytes of pages are not the law's, or numbers decoded from them; the last tokens are packed apart."""
+    wrong = 0
+    for (law, form, lanes), raw in zip(packed, (work.keys, work.values), strict=True):
+        mine = torch.full_like(law, 85)
+        x, cut = work.plain(raw).flatten(0, 1), work.tokens - (GROUP if form.are_keys else 1)
+        fast.packed.pack(x[:, :cut], mine, form, lanes, [0] * lanes.count)
+        fast.packed.pack(x[:, cut:], mine, form, lanes, [cut] * lanes.count)
+        decoded = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        fast.packed.unpack(law, form, lanes, range(work.tokens), work.batch, decoded)
+        wrong += int((mine != law).sum()) + int((decoded != work.decoded((law, form, lanes)).flatten(0, 1)).sum())
+    return float(wrong)
 
 
 def _check_lists(work: Work) -> Iterator[tuple[str, float]]:

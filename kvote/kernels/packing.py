@@ -66,7 +66,9 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     top = (1 << bits) - 1
     least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     # The span of numbers that a dtype can hold may be one that it cannot.
-    scale = (most - least).clamp(max=torch.finfo(x.dtype).max) / top
+    span = (most - least).clamp(max=torch.finfo(x.dtype).max)
+    # By a tensor: for a number, torch on a GPU multiplies with the reciprocal, which rounds otherwise.
+    scale = span / torch.full_like(span, top)
     steps = (x - least) / torch.where(scale > 0, scale, torch.ones_like(scale))
     return steps.clamp(0, top).round().to(torch.uint8), scale, least
 

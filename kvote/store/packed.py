@@ -20,8 +20,7 @@ _ROOM = 64
 class PackedLanes:
     """Keys or values [tokens, d] of each lane in the form of a ``Packing``; lanes are (sequence, key head).
 
-    ``backend``: the kernels that read them, as ``kernels.chosen`` names them; the law writes and decodes them where it
-    is not the CPU's.
+    ``backend``: the kernels that write and read them, as ``kernels.chosen`` names them.
     """
 
     def __init__(self, heads: int, form: Packing, device: torch.device, *, backend: str) -> None:
@@ -66,8 +65,8 @@ class PackedLanes:
         self.reserve(rows, x.shape[2])
         chosen, first = self._lanes(rows), self.length(rows[0])
         pages, flat = self.pool.parts["pages"], x.flatten(0, 1)
-        if self.backend == "cpu":
-            packed.pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
+        if self.fast is not None:
+            self.fast.pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
         else:
             slots = self._slots(rows, first, first + x.shape[2])
             packing.pack(flat.flatten(0, 1), pages, self.form, slots.flatten())
@@ -84,9 +83,9 @@ class PackedLanes:
             # A head with a list of its own is a sequence of one head.
             lanes = tuple(lane for lane in lanes for _ in range(tokens.shape[1] // heads))
             sequences, heads, tokens = len(lanes), tokens.shape[1], tokens.reshape(-1, m)
-        if self.backend == "cpu":
+        if self.fast is not None:
             out = torch.empty(len(lanes), m, form.dim, dtype=form.dtype, device=pages.device)
-            packed.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
+            self.fast.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
         else:
             start, stop = (tokens.start, tokens.stop) if isinstance(tokens, range) else (0, self.length(rows[0]))
             slots = torch.stack([self.pool.slots(self.pool.lanes[i], start, stop) for i in lanes])
@@ -97,7 +96,7 @@ class PackedLanes:
 
     @property
     def fast(self) -> Any:
-        """The kernels that read the codes in place, or None where the law does."""
+        """The kernels that write codes and read them in place, or None where the law does."""
         return None if self.backend == "reference" else kernels.named(self.backend).packed
 
     def held(self, rows: list[int]) -> tuple[Tensor, Packing, cpu.Lanes]:

@@ -42,9 +42,11 @@ class QuantisedSegment:
         self.keys = PackedLanes(heads, keys, like.device, backend=backend)
         self.values = PackedLanes(heads, values, like.device, backend=backend)
         # Of each sequence: the token at which the raw segment begins (whole pages before the body's end are given
-        # back), and the positions of those before it, int32 [1 or heads, tokens].
+        # back), the positions of those before it, int32 [1 or heads, tokens], and whether all heads hold the same
+        # tokens, which the device would have to be asked for.
         self._first: list[int] = []
         self._before: list[Tensor] = []
+        self._alike: list[bool] = []
 
     @property
     def sequences(self) -> int:
@@ -70,6 +72,7 @@ class QuantisedSegment:
             part.add_sequences(count)
         self._first += [0] * count
         self._before += [torch.empty(1, 0, dtype=torch.int32, device=self.device)] * count
+        self._alike += [True] * count
 
     def reserve(self, tokens: int) -> None:
         """A prompt is raw until it ends, so room is made where raw tokens lie."""
@@ -142,11 +145,15 @@ class QuantisedSegment:
         if pages <= 0:
             return
         for row in rows:
-            known = torch.stack(self.raw.positions(row))[:, : pages * PAGE]
+            known = torch.stack(self.raw.positions(row)[: self._kinds(row)])[:, : pages * PAGE]
             self._before[row] = _joined(self._before[row], known)
             self._first[row] += pages * PAGE
             for i in range(row * self.heads, (row + 1) * self.heads):
                 self.raw.pool.drop_front(self.raw.pool.lanes[i], pages)
+
+    def _kinds(self, row: int) -> int:
+        """How many heads have positions of their own: one for all while they hold the same tokens."""
+        return 1 if self._alike[row] else self.heads
 
     # Reading.
 
@@ -406,6 +413,7 @@ class QuantisedSegment:
         moving = (slots != torch.arange(slots.shape[1], device=self.device)).any(dim=0)
         start = int(moving.int().argmax()) if bool(moving.any()) else slots.shape[1]
         start = 0 if content is not None else start
+        self._alike[row] = self._alike[row] and bool((slots == slots[:1]).all())
         n = self.length(row)
         key, value, positions = self._tokens([row], start, n)
         chosen = slots[:, start:] - start
@@ -429,7 +437,7 @@ class QuantisedSegment:
             self.raw.truncate(row, length - first)
         else:
             again = [part.clone() for part in self._tokens([row], kept_values, length)]
-            self._before[row] = torch.stack(self.positions(row))[:, :kept_values].clone()
+            self._before[row] = torch.stack(self.positions(row)[: self._kinds(row)])[:, :kept_values].clone()
             self._first[row] = kept_values
             self.raw.truncate(row, 0)
             if length > kept_values:
@@ -442,6 +450,7 @@ class QuantisedSegment:
             part.select(index)
         self._first = [self._first[i] for i in index]
         self._before = [self._before[i] for i in index]
+        self._alike = [self._alike[i] for i in index]
 
     def trim(self) -> None:
         for pool in self.pools:
@@ -459,9 +468,7 @@ class QuantisedSegment:
 
 
 def _joined(before: Tensor, more: Tensor) -> Tensor:
-    """Positions [1 or heads, n] and [heads, m] side by side, once if they are the same in every head."""
-    if bool((more == more[:1]).all()):
-        more = more[:1]
+    """Positions [1 or heads, n] and [1 or heads, m] side by side, once where they are the same in every head."""
     if not before.shape[1]:
         return more.clone()
     rows = max(len(before), len(more))

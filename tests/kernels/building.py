@@ -113,7 +113,7 @@ def calls(dtype: torch.dtype, dim: int, groups: int) -> None:
 
 
 def packed_calls(dtype: torch.dtype, dim: int, groups: int) -> None:
-    """Packed tokens: both forms of keys, ranges that all read and such that end on the device."""
+    """Packed tokens written and read: both forms of keys, ranges that all read and such that end on the device."""
     from kvote.kernels import triton as ours
 
     heads, sequences = 2, 2
@@ -126,6 +126,12 @@ def packed_calls(dtype: torch.dtype, dim: int, groups: int) -> None:
         recent = raw, raw, lanes, range(3, 90)
         ours.packed.attend(query, keys, values, range(5, 640), recent=recent, scale=0.1, softcap=None)
         ours.packed.scores(query[:, :, None], keys, range(5, 640))
+        for pool, form, _ in (keys, values):
+            x = torch.zeros(sequences * heads, 128, dim, dtype=dtype)
+            for first in ([128] * 4, [0, 128, 256, 384]):
+                ours.packed.pack(x, pool, form, lanes, first)
+            for tokens in (range(5, 133), torch.zeros(sequences, 128, dtype=torch.int64)):
+                ours.packed.unpack(pool, form, lanes, tokens, sequences, x)
     ours.packed.attend(query, keys, values, range(640), stops=stops, scale=0.1, softcap=2.0)
 
 

@@ -153,6 +153,50 @@ def packed_scores_equal_the_law(pack: packs.PackCase, tokens: range, rows: int) 
     close(got, reference.scores(query, key).transpose(1, 2), 2.0**-14 + cut(case.dtype))
 
 
+def pack_writes_what_the_law_writes(
+    pack: packs.PackCase, firsts: list[int], count: int, *, offset: int = 0, spoil: float | None = None
+) -> None:
+    """Pages are those of the law in every byte, whatever lay in them, after ``count`` tokens have gone behind
+    ``firsts[lane]`` others; whole groups, where they are of tokens. With ``offset``, tokens have gaps between them;
+    ``spoil`` is one number of each lane, and then NaN is like NaN."""
+    held = PacksThere(pack)
+    for form, tokens in ((held.key_form, held.keys), (held.value_form, held.values)):
+        group = form.group if form.are_keys and not form.by_token else 1
+        x, begin = tokens[:, : count // group * group].clone(), [at // group * group for at in firsts]
+        if spoil is not None:
+            x[:, :1, pack.case.d // 2] = spoil
+        lying = torch.randint(256, (held.pages, form.page_bytes), dtype=torch.uint8, generator=held.layout.random)
+        slots = torch.cat([held.slots(range(at, at + x.shape[1]))[lane] for lane, at in enumerate(begin)])
+        law, mine = lying.clone(), lying.to(DEVICE)
+        packing.pack(x.flatten(0, 1), law, form, slots)
+        wide = torch.full((*x.shape[:2], pack.case.d + offset), float("nan"), dtype=x.dtype, device=DEVICE)
+        strided = wide[..., offset:].copy_(x.to(DEVICE))
+        kernels().packed.pack(strided, mine, form, held.table, begin)
+        if spoil is None:
+            assert torch.equal(mine.cpu(), law)
+            continue
+        for got, expected in zip(*(packing.codes_of(pool, form, slots) for pool in (mine.cpu(), law)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def unpack_gives_what_the_law_gives(pack: packs.PackCase, tokens: range | int) -> None:
+    """A range, or ``tokens`` of them, a list of its own for each sequence."""
+    held, case = PacksThere(pack), pack.case
+    index = tokens
+    if isinstance(tokens, int):
+        lists = [torch.randperm(case.n, generator=held.layout.random)[:tokens] for _ in range(case.sequences)]
+        index = torch.stack(lists)
+    rows = index if isinstance(index, Tensor) else torch.tensor(index).expand(case.sequences, -1)
+    places = rows[:, None, :, None].expand(-1, case.heads, -1, case.d)
+    for pool, form, table in held.there():
+        # Room for one more token, which stays as it is.
+        out = torch.full((held.lanes, rows.shape[1] + 1, case.d), 7.0, dtype=case.dtype, device=DEVICE)
+        there = index.to(DEVICE) if isinstance(index, Tensor) else index
+        kernels().packed.unpack(pool, form, table, there, case.sequences, out)
+        assert torch.equal(out[:, :-1].cpu().view(places.shape), held.decoded(form).gather(2, places))
+        assert bool((out[:, -1] == 7.0).all())
+
+
 def label_scores_equal_the_law(case: Case, start: int, stop: int, rows: int, labels: int) -> None:
     """Of so many channels of the keys, which lie apart with a page of each in a row."""
     pool = There(case)

@@ -12,9 +12,11 @@ from on_gpu import (
     kernels,
     label_scores_equal_the_law,
     mass_equals_the_law,
+    pack_writes_what_the_law_writes,
     packed_attend_equals_the_law,
     packed_scores_equal_the_law,
     sketch_is_that_of_the_law,
+    unpack_gives_what_the_law_gives,
     votes_equal_the_law,
 )
 from packs import PackCase
@@ -36,6 +38,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(BF16, 128, 7), (BF16, 256, 2), (F16, 80, 4), (F16, 64, 8), (F32, 96, 1)]
 METHODS = ["dense", *(f"tokenselect(top_k=256, sinks=16, window=64, theta={theta})" for theta in (2.0, 0.9, -1.0))]
 METHODS += [f"tokenselect(top_k=256, sinks=16, window=64, theta=2.0, sketch={s!r})" for s in ("int8", "int4")]
+METHODS += ["kivi", "kivi(bits=4, group=64, residual=64)"]
 
 
 @pytest.mark.parametrize(("dtype", "d", "groups"), SHAPES)
@@ -64,6 +67,9 @@ def test_packed_tokens_equal_the_reference_at_real_sizes(n, bits, group, dtype, 
         packed_attend_equals_the_law(pack, range(n // 2, n), stops=[n // 3, n], softcap=20.0)
         packed_attend_equals_the_law(pack, range(n), recent=range(5, 200))
         packed_scores_equal_the_law(pack, range(n // 3, n), 2)
+        pack_writes_what_the_law_writes(pack, [0, n // 3, n // 2, n // 2 + 1], n // 3)
+        unpack_gives_what_the_law_gives(pack, range(n // 3, n))
+        unpack_gives_what_the_law_gives(pack, min(n, 2688))
     label_scores_equal_the_law(case, n // 3, n, 1, d // 16)
 
 
@@ -144,6 +150,20 @@ def test_a_decode_step_never_waits_for_the_device(method):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert layer.seen == 3005
+
+
+def test_a_step_that_fills_a_group_of_keys_never_waits_either():
+    """Nor one that gives a raw page back, or takes a new one."""
+    layer, following = filled("kivi"), [step(3002 + i, 1, 3) for i in range(150)]
+    assert layer.segment is not None
+    before = layer.segment.keys.length(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for each in following:
+            layer.attend(each)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert layer.segment.keys.length(0) > before
 
 
 @pytest.mark.parametrize("method", METHODS)

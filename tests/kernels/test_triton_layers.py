@@ -8,6 +8,7 @@ import tiny
 import torch
 from calibrated import double_sparsity
 from on_gpu import runs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvote
 from kvote import kernels
@@ -87,6 +88,46 @@ def test_packed_tokens_are_read_from_their_codes(monkeypatch, method, rows):
     assert len(seen) >= 2
     assert all(seen)
     torch.testing.assert_close(mine, law, rtol=1e-4, atol=1e-4)
+
+
+class NeverAsked(TorchDispatchMode):
+    """Refuses the operations that would have to wait for a GPU: those that ask for a value or for a shape."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        asks = name in self.ASKING or (name.startswith("index") and self.by_mask(args[1]))
+        assert not asks, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def by_mask(places):
+        listed = places if isinstance(places, list | tuple) else []
+        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in listed)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_that_packs_never_asks_the_device(monkeypatch, rows):
+    """Nor does that in which a group of keys is full and a raw page is given back."""
+    monkeypatch.setenv("KVOTE_BACKEND", "triton")
+    fed = selecting.Fed("kivi(residual=32)", rows=rows, n=98)
+    fed.feed(93)
+    held = fed.layer.segment
+    assert held._state(0) == (64, 61, 0)
+    with NeverAsked():
+        for _ in range(5):
+            fed.feed(1)
+    assert held._state(0) == (96, 66, 64)
+    assert len(held._before[0]) == 1
+
+
+def test_asking_the_device_is_noticed(monkeypatch):
+    monkeypatch.setenv("KVOTE_BACKEND", "reference")
+    fed = selecting.Fed("kivi(residual=32)", n=41)
+    fed.feed(40)
+    with NeverAsked(), pytest.raises(AssertionError, match="waits for the device"):
+        fed.feed(1)
 
 
 def test_tokens_in_two_precisions_answer_as_with_the_reference(monkeypatch):

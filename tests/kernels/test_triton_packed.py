@@ -5,12 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import DEVICE, PacksThere, There, kernels, packed_attend_equals_the_law, packed_scores_equal_the_law, runs
+from on_gpu import (
+    DEVICE,
+    PacksThere,
+    There,
+    kernels,
+    pack_writes_what_the_law_writes,
+    packed_attend_equals_the_law,
+    packed_scores_equal_the_law,
+    runs,
+    unpack_gives_what_the_law_gives,
+)
 from packs import PackCase
 from paged import Case
 
+from kvote.kernels import packing
 from kvote.kernels.cpu import Lanes
-from kvote.kernels.packing import PACKED
+from kvote.kernels.packing import PACKED, Packing
 
 pytestmark = runs
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -98,6 +109,85 @@ def test_scores_of_no_tokens_are_empty():
     assert kernels().packed.scores(torch.randn(1, 4, 1, 32).to(DEVICE), keys, range(20, 20)).shape == (1, 4, 1, 0)
 
 
+FORMS = [(2, 32, 80, "plain", dtype) for dtype in (F32, BF16, F16)]
+FORMS += [(4, 64, 64, "outliers", dtype) for dtype in (F32, BF16, F16)]
+FORMS += [
+    (2, 128, 256, "constant", BF16),
+    (8, 32, 16, "huge", F16),
+    (4, 128, 96, "tiny", F16),
+    (8, 64, 48, "tiny", F32),
+]
+
+
+def packing_case(form: tuple[int, int, int, str, torch.dtype], by_token: bool) -> PackCase:
+    """Two lanes of 256 tokens."""
+    bits, group, d, kind, dtype = form
+    return PackCase(Case(n=256, sequences=2, heads=1, d=d, dtype=dtype, pages="mixed"), bits, group, kind, by_token)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_pages_are_those_of_the_law_bit_for_bit(form, by_token):
+    """Whole pages, one token, some behind others in the same words, lanes that begin in different places."""
+    pack = packing_case(form, by_token)
+    pack_writes_what_the_law_writes(pack, [0, 0], 256)
+    pack_writes_what_the_law_writes(pack, [117, 117], 1)
+    pack_writes_what_the_law_writes(pack, [9, 9], 130, offset=16)
+    pack_writes_what_the_law_writes(pack, [127, 5], 129)
+    pack_writes_what_the_law_writes(pack, [128, 256], 0)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), -0.0])
+@pytest.mark.parametrize("form", FORMS[3:6], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_odd_numbers_are_packed_as_by_the_law(number, form):
+    for by_token in (False, True):
+        pack_writes_what_the_law_writes(packing_case(form, by_token), [0, 0], 64, spoil=number)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_numbers_midway_between_two_codes_go_to_the_even_one(dtype):
+    """Multiples of a quarter, with a scale of one half: every other one lies midway."""
+    x = (torch.arange(32) % 7).to(dtype) / 4
+    assert torch.equal(packing.quantise(x, 2)[0][:7], torch.tensor([0, 0, 1, 2, 2, 2, 3], dtype=torch.uint8))
+    for are_keys in (True, False):
+        form = Packing(2, 32, 32, dtype, are_keys)
+        law = torch.zeros(1, form.page_bytes, dtype=torch.uint8)
+        mine, tokens = law.to(DEVICE), x.repeat(32, 1)
+        tokens = tokens.T.contiguous() if are_keys else tokens
+        packing.pack(tokens, law, form, torch.arange(32))
+        kernels().packed.pack(tokens[None].to(DEVICE), mine, form, Lanes([[(0, 1)]]), [0])
+        assert torch.equal(mine.cpu(), law)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_tokens_decode_as_by_the_law_bit_for_bit(form, by_token):
+    pack = packing_case(form, by_token)
+    for tokens in (range(256), range(3, 140), range(255, 256), range(7, 7), 33, 0):
+        unpack_gives_what_the_law_gives(pack, tokens)
+
+
+@pytest.mark.parametrize("fault", ["first", "table", "numbers"])
+def test_the_comparison_of_pages_notices_a_fault(fault, monkeypatch):
+    """Tokens one place further, lanes that changed places, numbers a little larger."""
+    pack, ours = packing_case(FORMS[0], by_token=True), kernels().packed.pack
+
+    def faulty(x, pages, form, lanes, first):
+        if fault == "first":
+            first = [at + 1 for at in first]
+        if fault == "table":
+            lanes = Lanes([[tuple(run) for run in lane] for lane in there.layout.runs][::-1])
+        if fault == "numbers":
+            x = x * 1.001
+        ours(x, pages, form, lanes, first)
+
+    there = PacksThere(pack)
+    monkeypatch.setattr(kernels().packed, "pack", faulty)
+    with pytest.raises(AssertionError):
+        pack_writes_what_the_law_writes(pack, [5, 5], 60)
+
+
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("fault", ["codes", "scales", "minima", "pages"])
 def test_the_comparison_notices_a_fault(fault, by_token, monkeypatch):
@@ -152,7 +242,25 @@ def refusals() -> dict[str, Any]:
         "share a key head": lambda: attend(many, key, value, range(9), **rule),
         "alike": lambda: attend(query, key, (value[0], replace(value[1], bits=4), value[2]), range(9), **rule),
         "must be consecutive": lambda: attend(query, key, value, range(0, 9, 2), **rule),
+        **packing_refusals(key, value),
     }  # fmt: skip
+
+
+def packing_refusals(key: tuple[Any, ...], value: tuple[Any, ...]) -> dict[str, Any]:
+    x, out = torch.zeros(2, 32, 32, device=DEVICE), torch.zeros(2, 32, 32, device=DEVICE)
+    pack, unpack = kernels().packed.pack, kernels().packed.unpack
+    listed = torch.zeros(1, 32, dtype=torch.int64, device=DEVICE)
+    return {
+        "as many lanes as tokens": lambda: pack(x[:1], *value, [0]),
+        "contiguous and of the dtype": lambda: pack(x.half(), *value, [0, 0]),
+        "tokens must have the head size": lambda: pack(x[..., :16], *value, [0, 0]),
+        "in whole groups": lambda: pack(x[:, :31], *key, [0, 0]),
+        "contiguous int64": lambda: unpack(*key, listed.int(), 1, out),
+        "one list per sequence": lambda: unpack(*key, listed, 2, out),
+        "by lanes": lambda: unpack(*key, listed, 1, out[:1]),
+        "room for the tokens": lambda: unpack(*key, range(33), 1, out),
+        "but for its lanes": lambda: unpack(*key, range(9), 1, out.transpose(1, 2)),
+    }
 
 
 def test_what_would_be_read_wrongly_is_refused():

@@ -133,6 +133,18 @@ def product(a, b, acc):
 
 
 @triton.jit
+def rounded(x, pool):
+    """Float32 ``x`` as the dtype of a ``pool`` rounds it, halves to even; still float32."""
+    if WIDE and pool.dtype.element_ty == tl.bfloat16:
+        # The interpreter's own conversion cuts off.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 32767 + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(pool.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def capped(logits, softcap):
     """softcap * tanh(logits / softcap), by an exponential: not every build of Triton has a tanh."""
     return softcap - 2.0 * softcap / (tl.exp(2.0 * logits / softcap) + 1.0)

@@ -1,4 +1,4 @@
-"""Packed keys and values on a GPU: attention and scores straight from the codes. Contracts as in
+"""Packed keys and values on a GPU: attention and scores straight from the codes (``pack`` writes them). Contracts as in
 ``kvote.kernels.cpu.packed``, layout and law in ``kvote.kernels.packing``.
 
 Codes become numbers in registers, each rounded once to the model's dtype, as the law decodes them; nothing decoded is
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from kvote.kernels.cpu import Lanes
 from kvote.kernels.packing import PACKED, Packing
-from kvote.kernels.triton.common import at_home, capped, check, padded, product, split, table
+from kvote.kernels.triton.common import at_home, capped, check, padded, product, split
 from kvote.kernels.triton.decode import MAX_GROUPS, decode_parts
 from kvote.kernels.triton.merge import merge_parts
+from kvote.kernels.triton.pack import pack, pool, unpack
 from kvote.kernels.triton.votes import halves, twice
+
+__all__ = ["MAX_GROUPS", "attend", "pack", "scores", "unpack"]
 
 # Raw pools of keys and of values, where the lanes lie in them, and which tokens are read.
 Recent = tuple[Tensor, Tensor, Lanes, range]
@@ -247,14 +250,6 @@ def _packed_scores(
         tl.store(scores + line[:, None] * (stop - start) + (token - start)[None, :], score, mask=mask)
 
 
-def _pool(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-    """A pool as words and as scales, and its page table on the device."""
-    pages, form, lanes = packed
-    check(form.width == form.dim, "the head size must be a multiple of 16")
-    check(pages.is_contiguous() and pages.shape[-1] == form.page_bytes, "pages must be a contiguous pool of the form")
-    return pages.view(torch.int32), pages.view(form.dtype), table(lanes, pages.device)
-
-
 def _shape(form: Packing) -> tuple[int, int]:
     """Tokens at a time, and warps: what is decoded of a block lies in registers, and float32 products take many."""
     return (16, 8) if form.dtype == torch.float32 else (64 if form.dim <= 128 else 32, 4)
@@ -290,8 +285,8 @@ def attend(
     check(form.are_keys and not value_form.are_keys, "keys must be keys and values values")
     check(value_lanes.count == lanes.count, "values must have as many lanes as keys")
     check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
-    key_words, key_scales, key_pages = _pool(keys)
-    value_words, value_scales, value_pages = _pool(values)
+    key_words, key_scales, key_pages = pool(*keys)
+    value_words, value_scales, value_pages = pool(*values)
     query, (block, warps) = query.to(form.dtype).contiguous(), _shape(form)
     pages = -(-max(0, tokens.stop - tokens.start // block * block) // PACKED)
     each, parts = split(pages, lanes.count, device, least=_LEAST)
@@ -351,7 +346,7 @@ def scores(query: Tensor, keys: Packed, tokens: range) -> Tensor:
     check(rows * lanes.count == sequences * heads * r, "every key head must have as many query heads")
     check(form.are_keys and form.dim == dim, "keys must be keys of the query's head size")
     check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
-    words, scales, pages = _pool(keys)
+    words, scales, pages = pool(*keys)
     query, (block, warps) = query.float().contiguous(), _shape(form)
     out = torch.empty(sequences, heads, r, len(tokens), dtype=torch.float32, device=query.device)
     if not out.numel():
