@@ -367,3 +367,21 @@ def test_rotated_by_a_reader_keys_are_packed_without_rotation():
 def test_what_makes_no_sense_is_refused(spec, reason):
     with pytest.raises(MethodError, match=reason):
         kvote.Cache(tiny.model(), spec)
+
+
+def test_heads_that_hold_different_tokens_keep_their_own_positions():
+    """Also when raw pages are given back, and after a crop into the body; copies know it, too."""
+    keys, values = randn(HEADS, 300, DIM), randn(HEADS, 300, DIM, seed=1)
+    held = segment()
+    feed(held, keys[:, :200], values[:, :200], prompt=200)
+    assert len(held._before[0]) == 1
+    slots = torch.stack([torch.arange(200) + (head and 5) for head in range(HEADS)])[:, :150]
+    held.keep(0, slots)
+    held.seal(0)
+    feed(held, keys[:, 200:], values[:, 200:])
+    held.select([0, 0])
+    held.truncate(1, 70)
+    for row, n in ((0, 250), (1, 70)):
+        for head, lane in enumerate(held.positions(row)):
+            assert torch.equal(lane[:70], slots[head, :70].int())
+            assert len(lane) == n
