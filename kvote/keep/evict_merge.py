@@ -14,6 +14,7 @@ from kvote.keep.merging import Tokens, assign, merged
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
 from kvote.numbers import check_flags, check_whole, is_number
+from kvote.rope import Rope
 
 
 @dataclass
@@ -149,26 +150,43 @@ class KeepMerged(Plain):
     ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
         """What the tokens kept hold from now on, None if nothing new, and their importance."""
         key, value = (x[0] for x in held.segment.decode([held.row], 0, held.length))
+        score, kept, others = (x.expand(len(key), -1) for x in (score, kept, others))
         if not others.shape[1]:
-            return None, score.gather(1, kept).expand(len(key), -1)
-        all_ = Tokens(key, value, score.expand(len(key), -1))
-        kept, others = (slots.expand(len(key), -1) for slots in (kept, others))
+            return None, score.gather(1, kept)
         turns = held.rope if self.remove_positions else None
-        at = torch.stack(held.segment.positions(held.row)).long() if turns is not None else kept
+        at = held.segment.positions(held.row) if turns is not None else [None] * len(key)
+        # Head by head: in float32 and without their rotation, tokens take several times what they are held in.
+        new = []
+        for head in range(len(key)):
+            part = slice(head, head + 1)
+            tokens = Tokens(key[part], value[part], score[part])
+            new.append(self._merged(tokens, kept[part], others[part], turns, at[head]))
+        worth = torch.cat([tokens.score for tokens, _ in new])
+        if not any(grown for _, grown in new):
+            return None, worth
+        return (torch.cat([tokens.key for tokens, _ in new]), torch.cat([tokens.value for tokens, _ in new])), worth
+
+    def _merged(
+        self, tokens: Tokens, kept: Tensor, others: Tensor, turns: Rope | None, at: Tensor | None
+    ) -> tuple[Tokens, bool]:
+        """What ``kept`` [1, m] of the tokens of a head become, and whether anything was merged into them; ``at`` [n]:
+        the positions of all, where their rotation is to be removed."""
 
         def still(slots: Tensor) -> Tokens:
             """Tokens in float32, without their rotation where it is to be removed."""
-            tokens = all_.take(slots).float()
-            if turns is None:
-                return tokens
-            return replace(tokens, key=turns.apply(tokens.key, turns.back(turns.once(at.gather(1, slots)))))
+            taken = tokens.take(slots).float()
+            if turns is None or at is None:
+                return taken
+            return replace(taken, key=turns.apply(taken.key, turns.back(turns.once(at.long()[slots]))))
 
         centres, alike = still(kept), still(others)
         into = assign(centres, alike, self.threshold)
+        old = tokens.take(kept)
         if not bool((into >= 0).any()):
-            return None, centres.score
+            return replace(old, score=centres.score), False
         new = merged(centres, alike, into)
-        key = new.key if turns is None else turns.apply(new.key, turns.once(at.gather(1, kept)))
+        key = new.key if turns is None or at is None else turns.apply(new.key, turns.once(at.long()[kept]))
         same = (new.key == centres.key).all(dim=-1, keepdim=True)
         # Turned back and forth, a key would come out a little different.
-        return (all_.take(kept).key.where(same, key.to(all_.key.dtype)), new.value), new.score
+        key = old.key.where(same, key.to(old.key.dtype))
+        return Tokens(key, new.value.to(old.value.dtype), new.score), True
