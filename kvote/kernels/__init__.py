@@ -63,7 +63,7 @@ def chosen(*tensors: Tensor) -> str:
 
     Raises InputError as ``backend``.
     """
-    names = [*_FAST] if os.environ.get("KVOTE_BACKEND") is None else [backend()]
+    names = list(_FAST) if os.environ.get("KVOTE_BACKEND") is None else [backend()]
     for name in names:
         # The interpreter of GPU kernels is there for tests, which ask for it.
         asked = len(names) == 1 or name != "triton" or not gpu.interpreted()

@@ -1,5 +1,8 @@
 """What only a GPU can show: real sizes, no waiting, captured graphs. Run with ``-m gpu`` (without TRITON_INTERPRET)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from on_gpu import (
@@ -39,6 +42,16 @@ SHAPES = [(BF16, 128, 7), (BF16, 256, 2), (F16, 80, 4), (F16, 64, 8), (F32, 96, 
 METHODS = ["dense", *(f"tokenselect(top_k=256, sinks=16, window=64, theta={theta})" for theta in (2.0, 0.9, -1.0))]
 METHODS += [f"tokenselect(top_k=256, sinks=16, window=64, theta=2.0, sketch={s!r})" for s in ("int8", "int4")]
 METHODS += ["kivi", "kivi(bits=4, group=64, residual=64)"]
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """What waits for the device in here is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("dtype", "d", "groups"), SHAPES)
@@ -87,12 +100,9 @@ def test_reading_packed_tokens_never_waits_and_can_be_captured():
 
     read()
     kernels().packed.scores(query[:, :, None], keys, range(5000))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         read()
         kernels().packed.scores(query[:, :, None], keys, range(5000))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -143,12 +153,9 @@ def filled(method: str) -> Layer:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_decode_step_never_waits_for_the_device(method):
     layer, following = filled(method), [step(3002 + i, 1, 3) for i in range(3)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for each in following:
             layer.attend(each)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert layer.seen == 3005
 
 
@@ -157,12 +164,9 @@ def test_a_step_that_fills_a_group_of_keys_never_waits_either():
     layer, following = filled("kivi"), [step(3002 + i, 1, 3) for i in range(150)]
     assert layer.segment is not None
     before = layer.segment.keys.length(0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for each in following:
             layer.attend(each)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert layer.segment.keys.length(0) > before
 
 

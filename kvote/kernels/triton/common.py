@@ -145,6 +145,26 @@ def rounded(x, pool):
 
 
 @triton.jit
+def softened(logits, most, total):
+    """A block of a running softmax: its weights, what sums so far shrink by, and maximum and total from now on."""
+    higher = tl.maximum(most, tl.max(logits, 1))
+    weights = tl.exp(logits - higher[:, None])
+    shrink = tl.exp(most - higher)
+    return weights, shrink, higher, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def put_part(outs, lses, row, rows, channels, sums, most, total, GROUPS: tl.constexpr, D: tl.constexpr):
+    """Stores a part's answers and their log-sum-exp, query heads at ``row``; 0 and -inf where it saw nothing."""
+    saw = total > 0
+    sums = sums / tl.where(saw, total, 1.0)[:, None]
+    lse = tl.where(saw, most + tl.log(tl.where(saw, total, 1.0)), float("-inf"))
+    asked = (rows < GROUPS)[:, None] & (channels < D)[None, :]
+    tl.store(outs + row[:, None] * D + channels[None, :], sums, mask=asked)
+    tl.store(lses + row, lse, mask=rows < GROUPS)
+
+
+@triton.jit
 def capped(logits, softcap):
     """softcap * tanh(logits / softcap), by an exponential: not every build of Triton has a tanh."""
     return softcap - 2.0 * softcap / (tl.exp(2.0 * logits / softcap) + 1.0)

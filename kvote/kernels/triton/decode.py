@@ -17,8 +17,10 @@ from kvote.kernels.triton.common import (
     padded,
     partners,
     product,
+    put_part,
     rows_of,
     scarce,
+    softened,
     split,
     table,
     turned,
@@ -92,19 +94,11 @@ def _decode(
             logits = capped(logits, softcap)
         logits = tl.where(held[None, :], logits, float("-inf"))
         # A part begins with a token, so the maximum is finite from the first block on.
-        higher = tl.maximum(most, tl.max(logits, 1))
-        weights = tl.exp(logits - higher[:, None])
-        shrink = tl.exp(most - higher)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, most, total = softened(logits, most, total)
         value = fetched(values, spots, channels, held, D, DP)
         sums = product(weights.to(value.dtype), value, sums * shrink[:, None])
-        most = higher
-    saw = total > 0
-    sums = sums / tl.where(saw, total, 1.0)[:, None]
-    lse = tl.where(saw, most + tl.log(tl.where(saw, total, 1.0)), float("-inf"))
     row = (lane * GROUPS + rows) * slots + ahead + part
-    tl.store(outs + row[:, None] * D + channels[None, :], sums, mask=asked)
-    tl.store(lses + row, lse, mask=rows < GROUPS)
+    put_part(outs, lses, row, rows, channels, sums, most, total, GROUPS, D)
 
 
 @at_home

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvote.kernels.cpu import Lanes
 from kvote.kernels.triton.common import PAGE, at_home, check, padded, table
-from kvote.kernels.triton.votes import halves, twice
+from kvote.kernels.triton.votes import put_scores
 
 _PAGE = tl.constexpr(PAGE)
 # Rows of a product at most.
@@ -37,13 +37,7 @@ def _label_scores(
     first = tl.load(pages + lane * table_width + page).to(tl.int64) * (R * _PAGE)
     mask = (channels < R)[:, None] & held[None, :]
     label = tl.load(labels + first + channels[:, None] * _PAGE + place[None, :], mask=mask, other=0.0)
-    for at in range(0, rows, ROWS):
-        row = at + tl.arange(0, ROWS)
-        line = lane * rows + row
-        upper, lower = halves(query + line[:, None] * R, channels, row < rows, R, label.dtype)
-        score = twice(upper, lower, label, tl.zeros([ROWS, _PAGE], tl.float32))
-        spots = scores + line[:, None] * (stop - start) + (token - start)[None, :]
-        tl.store(spots, score, mask=(row < rows)[:, None] & held[None, :])
+    put_scores(query, scores, lane, rows, label, token, held, start, stop, ROWS, R, RP)
 
 
 @at_home

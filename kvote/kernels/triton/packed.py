@@ -16,11 +16,11 @@ from torch import Tensor
 
 from kvote.kernels.cpu import Lanes
 from kvote.kernels.packing import PACKED, Packing
-from kvote.kernels.triton.common import at_home, capped, check, padded, product, split
+from kvote.kernels.triton.common import at_home, capped, check, padded, product, put_part, softened, split
 from kvote.kernels.triton.decode import MAX_GROUPS, decode_parts
 from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.pack import pack, pool, unpack
-from kvote.kernels.triton.votes import halves, twice
+from kvote.kernels.triton.votes import put_scores
 
 __all__ = ["MAX_GROUPS", "attend", "pack", "scores", "unpack"]
 
@@ -201,20 +201,12 @@ def _packed_attend(
         if SOFTCAP:
             logits = capped(logits, softcap)
         logits = tl.where(held[None, :], logits, float("-inf"))
-        higher = tl.maximum(most, tl.max(logits, 1))
-        weights = tl.exp(logits - higher[:, None])
-        shrink = tl.exp(most - higher)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, most, total = softened(logits, most, total)
         page = tl.load(value_pages + lane * value_width + at // _PACKED).to(tl.int64)
         value = _value_block(value_words, value_scales, page, place, held, D, DP, BITS, VALUE_GROUP, BLOCK)
         sums = product(weights.to(value.dtype), tl.trans(value), sums * shrink[:, None])
-        most = higher
-    saw = total > 0
-    sums = sums / tl.where(saw, total, 1.0)[:, None]
-    lse = tl.where(saw, most + tl.log(tl.where(saw, total, 1.0)), float("-inf"))
     row = (lane * GROUPS + rows) * slots + part
-    tl.store(outs + row[:, None] * D + channels[None, :], sums, mask=asked)
-    tl.store(lses + row, lse, mask=rows < GROUPS)
+    put_part(outs, lses, row, rows, channels, sums, most, total, GROUPS, D)
 
 
 @triton.jit(do_not_specialize=("table_width", "rows", "start", "stop"))
@@ -237,17 +229,11 @@ def _packed_scores(
     BLOCK: tl.constexpr,
 ):
     lane, at = tl.program_id(1).to(tl.int64), start // BLOCK * BLOCK + tl.program_id(0) * BLOCK
-    token, channels = at + tl.arange(0, BLOCK), tl.arange(0, DP)
+    token = at + tl.arange(0, BLOCK)
     page = tl.load(pages + lane * table_width + at // _PACKED).to(tl.int64)
     key = _key_block(words, scales, page, at % _PACKED, D, DP, BITS, GROUP, BY_TOKEN, BLOCK)
     held = (token >= start) & (token < stop)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        line = lane * rows + row
-        upper, lower = halves(query + line[:, None] * D, channels, row < rows, D, key.dtype)
-        score = twice(upper, lower, tl.trans(key), tl.zeros([ROWS, BLOCK], tl.float32))
-        mask = (row < rows)[:, None] & held[None, :]
-        tl.store(scores + line[:, None] * (stop - start) + (token - start)[None, :], score, mask=mask)
+    put_scores(query, scores, lane, rows, tl.trans(key), token, held, start, stop, ROWS, D, DP)
 
 
 def _shape(form: Packing) -> tuple[int, int]:

@@ -74,6 +74,20 @@ def twice(upper, lower, key, acc):
 
 
 @triton.jit
+def put_scores(
+    query, scores, lane, rows, key, token, held, start, stop, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):
+    """Stores q.k of all ``rows`` of a lane with one block of its keys [DP, tokens], ``ROWS`` of them at a time."""
+    for at in range(0, rows, ROWS):
+        row = at + tl.arange(0, ROWS)
+        line = lane * rows + row
+        upper, lower = halves(query + line[:, None] * D, tl.arange(0, DP), row < rows, D, key.dtype)
+        score = twice(upper, lower, key, tl.zeros([ROWS, key.shape[1]], tl.float32))
+        spots = scores + line[:, None] * (stop - start) + (token - start)[None, :]
+        tl.store(spots, score, mask=(row < rows)[:, None] & held[None, :])
+
+
+@triton.jit
 def _scores_of(
     upper,
     lower,
