@@ -57,8 +57,13 @@ class Packing:
         return (PACKED // self.group, self.width) if by_channel else (-(-self.width // self.group), PACKED)
 
     @cached_property
+    def scale_count(self) -> int:
+        """Scales in a page; there are as many minima."""
+        return self.scales[0] * self.scales[1]
+
+    @cached_property
     def page_bytes(self) -> int:
-        return self.code_bytes + 2 * self.scales[0] * self.scales[1] * self.dtype.itemsize
+        return self.code_bytes + 2 * self.scale_count * self.dtype.itemsize
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

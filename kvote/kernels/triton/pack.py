@@ -67,6 +67,8 @@ def _pack_groups(
     D: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    CODES: tl.constexpr,
+    COUNT: tl.constexpr,
     MOST: tl.constexpr,
     RAGGED: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -74,8 +76,6 @@ def _pack_groups(
     # A group of tokens, some channels of it.
     SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
     STEPS: tl.constexpr = 32 // BITS
-    CODES: tl.constexpr = _PACKED * D * BITS // 8
-    COUNT: tl.constexpr = _PACKED // GROUP * D
     BYTES: tl.constexpr = CODES + 2 * COUNT * SIZE
     group, lane = tl.program_id(0), tl.program_id(2).to(tl.int64)
     channel, token = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, GROUP)
@@ -113,6 +113,8 @@ def _pack_tokens(
     DP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    CODES: tl.constexpr,
+    COUNT: tl.constexpr,
     MOST: tl.constexpr,
     ARE_KEYS: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -121,9 +123,7 @@ def _pack_tokens(
     # Values, or keys by token: a block of tokens with all their channels.
     SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
     STEPS: tl.constexpr = 32 // BITS
-    CODES: tl.constexpr = _PACKED * D * BITS // 8
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    COUNT: tl.constexpr = GROUPS * _PACKED
     BYTES: tl.constexpr = CODES + 2 * COUNT * SIZE
     SPANS: tl.constexpr = DP // GROUP if GROUP < DP else 1
     lane = tl.program_id(1).to(tl.int64)
@@ -180,6 +180,8 @@ def _unpack(
     DP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    CODES: tl.constexpr,
+    COUNT: tl.constexpr,
     ARE_KEYS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     LISTED: tl.constexpr,
@@ -187,9 +189,6 @@ def _unpack(
 ):
     SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
     STEPS: tl.constexpr = 32 // BITS
-    CODES: tl.constexpr = _PACKED * D * BITS // 8
-    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    COUNT: tl.constexpr = GROUPS * _PACKED if BY_TOKEN else _PACKED // GROUP * D
     BYTES: tl.constexpr = CODES + 2 * COUNT * SIZE
     lane, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     held, channel = at < count, tl.arange(0, DP)
@@ -241,7 +240,8 @@ def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: Sequence[
     begin = first[0]
     ragged = any(at != begin for at in first)
     given = x, words, scales, tables, integers(first, x.device) if ragged else tables, *x.stride()[:2], tables.shape[1]
-    kind = {"D": dim, "BITS": form.bits, "GROUP": form.group, "MOST": torch.finfo(form.dtype).max, "RAGGED": ragged}
+    kind: dict[str, float] = {"D": dim, "BITS": form.bits, "GROUP": form.group, "RAGGED": ragged}
+    kind |= {"CODES": form.code_bytes, "COUNT": form.scale_count, "MOST": torch.finfo(form.dtype).max}
     if alone:
         # Where lanes begin in different places of a block, some reach into one more.
         blocks = -(-(count + _BLOCK - 1) // _BLOCK) if ragged else -(-(begin % _BLOCK + count) // _BLOCK)
@@ -295,6 +295,8 @@ def unpack(pages: Tensor, form: Packing, lanes: Lanes, tokens: Tensor | range, s
         DP=padded(form.dim),
         BITS=form.bits,
         GROUP=form.group,
+        CODES=form.code_bytes,
+        COUNT=form.scale_count,
         ARE_KEYS=form.are_keys,
         BY_TOKEN=form.by_token or not form.are_keys,
         LISTED=isinstance(tokens, Tensor),

@@ -86,15 +86,15 @@ def _key_block(
     DP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    CODES: tl.constexpr,
+    COUNT: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Keys [BLOCK, DP] of the tokens from ``place`` on of a page, as they decode; finite behind the last channel,
     anything where no token is."""
     SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
-    CODES: tl.constexpr = _PACKED * D * BITS // 8
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    COUNT: tl.constexpr = GROUPS * _PACKED if BY_TOKEN else _PACKED // GROUP * D
     BYTES: tl.constexpr = CODES + 2 * COUNT * SIZE
     WIDTH: tl.constexpr = D * BITS // 32
     WORDS: tl.constexpr = DP * BITS // 32
@@ -125,14 +125,14 @@ def _value_block(
     DP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    CODES: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Values [DP, BLOCK] of the tokens from ``place`` on of a page, as they decode; 0 for tokens that are not ``held``,
     anything behind the last channel."""
     SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
-    CODES: tl.constexpr = _PACKED * D * BITS // 8
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    COUNT: tl.constexpr = GROUPS * _PACKED
     BYTES: tl.constexpr = CODES + 2 * COUNT * SIZE
     SPANS: tl.constexpr = DP // GROUP if GROUP < DP else 1
     STEPS: tl.constexpr = 32 // BITS
@@ -171,7 +171,10 @@ def _packed_attend(
     DP: tl.constexpr,
     BITS: tl.constexpr,
     KEY_GROUP: tl.constexpr,
+    KEY_COUNT: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
+    VALUE_COUNT: tl.constexpr,
+    CODES: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -196,14 +199,16 @@ def _packed_attend(
         place, token = at % _PACKED, at + tl.arange(0, BLOCK)
         held = (token >= start) & (token < end)
         page = tl.load(key_pages + lane * key_width + at // _PACKED).to(tl.int64)
-        key = _key_block(key_words, key_scales, page, place, D, DP, BITS, KEY_GROUP, BY_TOKEN, BLOCK)
+        key = _key_block(key_words, key_scales, page, place, D, DP, BITS, KEY_GROUP, CODES, KEY_COUNT, BY_TOKEN, BLOCK)
         logits = product(q, tl.trans(key), tl.zeros([ROWS, BLOCK], tl.float32)) * scale
         if SOFTCAP:
             logits = capped(logits, softcap)
         logits = tl.where(held[None, :], logits, float("-inf"))
         weights, shrink, most, total = softened(logits, most, total)
         page = tl.load(value_pages + lane * value_width + at // _PACKED).to(tl.int64)
-        value = _value_block(value_words, value_scales, page, place, held, D, DP, BITS, VALUE_GROUP, BLOCK)
+        value = _value_block(
+            value_words, value_scales, page, place, held, D, DP, BITS, VALUE_GROUP, CODES, VALUE_COUNT, BLOCK
+        )
         sums = product(weights.to(value.dtype), tl.trans(value), sums * shrink[:, None])
     row = (lane * GROUPS + rows) * slots + part
     put_part(outs, lses, row, rows, channels, sums, most, total, GROUPS, D)
@@ -225,13 +230,15 @@ def _packed_scores(
     DP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    CODES: tl.constexpr,
+    COUNT: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     lane, at = tl.program_id(1).to(tl.int64), start // BLOCK * BLOCK + tl.program_id(0) * BLOCK
     token = at + tl.arange(0, BLOCK)
     page = tl.load(pages + lane * table_width + at // _PACKED).to(tl.int64)
-    key = _key_block(words, scales, page, at % _PACKED, D, DP, BITS, GROUP, BY_TOKEN, BLOCK)
+    key = _key_block(words, scales, page, at % _PACKED, D, DP, BITS, GROUP, CODES, COUNT, BY_TOKEN, BLOCK)
     held = (token >= start) & (token < stop)
     put_scores(query, scores, lane, rows, tl.trans(key), token, held, start, stop, ROWS, D, DP)
 
@@ -310,7 +317,10 @@ def attend(
         DP=padded(dim),
         BITS=form.bits,
         KEY_GROUP=form.group,
+        KEY_COUNT=form.scale_count,
         VALUE_GROUP=value_form.group,
+        VALUE_COUNT=value_form.scale_count,
+        CODES=form.code_bytes,
         BY_TOKEN=form.by_token,
         BLOCK=block,
         RAGGED=stops is not None,
@@ -352,6 +362,8 @@ def scores(query: Tensor, keys: Packed, tokens: range) -> Tensor:
         DP=padded(dim),
         BITS=form.bits,
         GROUP=form.group,
+        CODES=form.code_bytes,
+        COUNT=form.scale_count,
         BY_TOKEN=form.by_token,
         BLOCK=block,
         num_warps=warps,
