@@ -8,9 +8,11 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from kvote import attention
 from kvote.errors import InactiveCacheError
 from kvote.heads import HeadGroups, in_groups
+from kvote.hf.cache_layer import CacheLayer, Turn
+from kvote.hf.model import attach, is_full_attention, key_heads, native_layers
+from kvote.hf.rope import find_ropes
 from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
 from kvote.report import LayerReport, Report
@@ -30,22 +32,22 @@ class Cache(TransformersCache):
         self.method = parse(method) if isinstance(method, str) else method
         for calibration in self.method.calibrations:
             calibration.check(model)
-        self.turn = attention.Turn()
+        self.turn = Turn()
         layers: list[Any] = []
         previous = None
-        native_layers = attention.native_layers(model)
-        ours = [index for index, native in enumerate(native_layers) if attention.is_full_attention(native)]
+        native = native_layers(model)
+        ours = [index for index, layer in enumerate(native) if is_full_attention(layer)]
         self.method.read.check(len(ours))
-        ropes = attention.find_ropes(model, ours) if self.method.needs_rope else {}
+        ropes = find_ropes(model, ours) if self.method.needs_rope else {}
         crew = Crew()
-        for index, native in enumerate(native_layers):
+        for index, held in enumerate(native):
             if index in ours:
-                groups = in_groups(index, self.method, ropes.get(index), len(ours), attention.key_heads(model))
+                groups = in_groups(index, self.method, ropes.get(index), len(ours), key_heads(model))
                 layer = groups or Layer(index, self.method, ropes.get(index), len(ours), crew)
-                native = previous = attention.CacheLayer(layer, self.turn, previous)
-            layers.append(native)
+                held = previous = CacheLayer(layer, self.turn, previous)
+            layers.append(held)
         super().__init__(layers=layers)
-        attention.attach(model)
+        attach(model)
 
     @property
     def managed(self) -> list[Layer]:
@@ -55,7 +57,7 @@ class Cache(TransformersCache):
 
     @property
     def _own(self) -> list[Layer | HeadGroups]:
-        return [layer.layer for layer in self.layers if isinstance(layer, attention.CacheLayer)]
+        return [layer.layer for layer in self.layers if isinstance(layer, CacheLayer)]
 
     def expect(self, tokens: int, *, question_follows: bool = False) -> None:
         """Announces a prompt of ``tokens`` columns that will come in several passes (``prefill_chunk_size``).
@@ -122,14 +124,14 @@ class Cache(TransformersCache):
         return clone
 
     def _check_active(self) -> None:
-        if any(isinstance(layer, attention.CacheLayer) and layer.pending for layer in self.layers):
+        if any(isinstance(layer, CacheLayer) and layer.pending for layer in self.layers):
             raise InactiveCacheError(
                 "The model ran without kvote's attention, so this cache holds nothing. Build a new one."
             )
 
 
 def _layer_nbytes(layer: Any) -> int:
-    if isinstance(layer, attention.CacheLayer):
+    if isinstance(layer, CacheLayer):
         return layer.layer.nbytes
     held = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in held)

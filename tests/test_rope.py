@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvote import UnsupportedModelError
-from kvote.attention import find_rope
+from kvote.hf.rope import find_rope
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},

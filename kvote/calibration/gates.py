@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache as TransformersCache
 
-from kvote import attention
 from kvote.calibration.file import Calibration
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.calibration.heads import DUO, as_data
 from kvote.errors import InputError, UnsupportedModelError
+from kvote.hf.cache_layer import CacheLayer, Turn
+from kvote.hf.model import attach, is_full_attention, key_heads, native_layers
 from kvote.layer import Step
 from kvote.method import Method
 
@@ -78,9 +79,9 @@ def train_duo(
     Raises InputError where examples run out or none is longer than what streaming heads see, UnsupportedModelError for
     a model with learned sink logits or a soft cap.
     """
-    layers = attention.native_layers(model)
-    ours = [index for index, native in enumerate(layers) if attention.is_full_attention(native)]
-    gates = torch.ones(len(ours), attention.key_heads(model), device=model.device, requires_grad=True)
+    layers = native_layers(model)
+    ours = [index for index, native in enumerate(layers) if is_full_attention(native)]
+    gates = torch.ones(len(ours), key_heads(model), device=model.device, requires_grad=True)
     optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     texts, longest, tokens = iter(examples), 0, 0
@@ -142,11 +143,11 @@ def streaming_mask(tokens: int, sinks: int, window: int, device: torch.device) -
 
 def _hidden(model: Any, ids: Tensor, gates: list[Gate], layers: list[int]) -> Tensor:
     """Hidden states [1, n, channels] behind the final norm, with the gates in the places of the layers."""
-    turn, previous = attention.Turn(), None
-    caches = attention.native_layers(model)
+    turn, previous = Turn(), None
+    caches = native_layers(model)
     for index, gate in zip(layers, gates, strict=True):
         stand_in: Any = gate
-        caches[index] = previous = attention.CacheLayer(stand_in, turn, previous)
+        caches[index] = previous = CacheLayer(stand_in, turn, previous)
     return model.get_decoder()(input_ids=ids, past_key_values=TransformersCache(layers=caches)).last_hidden_state
 
 
@@ -168,7 +169,7 @@ def _frozen(model: Any) -> Iterator[None]:
     training, grads = model.training, [weight.requires_grad for weight in model.parameters()]
     native = model.config._attn_implementation
     model.eval().requires_grad_(False)
-    attention.attach(model)
+    attach(model)
     try:
         with torch.enable_grad():
             yield

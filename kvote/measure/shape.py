@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvote import attention
 from kvote.errors import InputError, UnsupportedModelError
+from kvote.hf.model import is_full_attention, native_layers
 from kvote.measure.geometry import Geometry
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -69,12 +69,12 @@ def shape(config: Any, batch: int = 1) -> Shape:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"Cannot make a model of this {type(config).__name__}: {_first_line(error)}") from error
-    layers = attention.native_layers(model)
+    layers = native_layers(model)
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
             f"{type(model).__name__} caches latents, not keys and values; no prediction for it."
         )
-    full = sum(attention.is_full_attention(layer) for layer in layers)
+    full = sum(is_full_attention(layer) for layer in layers)
     heads = config.num_attention_heads
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     geometry = Geometry(

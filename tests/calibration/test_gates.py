@@ -59,7 +59,7 @@ def written_out(net, ids: Tensor, gates: Tensor) -> Tensor:
 @pytest.fixture
 def attached():
     net = tiny.model()
-    training.attention.attach(net)
+    training.attach(net)
     return net
 
 
@@ -165,7 +165,7 @@ def test_a_planted_copy_head_stays_open_and_the_others_close():
     assert planted > 0.5
     assert max(others) < 0.1
     # At the same sparsity, any other head kept in its place changes what the model answers far more.
-    training.attention.attach(net)
+    training.attach(net)
     errors = []
     for kept in range(4):
         choice = torch.zeros(4)

@@ -1,4 +1,4 @@
-"""Guards of what kvote relies on in transformers (the docstring of kvote/attention.py), and of what it refuses."""
+"""Guards of what kvote relies on in transformers (the docstring of kvote/hf), and of what it refuses."""
 
 import copy
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 import kvote
-from kvote import attention
+from kvote.hf.rope import find_rope
 
-BROKEN = "transformers {}: {}. kvote/attention.py relies on it.".format
+BROKEN = "transformers {}: {}. kvote/hf relies on it.".format
 
 
 def broken(what: str) -> str:
@@ -320,4 +320,4 @@ def test_a_shared_rotary_module_is_not_copied_with_the_cache():
     net = tiny.model()
     cache = tiny.cache(net, "tokenselect")
     assert copy.deepcopy(cache).managed[0].rope is cache.managed[0].rope
-    assert attention.find_rope(net, 0).module is not None
+    assert find_rope(net, 0).module is not None

@@ -1,0 +1,113 @@
+"""A layer as ``generate()`` sees it, between transformers' cache protocol and kvote's layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvote.errors import InactiveCacheError
+from kvote.heads import HeadGroups
+from kvote.layer import Layer
+
+_LAYER = "_kvote_layer"
+
+
+@dataclass
+class Turn:
+    """The prompt that was announced: the column where it ends (0: none was), and whether a question follows it."""
+
+    end: int = 0
+    question_follows: bool = False
+
+
+class CacheLayer(CacheLayerMixin):
+    """A layer as ``generate()`` sees it. Lengths are in columns of the batch, padding included."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, layer: Layer | HeadGroups, turn: Turn, previous: "CacheLayer | None") -> None:
+        super().__init__()
+        self.layer, self.turn, self.previous = layer, turn, previous
+        self.pending = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
+        for waiting in (self, self.previous):
+            if waiting is not None and waiting.pending:
+                waiting.pending = False
+                raise InactiveCacheError(
+                    "The model ran without kvote's attention, so this cache holds nothing; the attention "
+                    "implementation was changed after kvote.Cache(model, ...). Build a new cache."
+                )
+        self.pending = True
+        key = key_states.view_as(key_states)
+        setattr(key, _LAYER, self)
+        return key, value_states
+
+    def get_seq_length(self) -> int:
+        return self.layer.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.layer.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        return not self.layer.method.keep.drops or self.record_past
+
+    @property
+    def record_past(self) -> bool:
+        return self.layer.record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.layer.record_past = value
+
+    @property
+    def batch_size(self) -> int:
+        return self.layer.sequences or -1
+
+    def activate_past_recording(self) -> None:
+        self.layer.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` columns (negative, as transformers passes it)."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
+        if tokens_to_remove:
+            # What follows is another prompt than the one announced.
+            self.turn.end = 0
+        self.layer.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self.layer.reset()
+        self.pending = self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.layer.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.layer.select([row for row in range(self.layer.sequences) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = torch.arange(self.layer.sequences)[torch.as_tensor(indices).cpu()]
+        self.layer.select(rows.tolist())
+
+    def offload(self) -> None:
+        raise NotImplementedError("kvote layers cannot be offloaded by transformers' Cache(offloading=True).")
+
+    prefetch = offload
+
+
+def owner_of(key: Tensor) -> CacheLayer | None:
+    """The layer that handed ``key`` to the model; None for another cache's keys."""
+    return getattr(key, _LAYER, None)
