@@ -13,9 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from zoo.sizes import BERT_LIKE, INSTEAD, SIZES, VOCABULARY
+from zoo.sizes import ALONE, BERT_LIKE, INSTEAD, SIZES, VOCABULARY
 
 _TEXT = ("text_config", "llm_config", "decoder", "language_config", "thinker_config")
+# What says how many layers of which kind there are.
+_DEPTH = (
+    "num_hidden_layers",
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "num_kv_shared_layers",
+    "full_attn_idxs",
+)
 _FULL = ("full_attention", "attention", "global", "hybrid")
 
 
@@ -43,42 +52,59 @@ def build(name: str, *, layers: list[int] | None = None, **changes: Any) -> PreT
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             parameters = sum(p.numel() for p in model_class._from_config(copy.deepcopy(config)).parameters())
-        if parameters > 60e6:
+        if parameters > 150e6:
             raise ValueError(f"{name} has {parameters:,} parameters after shrinking")
         model = model_class._from_config(config, dtype=torch.float32)
     return loud(model).eval()
 
 
 def shrunk(kind: type[PretrainedConfig], name: str, layers: list[int] | None, changes: dict[str, Any]) -> Any:
-    """A config of ``kind``, every size at most that in ``SIZES``."""
+    """A config of ``kind``, every size at most that in ``SIZES``, one layer of each kind or ``layers``."""
     default = kind()
-    own = {**INSTEAD.get(name, {}), **changes}
+    own = dict(INSTEAD.get(name, {}))
     if name in BERT_LIKE:
-        own = {"is_decoder": True, **own}
-    inner = {
+        own["is_decoder"] = True
+    if layers is not None:
+        own = {field: value for field, value in own.items() if field not in _DEPTH}
+        own |= ALONE.get(name, {})
+    inner = _parts(default)
+    text = next((field for field in _TEXT if field in inner), None)
+    parts = {field: own.pop(field) for field in list(own) if field in inner}
+    top = own.pop("self", {})
+    own |= changes
+    if text is None:
+        values = _fields(default, layers, {**own, **top})
+    else:
+        values = _fields(default, None, top)
+        parts[text] = own
+    for field, value in inner.items():
+        values[field] = _part(value, layers if field == text else None, parts.get(field, {}), decoder=field == text)
+    return kind(**values)
+
+
+def _part(default: PretrainedConfig, layers: list[int] | None, own: dict[str, Any], *, decoder: bool = False) -> Any:
+    values = _fields(default, layers, own, decoder=decoder)
+    for field, value in _parts(default).items():
+        values[field] = _part(value, None, {})
+    return type(default)(**values)
+
+
+def _parts(default: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    return {
         field: value
         for field, value in vars(default).items()
         if isinstance(value, PretrainedConfig) and field[0] != "_"
     }
-    text = next((field for field in _TEXT if field in inner), None)
-    values = _fields(default, layers if text is None else None, own if text is None else {})
-    for field, value in inner.items():
-        values[field] = shrunk_part(value, layers if field == text else None, own if field == text else {})
-    return type(default)(**values)
-
-
-def shrunk_part(default: PretrainedConfig, layers: list[int] | None, own: dict[str, Any]) -> Any:
-    values = _fields(default, layers, own)
-    for field, value in vars(default).items():
-        if isinstance(value, PretrainedConfig) and field[0] != "_":
-            values[field] = shrunk_part(value, None, {})
-    return type(default)(**values)
 
 
 def kinds_of_layers(default: PretrainedConfig) -> list[int]:
     """The first layer of each kind, told apart by every list that has one entry per layer; at least two layers."""
-    lists = _per_layer(default)
+
+    def _tells(each: list[Any]) -> bool:
+        return len(set(map(str, each))) < len(each) or not all(isinstance(value, int) for value in each)
+
     depth = _depth(default)
+    lists = {name: each for name, each in _per_layer(default).items() if _tells(each)}
     seen: dict[Any, int] = {}
     for index in range(depth):
         seen.setdefault(tuple(str(each[index]) for each in lists.values()), index)
@@ -87,6 +113,11 @@ def kinds_of_layers(default: PretrainedConfig) -> list[int]:
         if len(chosen) < 2 and index not in chosen:
             chosen.append(index)
     return sorted(chosen)
+
+
+def _value(config: PretrainedConfig, name: str) -> Any:
+    """A field's value; a config may keep it under another name."""
+    return vars(config).get(name, vars(config).get(config.attribute_map.get(name, name)))
 
 
 def _depth(config: PretrainedConfig) -> int:
@@ -100,19 +131,22 @@ def _per_layer(config: PretrainedConfig) -> dict[str, list[Any]]:
     depth = _depth(config)
     return {
         name: list(value)
-        for name, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == depth and name[0] != "_" and depth > 3
+        for name, value in ((each.name, _value(config, each.name)) for each in dataclasses.fields(config))
+        if isinstance(value, list | tuple) and len(value) == depth and depth > 3
     }
 
 
-def _fields(default: PretrainedConfig, layers: list[int] | None, own: dict[str, Any]) -> dict[str, Any]:
+def _fields(
+    default: PretrainedConfig, layers: list[int] | None, own: dict[str, Any], *, decoder: bool = True
+) -> dict[str, Any]:
     """What the config's constructor is given."""
     names = {each.name for each in dataclasses.fields(default)}
     per_layer = _per_layer(default)
     chosen = kinds_of_layers(default) if layers is None else layers
     values: dict[str, Any] = {}
-    for name, value in vars(default).items():
-        if name not in names or isinstance(value, PretrainedConfig):
+    for name in sorted(names):
+        value = _value(default, name)
+        if isinstance(value, PretrainedConfig):
             continue
         if name in per_layer:
             values[name] = [_shrunk_value(name, per_layer[name][index]) for index in chosen]
@@ -121,7 +155,9 @@ def _fields(default: PretrainedConfig, layers: list[int] | None, own: dict[str, 
     depth = default.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if depth in names and isinstance(values.get(depth), int):
         values[depth] = len(chosen)
-    if "sliding_window" in values and "layer_types" not in per_layer:
+    if decoder and isinstance(values.get("decoder_layers"), int):
+        values["decoder_layers"] = len(chosen)
+    if decoder and "sliding_window" in values and "layer_types" not in per_layer and "sliding_window" not in own:
         values["sliding_window"] = None
     for name, special in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         if name in values:
@@ -129,7 +165,9 @@ def _fields(default: PretrainedConfig, layers: list[int] | None, own: dict[str, 
     if "kv_lora_rank" in values and isinstance(values.get("num_attention_heads"), int):
         # Latents are expanded to a key per query head.
         values["num_key_value_heads"] = values["num_attention_heads"]
-    values.update({name: value for name, value in own.items()})
+        if "head_dim" in values:
+            values["head_dim"] = values["qk_rope_head_dim"]
+    values |= own
     types = values.get("layer_types")
     if types and not any(kind in _FULL for kind in types) and "sliding_attention" in types:
         types[-1] = "full_attention"
@@ -148,13 +186,14 @@ def _shrunk_value(name: str, value: Any) -> Any:
 
 
 def _shrunk_rope(value: Any) -> Any:
-    """Sections of M-RoPE add up to half a head of 16 channels."""
-    if isinstance(value, dict):
-        inner = {name: _shrunk_rope(each) for name, each in value.items()}
-        if isinstance(inner.get("mrope_section"), list | tuple):
-            inner["mrope_section"] = [4, 2, 2] if len(inner["mrope_section"]) == 3 else inner["mrope_section"]
-        return inner
-    return value
+    """Sections of M-RoPE add up to half of what is rotated of a head of 16 channels."""
+    if not isinstance(value, dict):
+        return copy.deepcopy(value)
+    inner = {name: _shrunk_rope(each) for name, each in value.items()}
+    if isinstance(inner.get("mrope_section"), list | tuple) and len(inner["mrope_section"]) == 3:
+        half = int(16 * inner.get("partial_rotary_factor", 1.0)) // 2
+        inner["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
+    return inner
 
 
 def loud(model: PreTrainedModel) -> PreTrainedModel:
@@ -164,6 +203,7 @@ def loud(model: PreTrainedModel) -> PreTrainedModel:
     def noise(like: torch.Tensor, size: float) -> torch.Tensor:
         return (torch.randn(like.shape, generator=generator) * size).to(like.dtype)
 
+    head = getattr(model.get_output_embeddings(), "weight", None)
     with torch.no_grad():
         for module in model.modules():
             own = dict(module.named_parameters(recurse=False))
@@ -171,7 +211,10 @@ def loud(model: PreTrainedModel) -> PreTrainedModel:
                 if weight.numel() == 0 or not weight.is_floating_point():
                     continue
                 if isinstance(module, nn.Embedding):
-                    weight.copy_(noise(weight, 1.0))
+                    # Where the embedding is the head too, a token would answer with itself.
+                    weight.copy_(noise(weight, 0.2 if weight is head else 1.0))
+                elif weight is head:
+                    weight.copy_(noise(weight, 0.2))
                 elif isinstance(module, nn.Linear) and name == "weight":
                     weight.copy_(noise(weight, 1.5 / weight.shape[1] ** 0.5))
                 elif isinstance(module, Conv1D) and name == "weight":
@@ -182,9 +225,11 @@ def loud(model: PreTrainedModel) -> PreTrainedModel:
                     weight.add_(noise(weight, 0.3))
                 elif isinstance(module, nn.Linear | Conv1D | nn.LayerNorm) and name == "bias":
                     weight.add_(noise(weight, 0.2))
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        settings.eos_token_id = settings.forced_eos_token_id = settings.forced_bos_token_id = None
+        settings.pad_token_id = 0
+        settings.bos_token_id = settings.decoder_start_token_id = 1
     return model
 
 

@@ -55,15 +55,20 @@ def defined(name: str) -> dict[str, dict[str, str]]:
     """StreamingLLM against its definition, in a one-layer model per kind of full-attention layer."""
     found: dict[str, dict[str, str]] = {}
     for layer in full_layers(name)[:2]:
-        model, error = answers.tried(lambda index=layer: build(name, layers=[index]))
-        if error is None:
-            _, error = answers.tried(lambda net=model: answers.answer(net, "plain"))
-        if error is not None:
-            found[f"layer {layer}"] = {"outcome": "not tried", "said": said(error)}
-            continue
-        different, error = answers.tried(lambda net=model: definition.compare(net))
-        found[f"layer {layer}"] = judged(error) if error is not None else compared(different)
+        found[f"layer {layer}"] = _defined(name, layer)
     return found
+
+
+def _defined(name: str, layer: int) -> dict[str, str]:
+    model, error = answers.tried(lambda: build(name, layers=[layer]))
+    if error is None:
+        _, error = answers.tried(lambda: answers.answer(model, "plain"))
+    if error is None:
+        steps, error = answers.tried(lambda: definition.expected(model))
+    if error is not None:
+        return {"outcome": "not tried", "said": said(error)}
+    different, error = answers.tried(lambda: definition.compare(model, kvote.Cache(model, definition.SPEC), steps))
+    return judged(error) if error is not None else compared(different)
 
 
 def after(model: PreTrainedModel, plain: answers.Answer, by_hand: answers.Answer | None) -> dict[str, str]:
