@@ -22,6 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from common import save  # noqa: E402
+from models_page import page  # noqa: E402
 from zoo.build import causal_classes, image_text_classes  # noqa: E402
 from zoo.trial import trial  # noqa: E402
 
@@ -43,6 +45,9 @@ def main() -> None:
     found = records(args.lines)
     for name in names:
         print(line(found[name]))
+    if not args.classes:
+        save("models", {"classes": [found[name] for name in names]})
+        (ROOT / "docs" / "models.md").write_text(page([found[name] for name in names], set(causal_classes())))
 
 
 def records(path: Path) -> dict[str, dict[str, Any]]:

@@ -39,7 +39,7 @@ def image_text_classes() -> list[str]:
     return sorted(names - set(causal_classes()))
 
 
-def build(name: str, *, layers: list[int] | None = None, **changes: Any) -> PreTrainedModel:
+def build(name: str, *, layers: list[int] | None = None, seed: int = 1, **changes: Any) -> PreTrainedModel:
     """The smallest model of class ``name``: random, in evaluation mode, float32, generates to the length asked for.
 
     ``layers``: which layers of its default config it has; one of each kind if None. ``changes`` are set in the text
@@ -55,7 +55,7 @@ def build(name: str, *, layers: list[int] | None = None, **changes: Any) -> PreT
         if parameters > 150e6:
             raise ValueError(f"{name} has {parameters:,} parameters after shrinking")
         model = model_class._from_config(config, dtype=torch.float32)
-    return loud(model).eval()
+    return loud(model, seed).eval()
 
 
 def shrunk(kind: type[PretrainedConfig], name: str, layers: list[int] | None, changes: dict[str, Any]) -> Any:
@@ -196,23 +196,25 @@ def _shrunk_rope(value: Any) -> Any:
     return inner
 
 
-def loud(model: PreTrainedModel) -> PreTrainedModel:
+def loud(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Weights so large that attention is peaked and greedy tokens vary; norms and biases away from 1 and 0."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
 
     def noise(like: torch.Tensor, size: float) -> torch.Tensor:
         return (torch.randn(like.shape, generator=generator) * size).to(like.dtype)
 
     head = getattr(model.get_output_embeddings(), "weight", None)
+    done: set[int] = set()
     with torch.no_grad():
         for module in model.modules():
             own = dict(module.named_parameters(recurse=False))
             for name, weight in own.items():
-                if weight.numel() == 0 or not weight.is_floating_point():
+                if weight.numel() == 0 or not weight.is_floating_point() or id(weight) in done:
                     continue
+                done.add(id(weight))
                 if isinstance(module, nn.Embedding):
                     # Where the embedding is the head too, a token would answer with itself.
-                    weight.copy_(noise(weight, 0.2 if weight is head else 1.0))
+                    weight.copy_(noise(weight, 0.03 if weight is head else 1.0))
                 elif weight is head:
                     weight.copy_(noise(weight, 0.2))
                 elif isinstance(module, nn.Linear) and name == "weight":
@@ -234,12 +236,12 @@ def loud(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def full_layers(name: str) -> list[int]:
-    """The layers of the default config, one of each kind, that attend to everything."""
+    """The layers of the default config, one of each kind, that attend to everything; none if no layer does."""
     default = getattr(transformers, name).config_class()
     text = default.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None)
     kinds = kinds_of_layers(text)
-    if not types:
+    if not types or name in ALONE:
         return kinds[:1]
     full = [index for index in kinds if index < len(types) and types[index] in _FULL]
-    return full or [0]
+    return full or ([kinds[0]] if "sliding_attention" in types else [])

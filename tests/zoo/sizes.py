@@ -143,8 +143,16 @@ INSTEAD: dict[str, dict[str, Any]] = {
 
 # The same for a model that is to have one layer of full attention and no other.
 ALONE: dict[str, dict[str, Any]] = {
-    "JambaForCausalLM": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    "BambaForCausalLM": {"attn_layer_indices": [0]},
+    "DeepseekOcr2ForConditionalGeneration": {"mlp_layer_types": ["dense"]},
     "GPTNeoForCausalLM": {"attention_types": [[["global"], 1]], "attention_layers": ["global"]},
+    "Gemma3nForCausalLM": {"num_kv_shared_layers": 0},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["full_attention"]},
+    "JambaForCausalLM": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    "Lfm2MoeForCausalLM": {"layer_types": ["full_attention"]},
+    "Lfm2VlForConditionalGeneration": {"full_attn_idxs": [0], "layer_types": ["full_attention"]},
+    "Lfm2ForCausalLM": {"full_attn_idxs": [0], "layer_types": ["full_attention"]},
+    "ZambaForCausalLM": {"num_hidden_layers": 1, "layers_block_type": ["hybrid"]},
 }
 
 BERT_LIKE = (
