@@ -6,6 +6,8 @@ from typing import Any
 
 import transformers
 from common import table
+from zoo.answers import ROUNDING
+from zoo.trial import verdict
 
 _METHODS = ("dense", "tokenselect")
 _TITLES = {"dense": "dense", "tokenselect": "TokenSelect", "streamingllm": "StreamingLLM"}
@@ -31,8 +33,6 @@ one of full attention where the config allows it), and tried by `python bench/mo
 
 def page(records: list[dict[str, Any]], causal: set[str]) -> str:
     """The whole page."""
-    from zoo.answers import ROUNDING
-
     generating = [each for each in records if each.get("generates")]
     reasons = _reasons(generating)
     parts = [_HEAD.format(version=transformers.__version__, rounding=ROUNDING), _counts(records, causal)]
@@ -50,17 +50,6 @@ def page(records: list[dict[str, Any]], causal: set[str]) -> str:
     return "\n".join(parts)
 
 
-def outcome(found: dict[str, dict[str, str]]) -> str:
-    """One word for a class and method: the worst of its situations; "partly" if only some are refused."""
-    seen = {each["outcome"] for each in found.values()} - {"undecided"} or {"identical"}
-    for worst in ("wrong", "crashed"):
-        if worst in seen:
-            return worst
-    if seen <= {"refused", "not tried"}:
-        return "refused" if "refused" in seen else "not tried"
-    return "partly" if "refused" in seen else "identical"
-
-
 def _counts(records: list[dict[str, Any]], causal: set[str]) -> str:
     rows = []
     for title, part in (
@@ -69,7 +58,7 @@ def _counts(records: list[dict[str, Any]], causal: set[str]) -> str:
     ):
         generating = [each for each in part if each.get("generates")]
         for method in _TITLES:
-            words = Counter(outcome(_found(each, method)) for each in generating)
+            words = Counter(verdict(_found(each, method)) for each in generating)
             numbers = [words[word] for word in ("identical", "partly", "refused", "wrong", "crashed", "not tried")]
             rows.append([f"{title}, {_TITLES[method]}", str(len(part)), str(len(generating)), *map(str, numbers)])
     header = ["", "classes", "tried", "identical", "in part", "refused", "wrong", "crashed", "not to be tried"]
@@ -111,7 +100,7 @@ def _reason_list(reasons: dict[str, int], records: list[dict[str, Any]]) -> str:
 
 def _cell(record: dict[str, Any], method: str, reasons: dict[str, int]) -> str:
     found = _found(record, method)
-    word = outcome(found)
+    word = verdict(found)
     if word in ("refused", "partly"):
         numbers: dict[int, list[str]] = {}
         for situation, each in found.items():
@@ -170,7 +159,7 @@ def _apart(records: list[dict[str, Any]]) -> str:
     untried = [
         f"- `{each['class']}`: {next(iter(each['streamingllm'].values()))['said'][:200]}"
         for each in records
-        if each.get("generates") and outcome(each["streamingllm"]) == "not tried"
+        if each.get("generates") and verdict(each["streamingllm"]) == "not tried"
     ]
     parts += [
         "",

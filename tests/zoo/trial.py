@@ -94,6 +94,17 @@ def after(model: PreTrainedModel, plain: answers.Answer, by_hand: answers.Answer
     return {"outcome": "identical"}
 
 
+def verdict(found: dict[str, dict[str, str]]) -> str:
+    """One word for a class and method: the worst of its situations; "partly" if only some are refused."""
+    seen = {each["outcome"] for each in found.values()} - {"undecided"} or {"identical"}
+    for worst in ("wrong", "crashed"):
+        if worst in seen:
+            return worst
+    if seen <= {"refused", "not tried"}:
+        return "refused" if "refused" in seen else "not tried"
+    return "partly" if "refused" in seen else "identical"
+
+
 def compared(difference: str | None) -> dict[str, str]:
     if difference is None:
         return {"outcome": "identical"}
