@@ -174,8 +174,8 @@ def _native(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> list[Tensor
             f"{name_of(model)} does not store keys in the cache that it is given, but in one of its own; kvote manages "
             "the cache that a model is given."
         )
-    first = logits[0]
-    if not same(first[:1, :-1], first[1:2, :-1]):
+    first, whole = logits[0], torch.ones_like(prompt.mask[:1, :-1])
+    if not _agree(first[:1, :-1], first[1:2, :-1], whole):
         raise UnsupportedModelError(
             f"{name_of(model)} is not causal: what comes later in a text changes what comes before; kvote stores a "
             "token once, as it was when it came."
