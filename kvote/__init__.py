@@ -18,6 +18,7 @@ if typing.TYPE_CHECKING:
         MethodError,
         UnsupportedModelError,
     )
+    from kvote.hf.facts import detach
     from kvote.method import Method
     from kvote.report import LayerReport, Report
 
@@ -36,6 +37,7 @@ _HOME = {
     "MethodError": "errors",
     "Report": "report",
     "UnsupportedModelError": "errors",
+    "detach": "hf.facts",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "MethodError",
     "Report",
     "UnsupportedModelError",
+    "detach",
     "methods",
 ]
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from kvote.errors import InactiveCacheError
 from kvote.heads import HeadGroups, in_groups
 from kvote.hf.cache_layer import CacheLayer, Turn
-from kvote.hf.model import attach, is_full_attention, key_heads, native_layers
-from kvote.hf.rope import find_ropes
+from kvote.hf.facts import facts_of, rope_of_layer
+from kvote.hf.model import native_layers
 from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
 from kvote.report import LayerReport, Report
@@ -35,19 +35,22 @@ class Cache(TransformersCache):
         self.turn = Turn()
         layers: list[Any] = []
         previous = None
-        native = native_layers(model)
-        ours = [index for index, layer in enumerate(native) if is_full_attention(layer)]
+        facts = facts_of(model)
+        self.trial_seconds = facts.seconds
+        ours = facts.layers
         self.method.read.check(len(ours))
-        ropes = find_ropes(model, ours) if self.method.needs_rope else {}
         crew = Crew()
-        for index, held in enumerate(native):
+        for index, held in enumerate(native_layers(model)):
             if index in ours:
-                groups = in_groups(index, self.method, ropes.get(index), len(ours), key_heads(model))
-                layer = groups or Layer(index, self.method, ropes.get(index), len(ours), crew)
-                held = previous = CacheLayer(layer, self.turn, previous)
+                fact = ours[index]
+                rope = rope_of_layer(fact) if self.method.needs_rope else None
+                groups = in_groups(index, self.method, rope, len(ours), fact.key_heads)
+                layer = groups or Layer(index, self.method, rope, len(ours), crew)
+                held = previous = CacheLayer(layer, self.turn, previous, fact.rotated, fact.rotary)
+                if fact.rotary is not None:
+                    fact.rotary.watch()
             layers.append(held)
         super().__init__(layers=layers)
-        attach(model)
 
     @property
     def managed(self) -> list[Layer]:

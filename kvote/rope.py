@@ -14,7 +14,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.memory import storage_bytes
 
-# (positions int64 [rows, n], dtype) -> the (cos, sin) that the model itself would use, each [rows, n, channels]
+# (positions int64 [rows, n], dtype) -> the model's own (cos, sin), each [rows, n, pairs of channels]
 Angles = tuple[Tensor, Tensor]
 RotaryModule = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
@@ -25,14 +25,13 @@ _TABLES_KEPT = 8
 class Rope:
     """The rotary embedding of a layer, or of all layers that share it.
 
-    ``repeated``: the model's cos/sin hold every angle twice. ``fresh``: makes the module as it was before it saw a
-    position, where angles depend on more than their own position (LongRoPE and dynamic NTK look at the largest).
-    ``still``: there, the module with the frequencies of its last pass, whatever the positions.
+    ``interleaved``: whether neighbours are a pair, or channels half of the rotated part apart. ``fresh``: makes the
+    module as it was before it saw a position, where angles depend on more than their own position (LongRoPE and
+    dynamic NTK look at the largest). ``still``: there, the module with the frequencies of its last pass.
     """
 
     module: RotaryModule
     interleaved: bool = False
-    repeated: bool = True
     fresh: Callable[[], RotaryModule] | None = None
     still: RotaryModule | None = None
     _tables: dict[tuple[int, torch.device], Angles] = field(default_factory=dict, repr=False)
@@ -67,8 +66,6 @@ class Rope:
 
     def _angles(self, module: RotaryModule, positions: Tensor, dtype: torch.dtype) -> Angles:
         cos, sin = module(positions.reshape(-1, positions.shape[-1]), dtype)
-        if self.repeated:
-            cos, sin = (x[..., ::2] if self.interleaved else x[..., : x.shape[-1] // 2] for x in (cos, sin))
         shape = (*positions.shape, cos.shape[-1])
         return cos.float().reshape(shape), sin.float().reshape(shape)
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from kvote.hf.rope import find_rope
+from kvote.hf.facts import find_rope
 from kvote.layer import Layer, Step
 from kvote.method import parse
 from kvote.store.segment import Logits

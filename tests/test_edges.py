@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import kvote
 from kvote import kernels
 from kvote.errors import InputError
-from kvote.hf.rope import find_rope
+from kvote.hf.facts import find_rope
 from kvote.kernels import cpu, reference
 
 SELECTING = "tokenselect(top_k=6, sinks=2, window=4, chunk=8, tail=4, theta=2.0)"

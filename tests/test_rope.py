@@ -1,5 +1,6 @@
 """Rotary positions: undone exactly, redone anywhere, for every kind of rotary module."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvote import UnsupportedModelError
-from kvote.hf.rope import find_rope
+from kvote.hf.facts import find_rope
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
@@ -40,8 +41,9 @@ def of_kind(kind: str) -> Any:
 def model_rotation(net: Any, x: Tensor, positions: Tensor, layer: int = 1) -> Tensor:
     """What the model itself does to keys [1, h, n, d]."""
     apply = sys.modules[type(net).__module__].apply_rotary_pos_emb
-    module = find_rope(net, layer).module
-    return apply(x, x, *module(positions, x.dtype))[1]
+    typed = "layer_type" in inspect.signature(net.model.rotary_emb.forward).parameters
+    kind = {"layer_type": net.config.layer_types[layer]} if typed else {}
+    return apply(x, x, *net.model.rotary_emb(x, positions, **kind))[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -117,7 +119,7 @@ def test_tables_kept_are_few():
 
 
 def test_a_rotation_that_is_not_one_is_refused(monkeypatch):
-    net = tiny.model()
+    net = tiny.model(seed=7)
     modeling = sys.modules[type(net).__module__]
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM rotates keys in a way that kvote cannot undo"):

@@ -20,7 +20,9 @@ from kvote.calibration.fingerprint import Fingerprint
 from kvote.calibration.heads import DUO, as_data
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer, Turn
-from kvote.hf.model import attach, is_full_attention, key_heads, native_layers
+from kvote.hf.facts import facts_of
+from kvote.hf.model import native_layers
+from kvote.hf.switch import attach, detach, is_attached
 from kvote.layer import Step
 from kvote.method import Method
 
@@ -53,6 +55,7 @@ class Gate:
     method: Method = field(default_factory=Method)
     seen: int = 0
     record_past: bool = False
+    differentiable = True
 
     def attend(self, step: Step) -> Tensor:
         """[b, t, heads, dv]; differentiable."""
@@ -79,9 +82,12 @@ def train_duo(
     Raises InputError where examples run out or none is longer than what streaming heads see, UnsupportedModelError for
     a model with learned sink logits or a soft cap.
     """
-    layers = native_layers(model)
-    ours = [index for index, native in enumerate(layers) if is_full_attention(native)]
-    gates = torch.ones(len(ours), key_heads(model), device=model.device, requires_grad=True)
+    attached = is_attached(model)
+    facts = facts_of(model).layers
+    if not attached:
+        detach(model)
+    ours = list(facts)
+    gates = torch.ones(len(ours), facts[ours[0]].key_heads, device=model.device, requires_grad=True)
     optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     texts, longest, tokens = iter(examples), 0, 0
@@ -167,7 +173,7 @@ def _attend(step: Step, mask: Tensor | None) -> Tensor:
 def _frozen(model: Any) -> Iterator[None]:
     """The model as it answers, its weights without gradients, and afterwards as it was."""
     training, grads = model.training, [weight.requires_grad for weight in model.parameters()]
-    native = model.config._attn_implementation
+    attached = is_attached(model)
     model.eval().requires_grad_(False)
     attach(model)
     try:
@@ -177,4 +183,5 @@ def _frozen(model: Any) -> Iterator[None]:
         model.train(training)
         for weight, grad in zip(model.parameters(), grads, strict=True):
             weight.requires_grad_(grad)
-        model.set_attn_implementation(native)
+        if not attached:
+            detach(model)

@@ -1,22 +1,30 @@
 """The attention function: kvote's layers attend by themselves, keys of other caches go to the native function."""
 
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
-from kvote.errors import UnsupportedModelError
+from kvote.errors import InputError, UnsupportedModelError
 from kvote.heads import HeadGroups
-from kvote.hf.cache_layer import Turn, owner_of
-from kvote.hf.mask import padding_of
+from kvote.hf.cache_layer import CacheLayer, Turn, owner_of
+from kvote.hf.mask import Padding, padding_of
+from kvote.hf.watch import note_attention
 from kvote.layer import Layer, Step
 from kvote.store.segment import Logits
 
 _DRAFTS = 32
+# What transformers collects for its caller in this pass, where this release says so.
+_collected: ContextVar[dict[str, Any] | None] = getattr(
+    output_capturing, "_active_collector", ContextVar("nothing collected", default=None)
+)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     native: str,
     module: torch.nn.Module,
@@ -26,32 +34,33 @@ def attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function. Layers of other caches (sliding ones of a hybrid model, say) go to ``native``."""
+    """The attention function. Layers of other caches (sliding ones of a hybrid model, say) go to ``native``.
+
+    Raises UnsupportedModelError for what the model asks of attention and kvote has not, and InputError for gradients
+    and attention weights.
+    """
+    note_attention(module, query, key, value, attention_mask, kwargs)
     padding = padding_of(attention_mask)
     owner = owner_of(key)
     if owner is None:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, eager)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, _eager_of(module))
         mask = attention_mask if padding is None else padding.native_mask()
         return attend(module, query, key, value, mask, **kwargs)
-    refused = [name for name in ("position_bias", "sliding_window", "cache") if kwargs.get(name) is not None]
-    if kwargs.get("dropout"):
-        refused.append("dropout")
-    if attention_mask is not None and padding is None:
-        refused.append("a custom attention mask")
-    if refused:
-        raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(refused)}; kvote has none.")
+    _check(module, attention_mask, padding, kwargs)
+    if (
+        torch.is_grad_enabled()
+        and not getattr(owner.layer, "differentiable", False)
+        and any(x.requires_grad for x in (query, key, value))
+    ):
+        raise InputError(
+            "kvote is for inference and passes no gradients on; run the model under torch.no_grad(), or train with "
+            "another cache."
+        )
     owner.pending = False
     t, seen = query.shape[2], owner.layer.seen
-    positions = kwargs.get("position_ids")
-    if positions is None and owner.layer.method.needs_rope:
-        raise UnsupportedModelError(f"{type(module).__name__} does not tell attention its positions; use 'dense'.")
+    positions = _positions(module, owner, kwargs.get("position_ids"))
     if positions is None:
         positions = torch.arange(seen, seen + t, device=query.device)[None]
-    if positions.dim() != 2:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} uses {positions.dim()}-D positions; kvote needs one each."
-        )
     scaling = kwargs.get("scaling")
     step = Step(
         query=query,
@@ -66,7 +75,56 @@ def attention(
         logits=Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
         sink_logits=kwargs.get("s_aux"),
     )
-    return owner.layer.attend(step), None
+    # Model files go on with .view(), which needs what transformers' own functions return: contiguous answers.
+    return owner.layer.attend(step).contiguous(), None
+
+
+def _eager_of(module: torch.nn.Module) -> Any:
+    """The eager attention of the file in which the class of ``module``, or one that it inherits from, is written."""
+    for kind in type(module).__mro__:
+        eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    return None
+
+
+def _check(
+    module: torch.nn.Module, attention_mask: Tensor | None, padding: Padding | None, kwargs: dict[str, Any]
+) -> None:
+    """Raises UnsupportedModelError for what kvote's attention has not, InputError for attention weights."""
+    refused = [name for name in ("position_bias", "sliding_window", "cache") if kwargs.get(name) is not None]
+    if kwargs.get("dropout"):
+        refused.append("dropout")
+    if attention_mask is not None and padding is None:
+        refused.append("a custom attention mask")
+    if refused:
+        raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(refused)}; kvote has none.")
+    if kwargs.get("output_attentions") or "attentions" in (_collected.get() or {}):
+        raise InputError("kvote returns no attention weights; leave output_attentions out, or use another cache.")
+
+
+def _positions(module: torch.nn.Module, owner: CacheLayer, positions: Tensor | None) -> Tensor | None:
+    """The positions [1 or b, t] of the new tokens; None where the model does not tell, and nothing is rotated.
+
+    Raises UnsupportedModelError where the method has to know and cannot.
+    """
+    needed = owner.layer.method.needs_rope and owner.rotated
+    if owner.rotary is not None:
+        positions = owner.rotary.positions()
+        if positions is None and needed:
+            raise UnsupportedModelError(
+                f"An image or video gives this text of {type(module).__name__} positions in three dimensions, at which "
+                "kvote cannot place tokens anew; use a method that leaves keys as they are, such as 'dense'."
+            )
+    if positions is None and needed:
+        raise UnsupportedModelError(f"{type(module).__name__} does not tell attention its positions; use 'dense'.")
+    if positions is not None and positions.dim() != 2:
+        if needed:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} uses {positions.dim()}-D positions; kvote needs one each."
+            )
+        positions = None
+    return positions
 
 
 def _solo(layer: Layer | HeadGroups, turn: Turn, t: int) -> int:

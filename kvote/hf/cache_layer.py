@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvote.errors import InactiveCacheError
 from kvote.heads import HeadGroups
+from kvote.hf.rotary import RotaryPositions
 from kvote.layer import Layer
 
 _LAYER = "_kvote_layer"
@@ -29,14 +30,26 @@ class CacheLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, layer: Layer | HeadGroups, turn: Turn, previous: "CacheLayer | None") -> None:
+    def __init__(
+        self,
+        layer: Layer | HeadGroups,
+        turn: Turn,
+        previous: "CacheLayer | None",
+        rotated: bool = True,
+        rotary: RotaryPositions | None = None,
+    ) -> None:
+        """``rotated``: whether the model rotates keys here. ``rotary``: where attention is not told positions as they
+        are, what tells them instead."""
         super().__init__()
         self.layer, self.turn, self.previous = layer, turn, previous
+        self.rotated, self.rotary = rotated, rotary
         self.pending = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    # An attribute set on a tensor does not survive tracing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
         for waiting in (self, self.previous):

@@ -1,44 +1,29 @@
-"""What a model is made of, and the switch to kvote's attention."""
+"""What the config of a model says: its name, its cache layers, and which of them hold full attention."""
 
-from functools import partial
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionLayer
 
 from kvote.errors import UnsupportedModelError
-from kvote.hf.attention import attention
-from kvote.hf.mask import mask
-
-_PREFIX = "kvote_over_"
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Switches ``model`` to kvote's attention; with any other cache it behaves as before."""
-    native = model.config._attn_implementation or "eager"
-    if native.startswith(_PREFIX):
-        return
-    if native not in ALL_MASK_ATTENTION_FUNCTIONS:
-        native = "sdpa"
-    # "flash" in a name makes transformers look for a kernel of that name.
-    name = _PREFIX + native.replace("flash_attention_", "fa")
-    AttentionInterface.register(name, partial(attention, native))
-    AttentionMaskInterface.register(name, partial(mask, native))
-    model.set_attn_implementation(name)
+def name_of(model: Any) -> str:
+    """The name of the model's class, below wrappers of adapters and compilation."""
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "get_base_model", None)
+    return type(model if base is None else base()).__name__
 
 
 def native_layers(model: PreTrainedModel) -> list[Any]:
     """The cache layers that transformers would use for this model. Raises UnsupportedModelError where none is ours."""
-    name = type(model).__name__
+    name = name_of(model)
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False) or model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; kvote manages decoder-only models.")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(f"{name} does not route attention through transformers' AttentionInterface.")
     layers = list(DynamicCache(config=config).layers)
     if not any(is_full_attention(layer) for layer in layers):
-        raise UnsupportedModelError(f"{name} has no full-attention layer, so there is nothing for kvote to manage.")
+        raise UnsupportedModelError(f"{name} has no full-attention layer{_instead(layers)}.")
     return layers
 
 
@@ -47,7 +32,10 @@ def is_full_attention(layer: Any) -> bool:
     return type(layer) is DynamicLayer
 
 
-def key_heads(model: PreTrainedModel) -> int:
-    """Key heads of a layer, as the model's config tells."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+def _instead(layers: list[Any]) -> str:
+    """What the layers are that hold no plain full attention."""
+    if any(isinstance(layer, LinearAttentionLayer) and isinstance(layer, DynamicLayer) for layer in layers):
+        return " by itself: its layers hold a recurrent state and keys together, which kvote does not take apart"
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
+        return ": an indexer of its own selects the tokens that it reads, so there is nothing for kvote to manage"
+    return ", so there is nothing for kvote to manage"

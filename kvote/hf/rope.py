@@ -1,84 +1,125 @@
-"""Which rotary embedding a layer uses, found out by trying."""
+"""How a layer rotates its keys, found out from keys of the same hidden states at two positions."""
 
 import copy
 import inspect
-import sys
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from kvote.errors import UnsupportedModelError
-from kvote.kernels import rotate
-from kvote.rope import Rope
+from kvote.hf.rotary import RawAngles, caller, pair, positions_given
+from kvote.hf.watch import ModuleCall
+from kvote.rope import Angles, Rope, RotaryModule
 
-
-def find_ropes(model: PreTrainedModel, layers: list[int]) -> dict[int, Rope]:
-    """The rotary embedding of each of ``layers``; those of one type share it. Raises UnsupportedModelError."""
-    config = model.config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    shared: dict[str, Rope] = {}
-    for index in layers:
-        if types[index] not in shared:
-            shared[types[index]] = find_rope(model, index)
-    return {index: shared[types[index]] for index in layers}
+# Largest relative difference that rounding makes between keys that were rotated and rotated back.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
 
 
-def find_rope(model: PreTrainedModel, layer_index: int) -> Rope:
-    """The rotary embedding of a layer, proven on random numbers to be undone. Raises UnsupportedModelError."""
-    name = type(model).__name__
-    rotary = next(
-        (m.rotary_emb for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), torch.nn.Module)), None
-    )
-    modeling = sys.modules[type(model).__module__]
-    apply = getattr(modeling, "apply_rotary_pos_emb", None)
-    if rotary is None or apply is None:
-        raise UnsupportedModelError(f"{name} has no rotary positions that kvote can undo; use method 'dense'.")
-    config = model.config.get_text_config(decoder=True)
-    module = _rotary_call(rotary, config, layer_index)
-    fresh = still = None
-    if any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic")):
-        fresh = partial(_fresh_rotary_call, rotary, config, layer_index)
-        # Below the decorator that chooses frequencies by the largest position.
-        still = _rotary_call(rotary, config, layer_index, partial(inspect.unwrap(type(rotary).forward), rotary))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    positions = torch.tensor([[3, 5, 8, 1]], device=model.device)
-    x = torch.randn(1, 1, 4, head_dim, device=model.device, generator=torch.Generator(model.device).manual_seed(0))
-    cos, sin = module(positions, torch.float32)
-    if cos.dim() != 3 or 2 * cos.shape[-1] < 2:
-        raise UnsupportedModelError(f"{name} uses rotary positions of a form that kvote does not know; use 'dense'.")
-    expected = apply(x, x, cos, sin)[0]
-    for interleaved, repeated in ((False, True), (True, True), (False, False)):
-        rope = Rope(module, interleaved, repeated, fresh, still)
-        angles = rope.angles(positions, torch.float32)
-        if 2 * angles[0].shape[-1] <= head_dim:
-            mine = rotate(x, angles[0][:, None], angles[1][:, None], interleaved=interleaved)
-            if torch.allclose(mine, expected, atol=1e-5) and torch.allclose(rope.undo(mine, angles), x, atol=1e-4):
-                return rope
-    raise UnsupportedModelError(f"{name} rotates keys in a way that kvote cannot undo; use method 'dense'.")
+@dataclass(frozen=True)
+class Turned:
+    """One state of a key or query [b, h, 1, d] at a position [b, 1] each."""
+
+    x: Tensor
+    positions: Tensor
 
 
-def _rotary_call(
-    rotary: torch.nn.Module, config: Any, layer_index: int, call: Callable[..., Any] | None = None
-) -> Callable[[Tensor, torch.dtype], Any]:
-    """``call`` instead of the module itself, if given."""
-    call = rotary if call is None else call
-    typed = "layer_type" in inspect.signature(rotary.forward).parameters
-    kwargs = {"layer_type": config.layer_types[layer_index]} if typed else {}
+def same(a: Tensor, b: Tensor, *, up_to_length: bool = False) -> bool:
+    """Whether two tensors [b, h, n, d] are equal but for rounding; ``up_to_length``, but for a factor per token too."""
+    rounding = _ROUNDING.get(a.dtype, 1.2e-2)
+    a, b = a.float(), b.float()
+    if up_to_length:
+        a, b = torch.nn.functional.normalize(a, dim=-1), torch.nn.functional.normalize(b, dim=-1)
+    return bool((a - b).norm() <= rounding * max(float(a.norm()), 1e-30))
 
-    def angles(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return call(torch.empty(0, dtype=dtype, device=positions.device), positions, **kwargs)
+
+def identity() -> Rope:
+    """The rope of layers that rotate nothing: an angle of zero for one pair of channels."""
+
+    def zero(positions: Tensor, dtype: torch.dtype) -> Angles:
+        cos = torch.ones(*positions.shape, 1, dtype=dtype, device=positions.device)
+        return cos, torch.zeros_like(cos)
+
+    return Rope(zero)
+
+
+def rope_of(call: ModuleCall, keys: tuple[Turned, Turned], queries: tuple[Turned, Turned]) -> Rope | None:
+    """The rope by which both keys (and both queries, but for their length) become one un-rotated state again, with the
+    angles of ``call``; None if no form does it."""
+    raw = caller(call)
+    fresh, still = _moving(call)
+    dtype = keys[0].x.dtype
+    for take, direction, interleaved in itertools.product(_TAKES, (1, -1), (False, True)):
+        canonical = partial(_canonical, take, direction)
+        rope = Rope(
+            canonical(raw),
+            interleaved,
+            None if fresh is None else lambda canonical=canonical, fresh=fresh: canonical(fresh()),  # type: ignore[misc]
+            None if still is None else canonical(still),
+        )
+        if _undoes(rope, keys, dtype) and _undoes(rope, queries, dtype, up_to_length=True):
+            return rope
+    return None
+
+
+def _undoes(rope: Rope, states: tuple[Turned, Turned], dtype: torch.dtype, *, up_to_length: bool = False) -> bool:
+    back = []
+    for state in states:
+        angles = rope.angles(state.positions, dtype)
+        if not 0 < 2 * angles[0].shape[-1] <= state.x.shape[-1]:
+            return False
+        back.append(rope.undo(state.x, angles))
+    return same(*back, up_to_length=up_to_length)
+
+
+def _halves(x: Tensor) -> Tensor:
+    return x[..., : x.shape[-1] // 2]
+
+
+def _every_second(x: Tensor) -> Tensor:
+    return x[..., ::2]
+
+
+def _all(x: Tensor) -> Tensor:
+    return x
+
+
+# Models return each angle twice, in halves or side by side, or once.
+_TAKES: tuple[Callable[[Tensor], Tensor], ...] = (_halves, _every_second, _all)
+
+
+def _canonical(take: Callable[[Tensor], Tensor], direction: int, raw: RawAngles) -> RotaryModule:
+    """The model's angles once per pair of channels, in the direction in which kvote rotates."""
+
+    def angles(positions: Tensor, dtype: torch.dtype) -> Angles:
+        cos, sin = raw(positions, dtype)
+        return take(cos), direction * take(sin)
 
     return angles
 
 
-def _fresh_rotary_call(rotary: torch.nn.Module, config: Any, layer_index: int) -> Callable[[Tensor, torch.dtype], Any]:
-    """The same for a copy of the module without the state that the texts read so far have left in it."""
-    clone: Any = copy.deepcopy(rotary)
+def _moving(call: ModuleCall) -> tuple[Callable[[], RawAngles] | None, RawAngles | None]:
+    """Where angles depend on the largest position (LongRoPE, dynamic NTK): how to make a module that has seen none, and
+    the module with the frequencies of its last pass."""
+    rotary: Any = call.module
+    if not any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic")):
+        return None, None
+    # Below the decorator that chooses frequencies by the largest position.
+    still = caller(call, partial(inspect.unwrap(type(rotary).forward), rotary))
+    return partial(_fresh, call), still
+
+
+def _fresh(call: ModuleCall) -> RawAngles:
+    clone: Any = copy.deepcopy(call.module)
     if hasattr(clone, "original_inv_freq"):
         clone.inv_freq = clone.original_inv_freq.clone()
         clone.max_seq_len_cached = clone.original_max_seq_len
-    return _rotary_call(clone, config, layer_index)
+    return caller(ModuleCall(clone, call.args, call.kwargs))
+
+
+def rotary_calls(calls: list[ModuleCall]) -> list[ModuleCall]:
+    """Those of ``calls`` that made cosines and sines for positions."""
+    return [call for call in calls if pair(call.output) is not None and positions_given(call) is not None]

@@ -39,10 +39,9 @@ class Geometry:
         return 2 * self.kv_heads * self.dim * self.dtype.itemsize
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Llama's rotary embedding: cosines and sines [..., n, dim]."""
+        """Llama's rotary embedding: cosines and sines [..., n, dim / 2]."""
         inverse = 1.0 / _BASE ** (torch.arange(0, self.dim, 2).float() / self.dim)
         angles = positions[..., None].float() * inverse
-        angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def tokens(self, count: int, batch: int = 1) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ def test_chunks_equal_the_reference_at_real_sizes(t, dtype, d, groups):
 
 def rotary(positions, dtype):
     frequencies = 1e6 ** (-torch.arange(0, 128, 2, device=positions.device) / 128)
-    angles = (positions[..., None] * frequencies).repeat(*[1] * positions.dim(), 2)
+    angles = positions[..., None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kvote
 from kvote import MethodError
-from kvote.hf.rope import find_rope
+from kvote.hf.facts import find_rope
 from kvote.layer import Crew, Layer, Step
 from kvote.method import parse
 from kvote.read.tokens import Queries, TokenSet

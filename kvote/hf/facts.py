@@ -1,0 +1,78 @@
+"""What is known about a model: the trial's outcome, kept until the model changes."""
+
+import json
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from kvote.errors import InputError, UnsupportedModelError
+from kvote.hf import switch
+from kvote.hf.trial import Facts, LayerFacts, find_out
+from kvote.rope import Rope
+
+_known: "WeakKeyDictionary[torch.nn.Module, tuple[Any, Facts | UnsupportedModelError]]" = WeakKeyDictionary()
+
+
+def facts_of(model: PreTrainedModel) -> Facts:
+    """The trial's outcome, and the model switched to kvote's attention. The trial runs once per model, and anew after
+    its weights, adapters or config have changed.
+
+    Raises UnsupportedModelError as the trial, and InputError for what is no model of transformers.
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise InputError(
+            f"kvote needs a model of transformers, such as AutoModelForCausalLM makes, and got {model!r:.80}."
+        )
+    state = _state(model)
+    known = _known.get(model)
+    if known is None or known[0] != state or (isinstance(known[1], Facts) and not switch.is_attached(model)):
+        outcome: Facts | UnsupportedModelError
+        try:
+            outcome = find_out(model)
+        except UnsupportedModelError as error:
+            # Without its frames, which would keep the trial's tensors.
+            outcome = UnsupportedModelError(*error.args)
+            _known[model] = state, outcome
+            raise
+        _known[model] = known = state, outcome
+    if isinstance(known[1], UnsupportedModelError):
+        raise UnsupportedModelError(*known[1].args)
+    return known[1]
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Gives ``model`` back as it was before the first ``kvote.Cache``: with its own attention, and unwatched.
+
+    A kvote cache that is still used with it raises InactiveCacheError; a new one switches the model again.
+    """
+    switch.detach(model)
+    known = _known.pop(model, None)
+    if known is not None and isinstance(known[1], Facts):
+        for layer in known[1].layers.values():
+            if layer.rotary is not None:
+                layer.rotary.release()
+
+
+def find_rope(model: PreTrainedModel, layer: int) -> Rope:
+    """The rotary embedding of a layer. Raises UnsupportedModelError with the reason if it cannot be undone."""
+    return rope_of_layer(facts_of(model).layers[layer])
+
+
+def rope_of_layer(facts: LayerFacts) -> Rope:
+    """Its rope. Raises UnsupportedModelError with the reason if the model's rotation cannot be undone."""
+    if facts.rope is None:
+        raise UnsupportedModelError(facts.why_no_rope)
+    return facts.rope
+
+
+def _state(model: PreTrainedModel) -> Any:
+    """Changes with what a trial depends on: weights, adapters, config."""
+    weights = tuple((id(p), p._version) for p in model.parameters())
+    adapters = tuple(
+        (str(module.active_adapter), bool(getattr(module, "merged", False)), bool(module.disable_adapters))
+        for module in model.modules()
+        if hasattr(module, "active_adapter") and hasattr(module, "disable_adapters")
+    )
+    return weights, adapters, json.dumps(model.config.to_dict(), sort_keys=True, default=str)

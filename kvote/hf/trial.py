@@ -1,0 +1,411 @@
+"""What a model does with attention, found out by running it once on a few tokens.
+
+Nothing here goes by names of classes or flags: the model runs with its own attention and with kvote's, every attention
+module is seen at work and called again at another position, and what comes out is compared.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvote.errors import UnsupportedModelError
+from kvote.hf.cache_layer import CacheLayer, Turn
+from kvote.hf.mask import padding_of
+from kvote.hf.model import is_full_attention, name_of, native_layers
+from kvote.hf.rope import Turned, identity, rope_of, rotary_calls, same
+from kvote.hf.rotary import RotaryPositions, positions_given
+from kvote.hf.switch import attach, detach, is_attached
+from kvote.hf.undisturbed import undisturbed
+from kvote.hf.watch import AttentionCall, ModuleCall, Record, Stop, WatchedCache, recording
+from kvote.layer import Layer
+from kvote.method import Method
+from kvote.rope import Rope
+
+# Tokens of the first pass; the second has one more, as a decode step.
+_TOKENS = 6
+# The token of the first pass whose key is made again at the position of the second.
+_AGAIN = 2
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the trial saw of a layer with full attention.
+
+    ``rope`` is None where kvote cannot undo the model's rotation, for the reason in ``why_no_rope``; ``rotated`` is
+    False where nothing rotates keys. ``rotary`` stands where attention is not told positions as the rotary module is.
+    """
+
+    index: int
+    heads: int
+    key_heads: int
+    head_size: int
+    value_size: int
+    rope: Rope | None = None
+    rotated: bool = True
+    why_no_rope: str = ""
+    rotary: RotaryPositions | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the trial found out about a model: its full-attention layers by index, and how long that took."""
+
+    layers: dict[int, LayerFacts]
+    seconds: float
+
+
+@dataclass
+class _Prompt:
+    """Three rows of tokens: a text, the same with another last token, and one with padding on the left."""
+
+    ids: Tensor
+    mask: Tensor
+    next: Tensor
+
+    def passes(self) -> list[dict[str, Tensor]]:
+        rows = self.mask.shape[0]
+        longer = torch.cat([self.mask, self.mask.new_ones(rows, 1)], dim=1)
+        return [
+            {"input_ids": self.ids, "attention_mask": self.mask},
+            {"input_ids": self.next, "attention_mask": longer},
+        ]
+
+
+def find_out(model: PreTrainedModel) -> Facts:
+    """Runs ``model`` and leaves it switched to kvote's attention.
+
+    Raises UnsupportedModelError with the reason why kvote cannot manage its cache; then it is left as it was.
+    """
+    begin = time.perf_counter()
+    native_layers(model)
+    prompt = _prompt(model)
+    runner = _runner(model)
+    with undisturbed(model):
+        was_attached = is_attached(model)
+        detach(model)
+        try:
+            native = _native(model, runner, prompt)
+            attach(model)
+            layers = _watch(model, runner, prompt, native)
+            _compare_dense(model, runner, prompt, native, layers)
+        except UnsupportedModelError:
+            detach(model)
+            raise
+        except Exception as error:
+            detach(model)
+            raise UnsupportedModelError(
+                f"{name_of(model)} does not run with kvote's attention ({first_line(error)})."
+            ) from error
+        except BaseException:
+            if not was_attached:
+                detach(model)
+            raise
+    return Facts(layers, time.perf_counter() - begin)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _runner(model: Any) -> Any:
+    """The model below a wrapper of torch.compile, which would compile for the trial."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _prompt(model: PreTrainedModel) -> _Prompt:
+    config = model.config.get_text_config(decoder=True)
+    size = int(getattr(config, "vocab_size", None) or model.get_input_embeddings().num_embeddings)
+    special = _special_ids(model.config) | _special_ids(config)
+    plain = [token for token in range(min(size, 4096)) if token not in special]
+    if len(plain) < 4:
+        raise UnsupportedModelError(f"{name_of(model)} has no plain tokens in its vocabulary to try it with.")
+    # Far from each other, and none twice in a row.
+    row = [plain[(7 * i + 3) % len(plain)] for i in range(_TOKENS + 2)]
+    ids = torch.tensor([row[:_TOKENS]] * 3)
+    ids[1, -1] = row[_TOKENS + 1]
+    mask = torch.ones_like(ids)
+    mask[2, :2] = 0
+    after = torch.tensor([[row[_TOKENS]]] * 3)
+    return _Prompt(*(x.to(_device(model)) for x in (ids, mask, after)))
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Tokens that stand for something else than text, such as images."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if name.endswith(("_token_id", "_token_index", "_token_ids", "_index")):
+            found |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
+    return found
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go. Raises UnsupportedModelError for weights that hold no numbers."""
+    weight = next(model.parameters(), None)
+    if weight is None or not weight.is_meta:
+        return torch.device("cpu") if weight is None else weight.device
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    devices = [d for hook in hooks for d in _execution_devices(hook)]
+    if not devices:
+        raise UnsupportedModelError(
+            f"The weights of {name_of(model)} are on the meta device, where they hold no numbers; load them first."
+        )
+    return torch.device(devices[0])
+
+
+def _execution_devices(hook: Any) -> list[Any]:
+    """Devices on which offloaded modules run, as accelerate's hooks know."""
+    hooks = getattr(hook, "hooks", [hook])
+    return [device for h in hooks if (device := getattr(h, "execution_device", None)) is not None]
+
+
+def _native(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> list[Tensor]:
+    """The logits of both passes with the model's own attention and cache."""
+    cache = WatchedCache(config=model.config)
+    with recording() as record:
+        logits = [_forward(runner, inputs, cache) for inputs in prompt.passes()]
+    if not record.updates:
+        raise UnsupportedModelError(
+            f"{name_of(model)} does not store keys in the cache that it is given, but in one of its own; kvote manages "
+            "the cache that a model is given."
+        )
+    first, whole = logits[0], torch.ones_like(prompt.mask[:1, :-1])
+    if not _agree(first[:1, :-1], first[1:2, :-1], whole):
+        raise UnsupportedModelError(
+            f"{name_of(model)} is not causal: what comes later in a text changes what comes before; kvote stores a "
+            "token once, as it was when it came."
+        )
+    return logits
+
+
+def _forward(runner: Any, inputs: dict[str, Tensor], cache: Any) -> Tensor:
+    logits: Tensor = runner(**inputs, past_key_values=cache, use_cache=True).logits
+    return logits
+
+
+def _watch(model: PreTrainedModel, runner: Any, prompt: _Prompt, native: list[Tensor]) -> dict[int, LayerFacts]:
+    """Runs the switched model with a native cache, compares its logits, and says what each layer does."""
+    cache = WatchedCache(config=model.config)
+    records = []
+    for inputs, expected in zip(prompt.passes(), native, strict=True):
+        with recording(runner) as record:
+            logits = _forward(runner, inputs, cache)
+        records.append(record)
+        if not _agree(logits, expected, inputs["attention_mask"]):
+            raise UnsupportedModelError(
+                f"{name_of(model)} gives other logits with its own cache once kvote's attention is registered; it goes "
+                "by the name of its attention implementation."
+            )
+    if not any(record.attention for record in records):
+        raise UnsupportedModelError(
+            f"{name_of(model)} does not route attention through transformers' AttentionInterface."
+        )
+    full = [index for index, layer in enumerate(cache.layers) if is_full_attention(layer)]
+    first, second = records
+    finder = _RopeFinder(model, first, second)
+    return {
+        index: finder.facts(_only_call(model, index, first), index)
+        for index in full
+        if any(update.layer == index for update in first.updates)
+    }
+
+
+# How far logits may lie apart, relative to their size, where one sum is rounded in another order in every layer.
+_APART = {torch.float64: 1e-4, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def _agree(logits: Tensor, expected: Tensor, mask: Tensor) -> bool:
+    """Whether two runs agree where tokens are no padding."""
+    valid = mask[:, -logits.shape[1] :].bool()
+    a, b = logits.float()[valid], expected.float()[valid]
+    # Models that forbid tokens give them no finite logits.
+    finite = a.isfinite() & b.isfinite()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = a[finite], b[finite]
+    return bool((a - b).norm() <= _APART.get(expected.dtype, 1e-1) * b.norm())
+
+
+def _only_call(model: PreTrainedModel, index: int, record: Record) -> AttentionCall:
+    """The one attention call that goes with the one update of a layer. Raises UnsupportedModelError if there are
+    others, or if attention gets something else than the cache gave."""
+    updates = [update for update in record.updates if update.layer == index]
+    if len(updates) > 1:
+        raise UnsupportedModelError(f"{name_of(model)} updates its cache {len(updates)} times in layer {index}.")
+    key, value = updates[0].returned
+    calls = [call for call in record.attention if call.key is key]
+    if not calls:
+        given = [c for c in record.attention if c.key.shape[1:3] != key.shape[1:3] and c.key.shape[2] == key.shape[2]]
+        what = "caches latents and makes keys of them in every step" if given else "changes keys after they were cached"
+        raise UnsupportedModelError(
+            f"{name_of(model)} {what} (layer {index}); kvote's attention needs the keys that the cache holds."
+        )
+    if len(calls) > 1:
+        raise UnsupportedModelError(
+            f"{name_of(model)} attends {len(calls)} times to the keys of layer {index}, and kvote stores keys when "
+            "they are attended to."
+        )
+    call = calls[0]
+    if call.value is not value:
+        raise UnsupportedModelError(
+            f"{name_of(model)} changes values after they were cached (layer {index}); kvote stores what is cached."
+        )
+    if call.mask is not None and padding_of(call.mask) is None:
+        raise UnsupportedModelError(
+            f"{name_of(model)} gives the attention of layer {index} a mask of its own; kvote has but the causal one."
+        )
+    return call
+
+
+@dataclass
+class _RopeFinder:
+    """Finds the rope of each layer from the records of two passes; layers that rotate alike share one."""
+
+    model: PreTrainedModel
+    first: Record
+    second: Record
+    _found: list[tuple[Any, Rope]] = field(default_factory=list)
+    _identity: Rope = field(default_factory=identity)
+    _watched: dict[torch.nn.Module, RotaryPositions] = field(default_factory=dict)
+
+    def facts(self, call: AttentionCall, index: int) -> LayerFacts:
+        """What a layer does, from its attention call in the first pass."""
+        seen = LayerFacts(index, call.query.shape[1], call.key.shape[1], call.key.shape[3], call.value.shape[3])
+        again = self._again(call)
+        if isinstance(again, str):
+            return replace(seen, why_no_rope=again)
+        before = call.key[:, :, _AGAIN : _AGAIN + 1], call.query[:, :, _AGAIN : _AGAIN + 1]
+        after = again.key[:, :, -1:], again.query
+        if same(before[0], after[0]):
+            return replace(seen, rope=self._identity, rotated=False)
+        for rotary in self._candidates(call):
+            places = self._places(rotary)
+            if places is None:
+                continue
+            keys, queries = ((Turned(a, places[0]), Turned(b, places[1])) for a, b in zip(before, after, strict=True))
+            rope = self._shared(rotary, keys) or rope_of(rotary, keys, queries)
+            if rope is not None:
+                self._found.append((self._kind(rotary), rope))
+                return replace(seen, rope=rope, rotary=self._watch(call, rotary, places))
+        why = (
+            f"{name_of(self.model)} rotates keys in a way that kvote cannot undo (layer {index}); use a method that "
+            "leaves keys as they are, such as 'dense'."
+        )
+        return replace(seen, why_no_rope=why)
+
+    def _again(self, call: AttentionCall) -> AttentionCall | str:
+        """The attention call that the hidden states of one token of the first pass bring about in the second, at its
+        position; or why there is none, as a sentence."""
+        module = call.module
+        calls = self.first.calls(module), self.second.calls(module)
+        name = f"{type(module).__name__} of {name_of(self.model)}"
+        if len(calls[0]) != 1 or len(calls[1]) != 1:
+            return f"{name} is called in a way in which its rotation cannot be seen; use a method such as 'dense'."
+        (early,), (late,) = calls
+        cache = WatchedCache(config=self.model.config)
+
+        def changed(old: Any, new: Any) -> Any:
+            if isinstance(new, WatchedCache):
+                return cache
+            if _is_hidden(old, _TOKENS) and _is_hidden(new, 1):
+                return old[:, _AGAIN : _AGAIN + 1]
+            return new
+
+        args = [changed(a, b) for a, b in zip(early.args, late.args, strict=True)]
+        kwargs = {key: changed(early.kwargs.get(key), value) for key, value in late.kwargs.items()}
+        try:
+            with recording(stops=True) as record:
+                module(*args, **kwargs)
+        except Stop:
+            return record.attention[0]
+        except Exception as error:
+            return (
+                f"{name} does not run by itself ({first_line(error)}), so its rotation cannot be seen; use a method "
+                "such as 'dense'."
+            )
+        return f"{name} does not call attention when it runs by itself; use a method such as 'dense'."
+
+    def _candidates(self, call: AttentionCall) -> list[ModuleCall]:
+        """The rotary calls of the second pass that may have given this layer its angles, the likely ones first: those
+        whose output its module was given."""
+        given = [id(x) for own in self.second.calls(call.module) for x in _tensors(own)]
+        calls = rotary_calls(self.second.modules)
+        return sorted(calls, key=lambda rotary: not any(id(x) in given for x in _flat(rotary.output)))
+
+    def _places(self, rotary: ModuleCall) -> tuple[Tensor, Tensor] | None:
+        """The positions [b or 1, 1] of the token that was seen twice, as the rotary module was given them."""
+        early = next((c for c in self.first.calls(rotary.module) if self._kind(c) == self._kind(rotary)), None)
+        places = [positions_given(call) for call in (early, rotary) if call is not None]
+        if len(places) < 2 or any(x is None for x in places):
+            return None
+        flat = [x.reshape(-1, x.shape[-1]) if x.dim() < 3 else x[0] for x in places if x is not None]
+        if flat[0].shape[-1] != _TOKENS or flat[1].shape[-1] != 1:
+            return None
+        return flat[0][:, _AGAIN : _AGAIN + 1].expand(3, -1), flat[1].expand(3, -1)
+
+    def _kind(self, rotary: ModuleCall) -> Any:
+        """What tells the angles of one rotary call from another's: the module and what it is given beside tensors."""
+        rest: list[Any] = [(i, x) for i, x in enumerate(rotary.args) if not isinstance(x, Tensor)]
+        rest += [(name, x) for name, x in sorted(rotary.kwargs.items()) if not isinstance(x, Tensor)]
+        return rotary.module, rest
+
+    def _shared(self, rotary: ModuleCall, keys: tuple[Turned, Turned]) -> Rope | None:
+        """A rope found for another layer, if it is this one's too."""
+        kind = self._kind(rotary)
+        for known, rope in self._found:
+            if known[0] is kind[0] and known[1] == kind[1]:
+                back = [rope.undo(key.x, rope.angles(key.positions, key.x.dtype)) for key in keys]
+                if same(*back):
+                    return rope
+        return None
+
+    def _watch(self, call: AttentionCall, rotary: ModuleCall, places: tuple[Tensor, Tensor]) -> RotaryPositions | None:
+        """Where attention has not been told the positions that the rotary module got, or these have dimensions of
+        which it is told one, something that tells them."""
+        told, given = call.kwargs.get("position_ids"), positions_given(rotary)
+        plain = given is not None and given.dim() < 3
+        if plain and isinstance(told, Tensor) and told.dim() == 2 and told.shape[-1] == _TOKENS:
+            early = told[:, _AGAIN : _AGAIN + 1].expand(3, -1)
+            if torch.equal(early.to(places[0].device), places[0]):
+                return None
+        return self._watched.setdefault(rotary.module, RotaryPositions.of(rotary.module))
+
+
+def _is_hidden(x: Any, tokens: int) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3 and x.shape[:2] == (3, tokens)
+
+
+def _tensors(call: ModuleCall) -> list[Tensor]:
+    return _flat([*call.args, *call.kwargs.values()])
+
+
+def _flat(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, dict):
+        return _flat(list(x.values()))
+    return [t for each in x for t in _flat(each)] if isinstance(x, list | tuple) else []
+
+
+def _compare_dense(
+    model: PreTrainedModel, runner: Any, prompt: _Prompt, native: list[Tensor], layers: dict[int, LayerFacts]
+) -> None:
+    """Runs both passes with kvote's dense attention in place of the model's. Raises UnsupportedModelError where the
+    logits are others."""
+    cache = WatchedCache(config=model.config)
+    turn, previous = Turn(), None
+    for index in layers:
+        cache.layers[index] = previous = CacheLayer(Layer(index, Method(), None), turn, previous)
+    for inputs, expected in zip(prompt.passes(), native, strict=True):
+        logits = _forward(runner, inputs, cache)
+        if not _agree(logits, expected, inputs["attention_mask"]):
+            worst = float((logits - expected)[inputs["attention_mask"][:, -logits.shape[1] :].bool()].abs().max())
+            raise UnsupportedModelError(
+                f"{name_of(model)} gave other logits with kvote's dense attention than with its own (by up to "
+                f"{worst:.2g}, on {_TOKENS} tokens); it asks something of attention that kvote does not know."
+            )
