@@ -5,7 +5,7 @@ from zoo.trial import trial, verdict
 
 ALL = ("dense", "tokenselect", "streamingllm")
 
-# Class -> the methods that answer as the native model does in every situation; others may be refused, no more.
+# Class -> the methods that answer as the native model does, but for situations that are refused; others may be refused.
 CLASSES: dict[str, tuple[str, ...]] = {
     # Rotary positions in halves, in part, in pairs, the other way around; none in some layers.
     "LlamaForCausalLM": ALL,
@@ -67,5 +67,5 @@ def test_a_class_answers_as_without_kvote_or_is_refused(name: str) -> None:
         if each["outcome"] in ("wrong", "crashed")
     }
     assert not faults
-    identical = {method for method in ALL if verdict(found[method]) == "identical"}
-    assert identical >= set(CLASSES[name]), found
+    verdicts = {method: verdict(found[method]) for method in ALL}
+    assert all(verdicts[method] in ("identical", "partly") for method in CLASSES[name]), found

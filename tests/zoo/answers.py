@@ -22,6 +22,8 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "chunked": {"prefill_chunk_size": 13},
 }
+# Only of models whose positions have three axes: a text with the positions of an image in it, and decode steps.
+IMAGE = "an image's positions"
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,16 @@ def prompt(situation: str) -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
+def situations(model: PreTrainedModel) -> list[str]:
+    """The situations that ``model`` is tried in."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return [*SITUATIONS, *([IMAGE] if "mrope_section" in str(rope) else [])]
+
+
 def answer(model: PreTrainedModel, situation: str, cache: Any = None) -> Answer:
     """What greedy decoding says; ``cache`` is what generate() is given, None for its own choice."""
+    if situation == IMAGE:
+        return _with_an_image(model, explicit(model) if cache is None else cache)
     ids, mask = prompt(situation)
     asked = SITUATIONS[situation]
     settings: dict[str, Any] = {
@@ -66,6 +76,25 @@ def answer(model: PreTrainedModel, situation: str, cache: Any = None) -> Answer:
         out = model.generate(ids, attention_mask=mask, **settings, **asked)
     logits = out.sequences_scores if "num_beams" in asked else torch.stack(list(out.logits), dim=1)
     return Answer(out.sequences[:, -NEW:], logits.float())
+
+
+def _with_an_image(model: PreTrainedModel, cache: Any) -> Answer:
+    """Ten tokens of text, an image of 3 by 4, text again; positions are [axes, 1, tokens]."""
+    ids, _ = prompt("plain")
+    image = torch.tensor([[10] * 12, [10 + i // 4 for i in range(12)], [10 + i % 4 for i in range(12)]])
+    before, after = torch.arange(10).expand(3, -1), torch.arange(14, 14 + TOKENS + NEW).expand(3, -1)
+    positions = torch.cat([before, image, after], dim=1)[:, None]
+    tokens, logits = [], []
+    piece, start = ids, 0
+    for _ in range(NEW):
+        places = positions[:, :, start : start + piece.shape[1]]
+        with torch.no_grad():
+            out = model(input_ids=piece, position_ids=places, past_key_values=cache, use_cache=True)
+        start += piece.shape[1]
+        piece = out.logits[:, -1:].argmax(-1)
+        tokens.append(piece)
+        logits.append(out.logits[:, -1].float())
+    return Answer(torch.cat(tokens, dim=1), torch.stack(logits, dim=1))
 
 
 def difference(native: Answer, other: Answer) -> str | None:

@@ -23,7 +23,8 @@ def trial(name: str) -> dict[str, Any]:
         model = build(name, seed=seed)
     record: dict[str, Any] = {"class": name, "built": True, **about(model)}
     natives = {
-        situation: answers.tried(lambda s=situation: answers.answer(model, s)) for situation in answers.SITUATIONS
+        situation: answers.tried(lambda s=situation: answers.answer(model, s))
+        for situation in answers.situations(model)
     }
     plain, error = natives["plain"]
     if error is not None:
