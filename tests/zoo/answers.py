@@ -62,6 +62,7 @@ def answer(model: PreTrainedModel, situation: str, cache: Any = None) -> Answer:
     ids, mask = prompt(situation)
     asked = SITUATIONS[situation]
     settings: dict[str, Any] = {
+        "use_cache": True,
         "do_sample": False,
         "max_new_tokens": NEW,
         "min_new_tokens": NEW,
@@ -99,26 +100,35 @@ def _with_an_image(model: PreTrainedModel, cache: Any) -> Answer:
 
 def difference(native: Answer, other: Answer) -> str | None:
     """What differs beyond rounding, in words; None if nothing does, "a tie: ..." if a near-tie fell the other way."""
+    if native.logits.shape != other.logits.shape:
+        return f"logits of shape {tuple(other.logits.shape)} instead of {tuple(native.logits.shape)}"
     if not torch.isfinite(native.logits).all():
         return "the native logits are not finite"
     if not torch.isfinite(other.logits).all():
         return "logits are not finite"
     if native.tokens.shape != other.tokens.shape:
         return f"{tuple(other.tokens.shape)} tokens instead of {tuple(native.tokens.shape)}"
-    unit = float(native.logits.abs().max()) or 1.0
+    unit = largest(native.logits)
     same = bool((native.tokens == other.tokens).all())
     if native.logits.dim() == 1:
         off = float((native.logits - other.logits).abs().max()) / unit
         return None if same and off <= ROUNDING else f"other beams, scores off by {off:.1e}"
-    # Behind the first token that differs, the two texts are not the same.
-    agree = (native.tokens == other.tokens).long().cumprod(1)
-    upto = torch.cat([torch.ones_like(agree[:, :1]), agree[:, :-1]], dim=1).bool()
+    upto = torch.ones(native.logits.shape[:2], dtype=torch.bool)
+    if native.tokens.shape == upto.shape:
+        # Behind the first token that differs, the two texts are not the same.
+        agree = (native.tokens == other.tokens).long().cumprod(1)
+        upto = torch.cat([torch.ones_like(agree[:, :1]), agree[:, :-1]], dim=1).bool()
     off = float((native.logits - other.logits).abs().amax(-1)[upto].max()) / unit
     if off > ROUNDING:
         return f"logits off by {off:.1e} of the largest"
     if same:
         return None
     return f"a tie: logits off by {off:.1e} only, but another token was a trifle larger"
+
+
+def largest(logits: Tensor) -> float:
+    """The size of the largest logit, other than those that rule a token out."""
+    return float(logits[logits.abs() < 1e30].abs().max()) or 1.0
 
 
 def varied(native: Answer) -> int:

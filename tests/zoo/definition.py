@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zoo.answers import ROUNDING, prompt
+from zoo.answers import ROUNDING, largest, prompt, tried
 
 SINKS, WINDOW, STEPS = 4, 12, 3
 SPEC = f"streamingllm(sinks={SINKS}, window={WINDOW})"
@@ -22,12 +22,13 @@ SPEC = f"streamingllm(sinks={SINKS}, window={WINDOW})"
 class Expected:
     """Per step: the text so far [1, n] and the last token's logits [1, vocabulary], by the definition and densely.
 
-    ``kept``: the same by a mask, every token at its own position; None where positions are rotary.
+    ``kept``: the same by a mask, every token at its own position (counted by the model, or from 0); none where
+    positions are rotary.
     """
 
     texts: list[Tensor]
     defined: list[Tensor]
-    kept: list[Tensor | None]
+    kept: list[list[Tensor]]
     dense: list[Tensor]
 
 
@@ -38,7 +39,7 @@ def expected(model: PreTrainedModel) -> Expected:
     for _ in range(STEPS):
         steps.texts.append(ids)
         steps.defined.append(_last(model, seen(ids)))
-        steps.kept.append(None if _rotates(model) else _last(model, ids, **_masked(ids)))
+        steps.kept.append([] if _rotates(model) else _masked(model, ids))
         steps.dense.append(_last(model, ids))
         ids = torch.cat([ids, steps.defined[-1].argmax(-1, keepdim=True)], dim=1)
     return steps
@@ -52,11 +53,11 @@ def compare(model: PreTrainedModel, cache: Any, steps: Expected) -> str | None:
     fed, tells = 0, False
     for step, text in enumerate(steps.texts):
         defined, kept, dense = steps.defined[step], steps.kept[step], steps.dense[step]
-        unit = float(defined.abs().max()) or 1.0
+        unit = largest(defined)
         with torch.no_grad():
             out = model(input_ids=text[:, fed:], past_key_values=cache, use_cache=True)
         got, fed = out.logits[:, -1].float(), text.shape[1]
-        off = min(_off(got, each) for each in (defined, kept) if each is not None) / unit
+        off = min(_off(got, each) for each in (defined, *kept)) / unit
         if not off <= ROUNDING:
             far = _off(got, dense) / unit
             return f"step {step}: off by {off:.1e} of the largest logit ({far:.1e} from dense attention)"
@@ -83,7 +84,9 @@ def _rotates(model: PreTrainedModel) -> bool:
     return any("rotary" in type(module).__name__.lower() for module in model.modules())
 
 
-def _masked(ids: Tensor) -> dict[str, Tensor]:
+def _masked(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     mask = torch.ones_like(ids)
     mask[:, SINKS:-WINDOW] = 0
-    return {"attention_mask": mask, "position_ids": torch.arange(ids.shape[1])[None]}
+    places = {"position_ids": torch.arange(ids.shape[1])[None]}
+    found = [tried(lambda more=more: _last(model, ids, attention_mask=mask, **more)) for more in ({}, places)]
+    return [logits for logits, error in found if error is None]
