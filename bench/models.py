@@ -1,10 +1,12 @@
 """Tries every class of transformers' causal-LM and image-text-to-text mappings; writes docs/models.md.
 
-Each class has a process and a time limit of its own. Records are lines of a file, and classes that have one there are
-not tried again.
+Each class has a process and a time limit of its own. Records are lines of a file; a sweep that was stopped goes on from
+there. Records of other sources of kvote, or of another transformers, do not count.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -46,16 +48,25 @@ def main() -> None:
     for name in names:
         print(line(found[name]))
     if not args.classes:
-        save("models", {"classes": [found[name] for name in names]})
+        save("models", {"classes": {name: short(found[name]) for name in names}})
         (ROOT / "docs" / "models.md").write_text(page([found[name] for name in names], set(causal_classes())))
 
 
 def records(path: Path) -> dict[str, dict[str, Any]]:
-    """What is known by class; of two records the later counts."""
+    """What is known by class, with the sources as they are; of two records the later counts."""
     if not path.exists():
         return {}
     lines = [json.loads(each) for each in path.read_text().splitlines() if each.strip()]
-    return {each["class"]: each for each in lines}
+    return {each["class"]: each for each in lines if each["sources"] == sources()}
+
+
+@functools.cache
+def sources() -> str:
+    """What answers depend on, in a few letters."""
+    digest = hashlib.sha256(transformers.__version__.encode())
+    for path in sorted([*(ROOT / "kvote").rglob("*.py"), *(ROOT / "tests" / "zoo").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def sweep(names: list[str], workers: int, seconds: float, path: Path) -> None:
@@ -76,7 +87,7 @@ def sweep(names: list[str], workers: int, seconds: float, path: Path) -> None:
             if not (pipe.poll(0.02) or late or not process.is_alive()):
                 continue
             record = _received(name, pipe, process, late, seconds)
-            record["seconds"] = round(time.monotonic() - began, 1)
+            record |= {"seconds": round(time.monotonic() - began, 1), "sources": sources()}
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             del running[name]
@@ -103,6 +114,21 @@ def _work(name: str, pipe: Connection) -> None:
         pipe.send(trial(name))
     except BaseException:
         pipe.send({"class": name, "built": True, "died": traceback.format_exc()[-600:]})
+
+
+def short(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what says nothing: identical situations by that word, equal ones once."""
+    kept = {key: value for key, value in record.items() if key not in ("class", "seconds", "sources")}
+
+    def words(found: dict[str, Any]) -> dict[str, Any]:
+        brief = {at: "identical" if each == {"outcome": "identical"} else each for at, each in found.items()}
+        same = len(brief) > 1 and len({str(each) for each in brief.values()}) == 1
+        return {"all": next(iter(brief.values()))} if same else brief
+
+    if "methods" in kept:
+        kept["methods"] = {method: words(found) for method, found in kept["methods"].items()}
+        kept |= {**words({"after": kept["after"]}), "streamingllm": words(kept["streamingllm"])}
+    return kept
 
 
 def line(record: dict[str, Any]) -> str:

@@ -72,15 +72,16 @@ def _found(record: dict[str, Any], method: str) -> dict[str, dict[str, str]]:
 
 def _anonymous(record: dict[str, Any], sentence: str) -> str:
     """A refusal without the names that make every one of them different."""
+    sentence = re.sub(r"layer \d+", "a layer", re.sub(r" \(layer \d+\)", "", sentence))
     stem = re.sub(r"(For\w+|LMHeadModel|Model)$", "", record["class"])
     sentence = re.sub(rf"\b{re.escape(record['class'])}\b", "The model", sentence)
     sentence = re.sub(r"\b[A-Z]\w*(Attention\w*|SelfAttention|ForCausalLM|Model)\b", "The model", sentence)
     return re.sub(rf"\b{re.escape(stem)}\b", "The model", sentence)
 
 
-def _reasons(records: list[dict[str, Any]]) -> dict[str, int]:
-    """Reason -> its number, the most frequent first."""
-    said = Counter(
+def _said(records: list[dict[str, Any]]) -> Counter[str]:
+    """Reason -> in how many classes it is given."""
+    return Counter(
         sentence
         for record in records
         for sentence in {
@@ -90,12 +91,18 @@ def _reasons(records: list[dict[str, Any]]) -> dict[str, int]:
             if each["outcome"] == "refused"
         }
     )
-    return {sentence: number for number, (sentence, _) in enumerate(said.most_common(), 1)}
+
+
+def _reasons(records: list[dict[str, Any]]) -> dict[str, int]:
+    """Reason -> its number, the most frequent first."""
+    return {sentence: number for number, (sentence, _) in enumerate(_said(records).most_common(), 1)}
 
 
 def _reason_list(reasons: dict[str, int], records: list[dict[str, Any]]) -> str:
-    lines = [f"{number}. {sentence}" for sentence, number in reasons.items()]
-    return "## Why classes are refused\n\nTables name these by number.\n\n" + "\n".join(lines) + "\n"
+    said = _said(records)
+    lines = [f"{number}. {sentence} ({said[sentence]})" for sentence, number in reasons.items()]
+    head = "## Why classes are refused\n\nTables name these by number; in brackets, how many classes are told so.\n\n"
+    return head + "\n".join(lines) + "\n"
 
 
 def _cell(record: dict[str, Any], method: str, reasons: dict[str, int]) -> str:

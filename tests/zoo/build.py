@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from zoo.sizes import ALONE, BERT_LIKE, INSTEAD, SIZES, VOCABULARY
+from zoo.sizes import ALONE, BERT_LIKE, INSTEAD, SIZES, VALID, VOCABULARY
 
 _TEXT = ("text_config", "llm_config", "decoder", "language_config", "thinker_config")
 # What says how many layers of which kind there are.
@@ -60,7 +60,7 @@ def build(name: str, *, layers: list[int] | None = None, seed: int = 1, **change
 
 def shrunk(kind: type[PretrainedConfig], name: str, layers: list[int] | None, changes: dict[str, Any]) -> Any:
     """A config of ``kind``, every size at most that in ``SIZES``, one layer of each kind or ``layers``."""
-    default = kind()
+    default = kind(**VALID.get(name, {}))
     own = dict(INSTEAD.get(name, {}))
     if name in BERT_LIKE:
         own["is_decoder"] = True
@@ -237,7 +237,7 @@ def loud(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 def full_layers(name: str) -> list[int]:
     """The layers of the default config, one of each kind, that attend to everything; none if no layer does."""
-    default = getattr(transformers, name).config_class()
+    default = getattr(transformers, name).config_class(**VALID.get(name, {}))
     text = default.get_text_config(decoder=True)
     types = getattr(text, "layer_types", None)
     kinds = kinds_of_layers(text)

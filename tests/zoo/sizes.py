@@ -89,6 +89,8 @@ INSTEAD: dict[str, dict[str, Any]] = {
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "Gemma3nForCausalLM": _SHARED,
     "Gemma4ForCausalLM": _SHARED,
+    "Gemma4AssistantForCausalLM": {"num_kv_shared_layers": 2},
+    "Gemma4UnifiedAssistantForCausalLM": {"num_kv_shared_layers": 2},
     "Gemma4UnifiedForCausalLM": _SHARED,
     "Gemma4ForConditionalGeneration": _SHARED,
     "Gemma4UnifiedForConditionalGeneration": _SHARED,
@@ -138,6 +140,13 @@ INSTEAD: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
+    },
+}
+
+# Class -> what its config must be given to be valid at all.
+VALID: dict[str, dict[str, Any]] = {
+    "Gemma4AssistantForCausalLM": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
 }
 
