@@ -5,8 +5,10 @@ there. Records of other sources of kvote, or of another transformers, do not cou
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -111,7 +113,10 @@ def _work(name: str, pipe: Connection) -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     try:
-        pipe.send(trial(name))
+        # Some classes print.
+        with contextlib.redirect_stdout(io.StringIO()):
+            record = trial(name)
+        pipe.send(record)
     except BaseException:
         pipe.send({"class": name, "built": True, "died": traceback.format_exc()[-600:]})
 

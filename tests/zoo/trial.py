@@ -39,7 +39,7 @@ def trial(name: str) -> dict[str, Any]:
         method: {s: outcome(model, spec, s, native) for s, (native, error) in natives.items() if error is None}
         for method, spec in METHODS.items()
     }
-    record["streamingllm"] = defined(name)
+    record["streamingllm"] = defined(name, model)
     record["after"] = after(model, plain, by_hand)
     return record
 
@@ -62,8 +62,14 @@ def outcome(model: PreTrainedModel, spec: str, situation: str, native: answers.A
     return judged(error) if error is not None else compared(answers.difference(native, other))
 
 
-def defined(name: str) -> dict[str, dict[str, str]]:
-    """StreamingLLM against its definition, in a one-layer model per kind of full-attention layer."""
+def defined(name: str, model: PreTrainedModel) -> dict[str, dict[str, str]]:
+    """StreamingLLM against its definition, in a one-layer model per kind of full-attention layer.
+
+    Where ``model``, which has all kinds of layers, is refused, so is the class.
+    """
+    _, error = answers.tried(lambda: kvote.Cache(model, definition.SPEC))
+    if isinstance(error, kvote.KvoteError):
+        return {"all layers": judged(error)}
     found: dict[str, dict[str, str]] = {}
     for layer in full_layers(name)[:2]:
         found[f"layer {layer}"] = _defined(name, layer)
