@@ -56,6 +56,8 @@ def attention(
             "kvote is for inference and passes no gradients on; run the model under torch.no_grad(), or train with "
             "another cache."
         )
+    # Kernels read rows of channels.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     owner.pending = False
     t, seen = query.shape[2], owner.layer.seen
     positions = _positions(module, owner, kwargs.get("position_ids"))

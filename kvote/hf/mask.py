@@ -7,23 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from kvote.errors import InputError
 
-_PADDING = "_kvote_padding"
-
 
 @dataclass
 class Padding:
-    """Rides on the mask: which new and past columns are tokens, and how to make the mask that other caches need.
+    """Which new and past columns are tokens, and how to make the mask that other caches need.
 
     ``valid`` [b, t] and ``past`` [b, seen] are None where all are tokens.
     """
 
     valid: Tensor | None
     past: Tensor | None
-    native: Callable[[], Tensor | None]
+    native: Callable[..., Tensor | None]
     _made: list[Tensor | None] = field(default_factory=list)
 
     def native_mask(self) -> Tensor | None:
@@ -32,8 +31,57 @@ class Padding:
         return self._made[0]
 
 
+class Carrier(Tensor):
+    """Stands for a causal mask [b, 1, t, n] on its way to kvote's attention, and holds no numbers: padding rides on it.
+
+    To code that looks into it, or makes another mask of it, it is the native mask, made then; what comes out is a mask
+    that kvote does not know.
+    """
+
+    padding: Padding
+    sizes: torch.Size
+
+    @classmethod
+    def of(cls, padding: Padding, sizes: tuple[int, ...], device: torch.device) -> "Carrier":
+        carrier = torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device).as_subclass(cls)
+        carrier.padding, carrier.sizes = padding, torch.Size(sizes)
+        return carrier
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _FACTS:
+                return func(*args, **kwargs)
+            if func in _SIZES:
+                sizes = args[0].sizes
+                return sizes[args[1]] if len(args) > 1 else sizes
+            if func in _SAME and isinstance(args[0], cls):
+                return args[0]
+            return func(*tree_map(_seen, args), **tree_map(_seen, kwargs))
+
+
+def _seen(x: Any) -> Any:
+    """The native mask in place of a carrier; where there is none because attention is causal anyway, one is made."""
+    if not isinstance(x, Carrier):
+        return x
+    made = x.padding.native_mask()
+    return x.padding.native(allow_is_causal_skip=False) if made is None else made
+
+
+_FACTS = {
+    Tensor.dim,
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "layout", "requires_grad")),
+}
+_SIZES = {Tensor.size, Tensor.shape.__get__}  # type: ignore[attr-defined]
+_SAME = {Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.cpu, Tensor.cuda}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mask(native: str, **kwargs: Any) -> Tensor | None:
-    """The mask function: for full attention a token of size 0 with the 2-D padding attached, never an N x N mask."""
+    """The mask function: for full attention a ``Carrier``, for all else the native mask."""
     if isinstance(kwargs["q_offset"], Tensor):
         # A static cache counts in place, and the native mask is made after it has counted this pass.
         kwargs["q_offset"] = kwargs["q_offset"].clone()
@@ -52,12 +100,9 @@ def mask(native: str, **kwargs: Any) -> Tensor | None:
         new = tokens[:, seen : seen + t]
         valid = None if bool(new.all()) else new
         past = None if bool(tokens[:, :seen].all()) else tokens[:, :seen]
-    # Four axes, so that masks which generate() makes ahead pass through the model unchanged.
-    carrier = torch.empty(0, 0, 0, 0, dtype=torch.bool)
-    setattr(carrier, _PADDING, Padding(valid, past, make))
-    return carrier
+    return Carrier.of(Padding(valid, past, make), (kwargs["batch_size"], 1, t, kwargs["kv_length"]), kwargs["device"])
 
 
 def padding_of(carrier: Tensor | None) -> Padding | None:
     """What rides on a mask made here; None for any other mask."""
-    return getattr(carrier, _PADDING, None)
+    return carrier.padding if isinstance(carrier, Carrier) else None

@@ -16,7 +16,7 @@ from kvote.hf.watch import ModuleCall
 from kvote.rope import Angles, Rope, RotaryModule
 
 # Largest relative difference that rounding makes between keys that were rotated and rotated back.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,10 @@ class Turned:
     positions: Tensor
 
 
-def same(a: Tensor, b: Tensor, *, up_to_length: bool = False) -> bool:
-    """Whether two tensors [b, h, n, d] are equal but for rounding; ``up_to_length``, but for a factor per token too."""
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding."""
     rounding = _ROUNDING.get(a.dtype, 1.2e-2)
     a, b = a.float(), b.float()
-    if up_to_length:
-        a, b = torch.nn.functional.normalize(a, dim=-1), torch.nn.functional.normalize(b, dim=-1)
     return bool((a - b).norm() <= rounding * max(float(a.norm()), 1e-30))
 
 
@@ -46,12 +44,11 @@ def identity() -> Rope:
     return Rope(zero)
 
 
-def rope_of(call: ModuleCall, keys: tuple[Turned, Turned], queries: tuple[Turned, Turned]) -> Rope | None:
-    """The rope by which both keys (and both queries, but for their length) become one un-rotated state again, with the
-    angles of ``call``; None if no form does it."""
+def rope_of(call: ModuleCall, keys: tuple[Turned, Turned]) -> Rope | None:
+    """The rope by which both keys become one un-rotated key again, with the angles of ``call``; None if no form does
+    it."""
     raw = caller(call)
     fresh, still = _moving(call)
-    dtype = keys[0].x.dtype
     for take, direction, interleaved in itertools.product(_TAKES, (1, -1), (False, True)):
         canonical = partial(_canonical, take, direction)
         rope = Rope(
@@ -60,19 +57,20 @@ def rope_of(call: ModuleCall, keys: tuple[Turned, Turned], queries: tuple[Turned
             None if fresh is None else lambda canonical=canonical, fresh=fresh: canonical(fresh()),  # type: ignore[misc]
             None if still is None else canonical(still),
         )
-        if _undoes(rope, keys, dtype) and _undoes(rope, queries, dtype, up_to_length=True):
+        if undoes(rope, keys):
             return rope
     return None
 
 
-def _undoes(rope: Rope, states: tuple[Turned, Turned], dtype: torch.dtype, *, up_to_length: bool = False) -> bool:
+def undoes(rope: Rope, states: tuple[Turned, Turned]) -> bool:
+    """Whether ``rope`` makes one of both states."""
     back = []
     for state in states:
-        angles = rope.angles(state.positions, dtype)
+        angles = rope.angles(state.positions, state.x.dtype)
         if not 0 < 2 * angles[0].shape[-1] <= state.x.shape[-1]:
             return False
         back.append(rope.undo(state.x, angles))
-    return same(*back, up_to_length=up_to_length)
+    return same(*back)
 
 
 def _halves(x: Tensor) -> Tensor:

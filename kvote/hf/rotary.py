@@ -40,7 +40,8 @@ def positions_given(call: ModuleCall) -> Tensor | None:
 def caller(call: ModuleCall, function: Callable[..., Any] | None = None) -> RawAngles:
     """Calls the module again as in ``call``, at other positions. ``function`` instead of the module itself, if
     given."""
-    function = call.module if function is None else function
+    # Not through the module's hooks: kvote notes with one what the model itself asks for.
+    function = call.module.forward if function is None else function
     given = positions_given(call)
     assert given is not None
 

@@ -4,6 +4,7 @@ Nothing here goes by names of classes or flags: the model runs with its own atte
 module is seen at work and called again at another position, and what comes out is compared.
 """
 
+import inspect
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from kvote.errors import UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer, Turn
 from kvote.hf.mask import padding_of
 from kvote.hf.model import is_full_attention, name_of, native_layers
-from kvote.hf.rope import Turned, identity, rope_of, rotary_calls, same
+from kvote.hf.rope import Turned, identity, rope_of, rotary_calls, same, undoes
 from kvote.hf.rotary import RotaryPositions, positions_given
 from kvote.hf.switch import attach, detach, is_attached
 from kvote.hf.undisturbed import undisturbed
@@ -27,6 +28,7 @@ from kvote.rope import Rope
 
 # Tokens of the first pass; the second has one more, as a decode step.
 _TOKENS = 6
+_ROWS = 2
 # The token of the first pass whose key is made again at the position of the second.
 _AGAIN = 2
 
@@ -58,21 +60,33 @@ class Facts:
     seconds: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Prompt:
-    """Three rows of tokens: a text, the same with another last token, and one with padding on the left."""
+    """Tokens of a first pass [b, t], their mask, and one more token a row [b, 1]."""
 
     ids: Tensor
     mask: Tensor
     next: Tensor
+    # Whether the model takes positions, which generate() then counts from the mask.
+    positions: bool
 
     def passes(self) -> list[dict[str, Tensor]]:
-        rows = self.mask.shape[0]
-        longer = torch.cat([self.mask, self.mask.new_ones(rows, 1)], dim=1)
-        return [
+        """What the model is given in two passes, the second as a decode step."""
+        longer = torch.cat([self.mask, torch.ones_like(self.next)], dim=1)
+        inputs = [
             {"input_ids": self.ids, "attention_mask": self.mask},
             {"input_ids": self.next, "attention_mask": longer},
         ]
+        if self.positions:
+            places = (longer.cumsum(dim=1) - 1).clamp(min=0)
+            inputs[0]["position_ids"], inputs[1]["position_ids"] = places[:, :-1], places[:, -1:]
+        return inputs
+
+    def padded(self) -> "_Prompt":
+        """The same with the first row padded on the left; models may go another way without a mask."""
+        mask = self.mask.clone()
+        mask[0, :2] = 0
+        return replace(self, mask=mask)
 
 
 def find_out(model: PreTrainedModel) -> Facts:
@@ -89,9 +103,22 @@ def find_out(model: PreTrainedModel) -> Facts:
         detach(model)
         try:
             native = _native(model, runner, prompt)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{name_of(model)} does not run on a few tokens with transformers' default cache ({first_line(error)})."
+            ) from error
+        try:
+            padded = _logits(runner, prompt.padded(), WatchedCache(config=model.config))
+        except Exception:
+            padded = None  # The model takes no padding, with any cache.
+        try:
             attach(model)
             layers = _watch(model, runner, prompt, native)
             _compare_dense(model, runner, prompt, native, layers)
+            if padded is not None:
+                _compare_dense(model, runner, prompt.padded(), padded, layers)
         except UnsupportedModelError:
             detach(model)
             raise
@@ -127,12 +154,12 @@ def _prompt(model: PreTrainedModel) -> _Prompt:
         raise UnsupportedModelError(f"{name_of(model)} has no plain tokens in its vocabulary to try it with.")
     # Far from each other, and none twice in a row.
     row = [plain[(7 * i + 3) % len(plain)] for i in range(_TOKENS + 2)]
-    ids = torch.tensor([row[:_TOKENS]] * 3)
+    # A text, and the same with another last token.
+    ids = torch.tensor([row[:_TOKENS]] * _ROWS)
     ids[1, -1] = row[_TOKENS + 1]
-    mask = torch.ones_like(ids)
-    mask[2, :2] = 0
-    after = torch.tensor([[row[_TOKENS]]] * 3)
-    return _Prompt(*(x.to(_device(model)) for x in (ids, mask, after)))
+    ids, after = (x.to(_device(model)) for x in (ids, torch.tensor([[row[_TOKENS]]] * _ROWS)))
+    positions = "position_ids" in inspect.signature(_runner(model).forward).parameters
+    return _Prompt(ids, torch.ones_like(ids), after, positions)
 
 
 def _special_ids(config: Any) -> set[int]:
@@ -168,7 +195,7 @@ def _native(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> list[Tensor
     """The logits of both passes with the model's own attention and cache."""
     cache = WatchedCache(config=model.config)
     with recording() as record:
-        logits = [_forward(runner, inputs, cache) for inputs in prompt.passes()]
+        logits = _logits(runner, prompt, cache)
     if not record.updates:
         raise UnsupportedModelError(
             f"{name_of(model)} does not store keys in the cache that it is given, but in one of its own; kvote manages "
@@ -183,9 +210,14 @@ def _native(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> list[Tensor
     return logits
 
 
+def _logits(runner: Any, prompt: _Prompt, cache: Any) -> list[Tensor]:
+    return [_forward(runner, inputs, cache) for inputs in prompt.passes()]
+
+
 def _forward(runner: Any, inputs: dict[str, Tensor], cache: Any) -> Tensor:
     logits: Tensor = runner(**inputs, past_key_values=cache, use_cache=True).logits
-    return logits
+    # Prompt tuning puts tokens of its own before the others.
+    return logits[:, -inputs["input_ids"].shape[1] :]
 
 
 def _watch(model: PreTrainedModel, runner: Any, prompt: _Prompt, native: list[Tensor]) -> dict[int, LayerFacts]:
@@ -247,8 +279,8 @@ def _only_call(model: PreTrainedModel, index: int, record: Record) -> AttentionC
         )
     if len(calls) > 1:
         raise UnsupportedModelError(
-            f"{name_of(model)} attends {len(calls)} times to the keys of layer {index}, and kvote stores keys when "
-            "they are attended to."
+            f"{name_of(model)} attends {len(calls)} times to the keys of layer {index}, as where later layers share "
+            "them; kvote stores keys when they are attended to, and that once."
         )
     call = calls[0]
     if call.value is not value:
@@ -282,21 +314,27 @@ class _RopeFinder:
         before = call.key[:, :, _AGAIN : _AGAIN + 1], call.query[:, :, _AGAIN : _AGAIN + 1]
         after = again.key[:, :, -1:], again.query
         if same(before[0], after[0]):
+            if not same(before[1], after[1]):
+                return replace(seen, why_no_rope=self._why(index, "changes queries, but not keys, by their positions"))
             return replace(seen, rope=self._identity, rotated=False)
         for rotary in self._candidates(call):
             places = self._places(rotary)
             if places is None:
                 continue
             keys, queries = ((Turned(a, places[0]), Turned(b, places[1])) for a, b in zip(before, after, strict=True))
-            rope = self._shared(rotary, keys) or rope_of(rotary, keys, queries)
+            rope = self._shared(rotary, keys) or rope_of(rotary, keys)
+            if rope is not None and not undoes(rope, queries):
+                return replace(seen, why_no_rope=self._why(index, "scales queries by their positions"))
             if rope is not None:
                 self._found.append((self._kind(rotary), rope))
                 return replace(seen, rope=rope, rotary=self._watch(call, rotary, places))
-        why = (
-            f"{name_of(self.model)} rotates keys in a way that kvote cannot undo (layer {index}); use a method that "
-            "leaves keys as they are, such as 'dense'."
+        return replace(seen, why_no_rope=self._why(index, "rotates keys in a way that kvote cannot undo"))
+
+    def _why(self, index: int, what: str) -> str:
+        return (
+            f"{name_of(self.model)} {what} (layer {index}), so its tokens cannot be placed anew; use a method that leaves "
+            "keys as they are, such as 'dense'."
         )
-        return replace(seen, why_no_rope=why)
 
     def _again(self, call: AttentionCall) -> AttentionCall | str:
         """The attention call that the hidden states of one token of the first pass bring about in the second, at its
@@ -307,12 +345,12 @@ class _RopeFinder:
         if len(calls[0]) != 1 or len(calls[1]) != 1:
             return f"{name} is called in a way in which its rotation cannot be seen; use a method such as 'dense'."
         (early,), (late,) = calls
-        cache = WatchedCache(config=self.model.config)
+        cache, tokens = WatchedCache(config=self.model.config), call.query.shape[2]
 
         def changed(old: Any, new: Any) -> Any:
             if isinstance(new, WatchedCache):
                 return cache
-            if _is_hidden(old, _TOKENS) and _is_hidden(new, 1):
+            if _is_hidden(old, tokens) and _is_hidden(new, 1):
                 return old[:, _AGAIN : _AGAIN + 1]
             return new
 
@@ -344,9 +382,9 @@ class _RopeFinder:
         if len(places) < 2 or any(x is None for x in places):
             return None
         flat = [x.reshape(-1, x.shape[-1]) if x.dim() < 3 else x[0] for x in places if x is not None]
-        if flat[0].shape[-1] != _TOKENS or flat[1].shape[-1] != 1:
+        if flat[0].shape[-1] <= _AGAIN or flat[1].shape[-1] != 1:
             return None
-        return flat[0][:, _AGAIN : _AGAIN + 1].expand(3, -1), flat[1].expand(3, -1)
+        return flat[0][:, _AGAIN : _AGAIN + 1].expand(_ROWS, -1), flat[1].expand(_ROWS, -1)
 
     def _kind(self, rotary: ModuleCall) -> Any:
         """What tells the angles of one rotary call from another's: the module and what it is given beside tensors."""
@@ -359,8 +397,7 @@ class _RopeFinder:
         kind = self._kind(rotary)
         for known, rope in self._found:
             if known[0] is kind[0] and known[1] == kind[1]:
-                back = [rope.undo(key.x, rope.angles(key.positions, key.x.dtype)) for key in keys]
-                if same(*back):
+                if undoes(rope, keys):
                     return rope
         return None
 
@@ -369,15 +406,15 @@ class _RopeFinder:
         which it is told one, something that tells them."""
         told, given = call.kwargs.get("position_ids"), positions_given(rotary)
         plain = given is not None and given.dim() < 3
-        if plain and isinstance(told, Tensor) and told.dim() == 2 and told.shape[-1] == _TOKENS:
-            early = told[:, _AGAIN : _AGAIN + 1].expand(3, -1)
+        if plain and isinstance(told, Tensor) and told.dim() == 2 and told.shape[-1] > _AGAIN:
+            early = told[:, _AGAIN : _AGAIN + 1].expand(_ROWS, -1)
             if torch.equal(early.to(places[0].device), places[0]):
                 return None
         return self._watched.setdefault(rotary.module, RotaryPositions.of(rotary.module))
 
 
 def _is_hidden(x: Any, tokens: int) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3 and x.shape[:2] == (3, tokens)
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3 and x.shape[:2] == (_ROWS, tokens)
 
 
 def _tensors(call: ModuleCall) -> list[Tensor]:
