@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.hf import switch
+from kvote.hf.guard import guard, unguard
 from kvote.hf.trial import Facts, LayerFacts, find_out
 from kvote.rope import Rope
 
@@ -36,6 +37,8 @@ def facts_of(model: PreTrainedModel) -> Facts:
             outcome = UnsupportedModelError(*error.args)
             _known[model] = state, outcome
             raise
+        if outcome.throws_away is not None:
+            guard(model, outcome.throws_away)
         _known[model] = known = state, outcome
     if isinstance(known[1], UnsupportedModelError):
         raise UnsupportedModelError(*known[1].args)
@@ -48,6 +51,7 @@ def detach(model: PreTrainedModel) -> None:
     A kvote cache that is still used with it raises InactiveCacheError; a new one switches the model again.
     """
     switch.detach(model)
+    unguard(model)
     known = _known.pop(model, None)
     if known is not None and isinstance(known[1], Facts):
         for layer in known[1].layers.values():
@@ -70,9 +74,17 @@ def rope_of_layer(facts: LayerFacts) -> Rope:
 def _state(model: PreTrainedModel) -> Any:
     """Changes with what a trial depends on: weights, adapters, config."""
     weights = tuple((id(p), p._version) for p in model.parameters())
+    # What is written through ``.data`` changes no version.
+    corners = [p.detach()[(at,) * p.dim()].float().cpu() for p in model.parameters() if _readable(p) for at in (0, -1)]
+    sample = torch.stack(corners).numpy().tobytes() if corners else b""
     adapters = tuple(
         (str(module.active_adapter), bool(getattr(module, "merged", False)), bool(module.disable_adapters))
         for module in model.modules()
         if hasattr(module, "active_adapter") and hasattr(module, "disable_adapters")
     )
-    return weights, adapters, json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    return weights, sample, adapters, json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+
+
+def _readable(weight: torch.Tensor) -> bool:
+    """Whether a weight is a plain tensor that holds numbers: no meta tensor, and none of a quantiser's own types."""
+    return type(weight.data) is torch.Tensor and not weight.is_meta and weight.numel() > 0

@@ -39,12 +39,12 @@ class Carrier(Tensor):
     """
 
     padding: Padding
-    sizes: torch.Size
 
     @classmethod
     def of(cls, padding: Padding, sizes: tuple[int, ...], device: torch.device) -> "Carrier":
-        carrier = torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device).as_subclass(cls)
-        carrier.padding, carrier.sizes = padding, torch.Size(sizes)
+        # One number, seen as many times as the mask has entries.
+        carrier = torch.ones(1, dtype=torch.bool, device=device).expand(sizes).as_subclass(cls)
+        carrier.padding = padding
         return carrier
 
     @classmethod
@@ -55,9 +55,6 @@ class Carrier(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FACTS:
                 return func(*args, **kwargs)
-            if func in _SIZES:
-                sizes = args[0].sizes
-                return sizes[args[1]] if len(args) > 1 else sizes
             if func in _SAME and isinstance(args[0], cls):
                 return args[0]
             return func(*tree_map(_seen, args), **tree_map(_seen, kwargs))
@@ -73,15 +70,21 @@ def _seen(x: Any) -> Any:
 
 _FACTS = {
     Tensor.dim,
-    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "layout", "requires_grad")),
+    Tensor.size,
+    Tensor.stride,
+    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "layout", "ndim", "requires_grad", "shape")),
 }
-_SIZES = {Tensor.size, Tensor.shape.__get__}  # type: ignore[attr-defined]
 _SAME = {Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.cpu, Tensor.cuda}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mask(native: str, **kwargs: Any) -> Tensor | None:
     """The mask function: for full attention a ``Carrier``, for all else the native mask."""
+    made: Tensor | None = _mask(native, torch.compiler.is_compiling(), **kwargs)
+    return made
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
     if isinstance(kwargs["q_offset"], Tensor):
         # A static cache counts in place, and the native mask is made after it has counted this pass.
         kwargs["q_offset"] = kwargs["q_offset"].clone()
@@ -100,9 +103,15 @@ def mask(native: str, **kwargs: Any) -> Tensor | None:
         new = tokens[:, seen : seen + t]
         valid = None if bool(new.all()) else new
         past = None if bool(tokens[:, :seen].all()) else tokens[:, :seen]
-    return Carrier.of(Padding(valid, past, make), (kwargs["batch_size"], 1, t, kwargs["kv_length"]), kwargs["device"])
+    padding = Padding(valid, past, make)
+    if compiling:
+        # Compiled code cannot be handed a tensor of another class. Code that looked into this one would fail.
+        empty = torch.empty(0, 0, 0, 0, dtype=torch.bool, device=kwargs["device"])
+        empty.padding = padding  # type: ignore[attr-defined]
+        return empty
+    return Carrier.of(padding, (kwargs["batch_size"], 1, t, kwargs["kv_length"]), kwargs["device"])
 
 
 def padding_of(carrier: Tensor | None) -> Padding | None:
     """What rides on a mask made here; None for any other mask."""
-    return carrier.padding if isinstance(carrier, Carrier) else None
+    return getattr(carrier, "padding", None)

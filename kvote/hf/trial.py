@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kvote.errors import UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer, Turn
+from kvote.hf.guard import throws_away
 from kvote.hf.mask import padding_of
 from kvote.hf.model import is_full_attention, name_of, native_layers
 from kvote.hf.rope import Turned, identity, rope_of, rotary_calls, same, undoes
@@ -54,9 +55,11 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the trial found out about a model: its full-attention layers by index, and how long that took."""
+    """What the trial found out about a model: its full-attention layers by index, the length of text behind which it
+    throws a cache away (None: it does not), and the seconds that finding out took."""
 
     layers: dict[int, LayerFacts]
+    throws_away: int | None
     seconds: float
 
 
@@ -131,7 +134,8 @@ def find_out(model: PreTrainedModel) -> Facts:
             if not was_attached:
                 detach(model)
             raise
-    return Facts(layers, time.perf_counter() - begin)
+        length = throws_away(runner)
+    return Facts(layers, length, time.perf_counter() - begin)
 
 
 def first_line(error: BaseException) -> str:
@@ -173,9 +177,9 @@ def _special_ids(config: Any) -> set[int]:
 
 def _device(model: PreTrainedModel) -> torch.device:
     """Where inputs go. Raises UnsupportedModelError for weights that hold no numbers."""
-    weight = next(model.parameters(), None)
-    if weight is None or not weight.is_meta:
-        return torch.device("cpu") if weight is None else weight.device
+    tensors = [*model.parameters(), *model.buffers()]
+    if not any(tensor.is_meta for tensor in tensors):
+        return tensors[0].device if tensors else torch.device("cpu")
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
     devices = [d for hook in hooks for d in _execution_devices(hook)]
     if not devices:
@@ -332,8 +336,8 @@ class _RopeFinder:
 
     def _why(self, index: int, what: str) -> str:
         return (
-            f"{name_of(self.model)} {what} (layer {index}), so its tokens cannot be placed anew; use a method that leaves "
-            "keys as they are, such as 'dense'."
+            f"{name_of(self.model)} {what} (layer {index}), so its tokens cannot be placed anew; use a method that "
+            "leaves keys as they are, such as 'dense'."
         )
 
     def _again(self, call: AttentionCall) -> AttentionCall | str:
@@ -396,9 +400,8 @@ class _RopeFinder:
         """A rope found for another layer, if it is this one's too."""
         kind = self._kind(rotary)
         for known, rope in self._found:
-            if known[0] is kind[0] and known[1] == kind[1]:
-                if undoes(rope, keys):
-                    return rope
+            if known[0] is kind[0] and known[1] == kind[1] and undoes(rope, keys):
+                return rope
         return None
 
     def _watch(self, call: AttentionCall, rotary: ModuleCall, places: tuple[Tensor, Tensor]) -> RotaryPositions | None:

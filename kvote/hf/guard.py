@@ -1,0 +1,89 @@
+"""Models that throw a cache away in the middle of a text are stopped where they would.
+
+Models with LongRoPE rotate every key anew once a text passes a length, and so their ``prepare_inputs_for_generation``
+leaves the cache out there and the text is read again into another one: kvote's would stand still without a word.
+"""
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+
+from kvote.errors import UnsupportedModelError
+from kvote.hf.cache_layer import CacheLayer
+from kvote.hf.model import name_of
+from kvote.hf.watch import WatchedCache
+
+_NAME = "prepare_inputs_for_generation"
+
+
+def throws_away(model: Any) -> int | None:
+    """The length of text behind which ``model`` leaves its cache out; None if it keeps it. Found out by asking it."""
+    prepare: Any = getattr(model, _NAME, None)
+    for length in _lengths(model.config) if prepare is not None else ():
+        ids = torch.zeros(1, length + 1, dtype=torch.int64)
+        cache = WatchedCache(config=model.config)
+        try:
+            inputs = prepare(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
+        except Exception:  # What it cannot prepare on its own, it will refuse in generate() too.
+            continue
+        if inputs.get("past_key_values") is None:
+            return length
+    return None
+
+
+def _lengths(config: Any) -> list[int]:
+    """Lengths up to which a config says that a model was first trained."""
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    named = [getattr(config, "original_max_position_embeddings", None)]
+    named += [x.get("original_max_position_embeddings") for x in (rope, *rope.values()) if isinstance(x, dict)]
+    return sorted({n for n in named if isinstance(n, int) and 0 < n < 1 << 24})
+
+
+class Guard:
+    """Stands before the ``prepare_inputs_for_generation`` of a model, and goes with a copy of the model."""
+
+    def __init__(self, model: Any, length: int) -> None:
+        self.model, self.length = weakref.ref(model), length
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own())
+
+    def _own(self) -> Any:
+        model = self.model()
+        return getattr(type(model), _NAME).__get__(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("past_key_values")
+        inputs = self._own()(*args, **kwargs)
+        ours = any(isinstance(layer, CacheLayer) for layer in getattr(given, "layers", ()))
+        if ours and inputs.get("past_key_values") is None:
+            raise UnsupportedModelError(
+                f"{name_of(self.model())} rotates keys otherwise in texts of more than {self.length} tokens, and would "
+                "throw the cache away here and read the text again; keep texts shorter, or read it as a kvote.Document."
+            )
+        return inputs
+
+    def __getstate__(self) -> tuple[Any, int]:
+        return self.model(), self.length
+
+    def __setstate__(self, state: tuple[Any, int]) -> None:
+        self.model, self.length = weakref.ref(state[0]), state[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
+        return Guard(memo.get(id(self.model()), self.model()), self.length)
+
+
+def guard(model: Any, length: int) -> None:
+    """Lets ``model`` raise UnsupportedModelError where it would leave a kvote cache out. ``unguard`` ends it."""
+    if _NAME not in vars(model):
+        vars(model)[_NAME] = Guard(model, length)
+
+
+def unguard(model: Any) -> None:
+    """Ends ``guard``."""
+    if isinstance(vars(model).get(_NAME), Guard):
+        del vars(model)[_NAME]
