@@ -7,7 +7,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from kvote import methods
+    from kvote import methods, models
     from kvote.cache import Cache
     from kvote.document import Answer, Document
     from kvote.errors import (
@@ -37,6 +37,8 @@ _HOME = {
     "Report": "report",
     "UnsupportedModelError": "errors",
 }
+# Modules that are part of the interface.
+_MODULES = ("methods", "models")
 
 __all__ = [
     "Answer",
@@ -52,12 +54,13 @@ __all__ = [
     "Report",
     "UnsupportedModelError",
     "methods",
+    "models",
 ]
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name == "methods":
-        return importlib.import_module("kvote.methods")
+    if name in _MODULES:
+        return importlib.import_module(f"kvote.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'kvote' has no attribute {name!r}")
     return getattr(importlib.import_module(f"kvote.{_HOME[name]}"), name)

@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
         """Refuses ``--model=--``, of which argparse makes a list of nothing."""
         given = super().parse_args(*args, **kwargs)
         for name, value in vars(given).items():
-            if value == [] and name != "compare" or value == [[]]:
+            if (value == [] and name != "compare") or value == [[]]:
                 self.error(f"--{name.replace('_', '-')}: expected one argument")
         return given
 
@@ -89,8 +89,9 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _methods(commands: "argparse._SubParsersAction[_Parser]") -> None:
     methods = _command(
-        commands, "methods", "methods", "list the methods, their sources, what each needs and what was measured"
+        commands, "methods", "methods", "list the methods, or tell all about one: parameters, source, partners, figures"
     )
+    methods.add_argument("name", metavar="NAME", nargs="?", help="the method to tell about (default: list all)")
     methods.add_argument(
         "--table", action="store_true", help="print docs/methods.md instead: also which methods compose with which"
     )

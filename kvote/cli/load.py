@@ -19,16 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kvote.cli.source import source_of
 from kvote.cli.weights import misfit
 from kvote.errors import InputError
-from kvote.files import irregular, reason
 from kvote.models import embedded
 
 # Its weights are stored in bfloat16, which is slow on CPUs without instructions for it.
 _EMBEDDED_DTYPE = torch.float32
 _SAFE = {"trust_remote_code": False}
-# Suffixes of the files in a model's folder that transformers opens.
-_READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 _LARGEST = {"num_hidden_layers": 10**4, "vocab_size": 10**8, "hidden_size": 10**6, "intermediate_size": 10**7}
 _NO_TOKENIZER = "there is no tokenizer that transformers can read; add its tokenizer.json"
 # Beginnings of what transformers says in paragraphs, in a clause.
@@ -73,7 +71,7 @@ class Loaded:
 def load(name: str | None) -> Loaded:
     """Loads safetensors weights and never runs code that comes with a model. Raises InputError where that fails."""
     is_embedded = names_embedded(name)
-    source = embedded() if is_embedded else _source(str(name))
+    source = embedded() if is_embedded else source_of(str(name))
     with quiet(bars=not is_embedded):
         try:
             config = AutoConfig.from_pretrained(source, **_SAFE)
@@ -119,45 +117,6 @@ def _model(source: str, config: PreTrainedConfig, dtype: Any) -> tuple[PreTraine
         **_SAFE,
     )
     return loaded
-
-
-def _source(name: str) -> str:
-    """A hub name, or a folder whose files can be read. Raises InputError for what is neither."""
-    if not name.strip():
-        raise InputError("The model's name is empty; give a hub name or a folder.")
-    folder = os.path.expanduser(name)
-    try:
-        if os.path.isdir(folder):
-            _check(folder)
-            return folder
-        os.stat(folder)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        if name.startswith((".", "/", "~")):
-            raise InputError(f"There is no model folder {name}.") from None
-        return name
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read the model {name}: {reason(error)}.") from error
-    raise InputError(f"{name} is not the folder of a model; give that.")
-
-
-def _check(folder: str) -> None:
-    """What transformers would open waits for ever if it is a FIFO, and never ends if it is a device."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.endswith(_READ) or entry.is_dir() or (entry.is_symlink() and _dangles(entry.path)):
-                continue
-            if kind := irregular(entry.stat()):
-                raise InputError(f"Cannot read the model {folder}: {entry.name} is {kind}.")
-
-
-def _dangles(link: str) -> bool:
-    try:
-        os.stat(link)
-    except FileNotFoundError:
-        return True
-    return False
 
 
 @contextmanager
