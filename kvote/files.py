@@ -13,27 +13,29 @@ _READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC",
 _PIECE = 2**20
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
 
 
-def read(path: str | Path, most: int) -> bytes:
-    """All bytes of a regular file of at most ``most`` bytes. Raises InputError for anything else."""
+def read_regular(path: str | Path, largest: int) -> bytes:
+    """All bytes of a regular file of at most ``largest`` bytes. Raises InputError for anything else."""
     try:
         descriptor = os.open(path, _READING)
         with open(descriptor, "rb") as file:
             if kind := irregular(os.fstat(descriptor)):
-                raise InputError(f"Cannot read {named(path)}: it is {kind}.")
-            data = at_most(file, most)
+                raise InputError(f"Cannot read {named(path)}: it is {kind}, not a file.")
+            data = at_most(file, largest)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"Cannot read {named(path)}: {reason(error)}.") from error
     if data is None:
-        raise InputError(f"Cannot read {named(path)}: it is larger than {most:,} bytes.")
+        raise InputError(
+            f"{named(path)} is larger than the {largest // 2**20} MiB that are read; is it the right file?"
+        )
     return data
 
 
@@ -47,8 +49,8 @@ def at_most(file: BinaryIO, most: int) -> bytes | None:
     return bytes(data)
 
 
-def write(path: str | Path, data: bytes) -> None:
-    """Replaces the file at once: a reader sees the old one or the new one, and a failure leaves the old one.
+def write_whole(path: str | Path, text: str) -> None:
+    """Replaces the file by UTF-8 text at once: a reader sees the old one or the new one, a failure leaves the old one.
 
     A symbolic link stays, and the file that it leads to is replaced. Raises InputError where nothing can be written.
     """
@@ -57,7 +59,7 @@ def write(path: str | Path, data: bytes) -> None:
         target, mode = _target(path)
         descriptor, draft = tempfile.mkstemp(dir=target.parent, prefix=".kvote-")
         with open(descriptor, "wb") as file:
-            file.write(data)
+            file.write(text.encode())
             file.flush()
             os.fsync(descriptor)
         os.chmod(draft, mode)
@@ -70,7 +72,7 @@ def write(path: str | Path, data: bytes) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises InputError unless ``write`` could write there now; changes nothing."""
+    """Raises InputError unless ``write_whole`` could write there now; changes nothing."""
     try:
         _probe(_target(path)[0].parent)
     except (OSError, ValueError) as error:
@@ -101,8 +103,9 @@ def irregular(found: os.stat_result) -> str | None:
 
 
 def named(path: str | Path) -> str:
-    """What messages call it."""
-    return str(path) if str(path).strip() else repr(str(path))
+    """What messages call it: without what a terminal cannot show."""
+    text = str(path)
+    return text if text.isprintable() and text.strip() else ascii(text)
 
 
 def reason(error: OSError | ValueError) -> str:
@@ -123,7 +126,8 @@ def _target(path: str | Path) -> tuple[Path, int]:
         os.umask(mask)
         return target, 0o666 & ~mask
     if kind := irregular(found):
-        raise InputError(f"Cannot write {named(path)}: it is {kind}.")
+        instead = "" if stat.S_ISDIR(found.st_mode) else ", not a file"
+        raise InputError(f"Cannot write {named(path)}: it is {kind}{instead}.")
     if not os.access(target, os.W_OK):
         raise PermissionError(13, "Permission denied")
     return target, stat.S_IMODE(found.st_mode)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvote.errors import InputError
-from kvote.files import check_folder, check_writable, read, write
+from kvote.files import check_folder, check_writable, read_regular, write_whole
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("gone", "Cannot read gone: No such file or directory."),
         ("", "Cannot read '': No such file or directory."),
         ("folder", "Cannot read folder: Is a directory."),
-        ("fifo", "Cannot read fifo: it is a FIFO."),
-        ("zero", "Cannot read zero: it is a device."),
+        ("fifo", "Cannot read fifo: it is a pipe, not a file."),
+        ("zero", "Cannot read zero: it is a device, not a file."),
         ("loop", "Cannot read loop: Too many levels of symbolic links."),
         ("file/x", "Cannot read file/x: Not a directory."),
         ("x" * 300, "File name too long."),
@@ -39,14 +39,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_only_regular_files_are_read(path, sentence):
     with pytest.raises(InputError) as caught:
-        read(path, 10)
+        read_regular(path, 10)
     assert str(caught.value).endswith(sentence)
 
 
 def test_a_file_is_read_up_to_a_size():
-    assert read("file", 3) == b"abc"
-    with pytest.raises(InputError, match="Cannot read file: it is larger than 2 bytes"):
-        read("file", 2)
+    assert read_regular("file", 3) == b"abc"
+    with pytest.raises(InputError, match="file is larger than the 0 MiB that are read"):
+        read_regular("file", 2)
 
 
 @pytest.mark.parametrize(
@@ -55,21 +55,23 @@ def test_a_file_is_read_up_to_a_size():
         ("gone/x", "there is no folder gone."),
         ("dangling", "there is no folder {}/gone."),
         ("folder", "it is a folder."),
-        ("fifo", "it is a FIFO."),
-        ("zero", "it is a device."),
-        ("/dev/full", "it is a device."),
+        ("fifo", "it is a pipe, not a file."),
+        ("zero", "it is a device, not a file."),
+        ("/dev/full", "it is a device, not a file."),
         ("loop", "Too many levels of symbolic links."),
         ("file/x", "there is no folder file."),
         ("x" * 300, "File name too long."),
         ("a\0b", "embedded null byte."),
     ],
 )
-@pytest.mark.parametrize("use", [check_writable, lambda path: write(path, b"new")], ids=["checked", "written"])
+@pytest.mark.parametrize("use", [check_writable, lambda path: write_whole(path, "new")], ids=["checked", "written"])
 def test_only_regular_files_are_replaced(use, path, sentence, tmp_path):
     before = sorted(os.listdir())
     with pytest.raises(InputError) as caught:
         use(path)
-    assert str(caught.value) == f"Cannot write {path}: {sentence.format(tmp_path)}"
+    assert (
+        str(caught.value) == f"Cannot write {path if path.isprintable() else ascii(path)}: {sentence.format(tmp_path)}"
+    )
     assert sorted(os.listdir()) == before
 
 
@@ -82,8 +84,8 @@ def test_a_check_changes_nothing():
 
 def test_a_link_stays_and_its_target_is_replaced():
     os.symlink("folder/target", "link")
-    write("link", b"one")
-    write("link", b"two")
+    write_whole("link", "one")
+    write_whole("link", "two")
     assert os.path.islink("link")
     assert Path("folder/target").read_bytes() == b"two"
     assert os.listdir("folder") == ["target"]
@@ -91,8 +93,8 @@ def test_a_link_stays_and_its_target_is_replaced():
 
 def test_the_mode_stays_and_a_new_file_gets_the_usual_one():
     os.chmod("file", 0o640)
-    write("file", b"x")
-    write("new", b"x")
+    write_whole("file", "x")
+    write_whole("new", "x")
     mask = os.umask(0)
     os.umask(mask)
     assert [stat.S_IMODE(os.stat(name).st_mode) for name in ("file", "new")] == [0o640, 0o666 & ~mask]
@@ -105,7 +107,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     before = sorted(os.listdir())
     with pytest.raises(InputError, match=r"^Cannot write file: No space left on device\.$"):
-        write("file", b"new")
+        write_whole("file", "new")
     assert Path("file").read_bytes() == b"abc"
     assert sorted(os.listdir()) == before
 
@@ -117,5 +119,5 @@ def test_a_folder_is_made_where_there_is_none_and_holds_nothing_but_files():
         with pytest.raises(InputError, match=f"Cannot write {name}: it is not a folder"):
             check_folder(name)
     os.mkfifo("folder/log")
-    with pytest.raises(InputError, match=r"Cannot write folder/log: it is a FIFO\."):
+    with pytest.raises(InputError, match=r"Cannot write folder/log: it is a pipe, not a file\."):
         check_folder("folder")

@@ -1,8 +1,10 @@
-"""Where a model comes from: a hub name, or a folder with nothing in it that would make transformers wait for ever."""
+"""Where a model comes from: a hub name, or a folder whose files can be read into memory."""
 
 import os
 import stat
 
+from kvote.cli.room import gib
+from kvote.env import memory
 from kvote.errors import InputError
 from kvote.files import irregular, reason
 
@@ -32,6 +34,7 @@ def source_of(name: str) -> str:
 
 def _check(folder: str) -> None:
     """A FIFO never begins, a device never ends. What is missing is left to transformers, which knows what it needs."""
+    weights, free = 0, memory()[1]
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.endswith(_READ):
@@ -41,4 +44,8 @@ def _check(folder: str) -> None:
             except FileNotFoundError:
                 continue
             if not stat.S_ISDIR(found.st_mode) and (kind := irregular(found)):
-                raise InputError(f"Cannot read the model {folder}: {entry.name} is {kind}.")
+                raise InputError(f"Cannot read the model {folder}: {entry.name} is {kind}, not a file.")
+            if entry.name.startswith("model") and entry.name.endswith(".safetensors"):
+                weights += found.st_size
+    if free and weights > free:
+        raise InputError(f"The weights in {folder} take {gib(weights)} GiB, and {gib(free)} GiB of memory are free.")

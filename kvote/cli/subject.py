@@ -8,7 +8,7 @@ from kvote.cli.arguments import TOKENS
 from kvote.cli.room import gib
 from kvote.env import memory
 from kvote.errors import InputError
-from kvote.files import at_most, read, reason
+from kvote.files import at_most, read_regular, reason
 from kvote.models import world
 
 _TASK, _SEED, _NEEDLES = "needle", 0, 4
@@ -72,7 +72,7 @@ def name_of(document: str) -> str:
 def read_text(document: str) -> str:
     """UTF-8 text of a regular file, - for standard input. Raises InputError for what is none, or fills the memory."""
     name, most = name_of(document), memory()[1] or _MOST
-    data = _standard_input(most) if document == "-" else read(document, most)
+    data = _standard_input(most) if document == "-" else read_regular(document, most)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -181,14 +181,19 @@ def test_truncated_weights_are_refused(ask, folder, end):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json", "generation_config.json"])
-@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a loop"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a loop"])
 def test_files_without_an_end_are_refused(ask, folder, name, kind):
     (folder / name).unlink()
-    if kind == "a FIFO":
+    if kind == "a pipe":
         os.mkfifo(folder / name)
     else:
         os.symlink("/dev/zero" if kind == "a device" else name, folder / name)
-    refused(ask(), "Too many levels of symbolic links." if kind == "a loop" else f": {name} is {kind}.")
+    refused(ask(), "Too many levels of symbolic links." if kind == "a loop" else f": {name} is {kind}, not a file.")
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_read(ask, monkeypatch):
+    monkeypatch.setattr("kvote.cli.source.memory", lambda: (2**30, 1000))
+    refused(ask(), "GiB, and 0.0 GiB of memory are free.")
 
 
 def test_a_tokenizer_of_another_model_is_refused(ask, folder):
