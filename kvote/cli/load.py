@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from kvote.cli.source import source_of
-from kvote.cli.weights import misfit
+from kvote.cli.weights import misfit, not_floating
 from kvote.errors import InputError
 from kvote.models import embedded
 
@@ -83,7 +83,8 @@ def load(name: str | None) -> Loaded:
             raise InputError(f"Cannot load a model from {source!r}: {sentence(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"Cannot load a model from {source!r}: {_NO_TOKENIZER}.")
-    if why := misfit(model, report):
+    why = None if getattr(config, "quantization_config", None) else not_floating(source)
+    if why := misfit(model, report) or why:
         raise InputError(f"The weights in {source!r} are not those of its config: {why}.")
     return Loaded("embedded" if is_embedded else source, model.eval(), tokenizer, is_embedded)
 

@@ -1,11 +1,14 @@
 """Whether weights are those of their config: transformers reports what did not fit, and goes on with random numbers."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
 _NAMED = 2
+_FRACTIONAL = ("F", "BF")
 
 
 def misfit(model: nn.Module, report: Mapping[str, Any]) -> str | None:
@@ -24,6 +27,18 @@ def misfit(model: nn.Module, report: Mapping[str, Any]) -> str | None:
         return str(report["error_msgs"][0])
     if ignored := sorted(key for key in report["unexpected_keys"] if _matters(model, key)):
         return f"{_counted(ignored)} stored with the weights, but its config has no place for them"
+    return None
+
+
+def not_floating(folder: str) -> str | None:
+    """Why weights in a folder are no weights of a model that its config does not call quantised: whole numbers, which
+    transformers takes for weights. As a clause; None if all are fractional, and for a hub name."""
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in [key for key in file.keys() if key.endswith(".weight")]:  # noqa: SIM118
+                kind = file.get_slice(key).get_dtype()
+                if not kind.startswith(_FRACTIONAL):
+                    return f"{key} is stored as {kind}, and its config names no quantisation"
     return None
 
 

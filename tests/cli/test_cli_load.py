@@ -143,6 +143,13 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(ask, folder, values
     refused(ask(), sentence)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_fractions_are_refused(ask, folder, dtype):
+    change(folder, lambda held: {**held, "model.norm.weight": held["model.norm.weight"].to(dtype)})
+    refused(ask(), "model.norm.weight is stored as ")
+    assert "and its config names no quantisation." in ask()[1]
+
+
 @pytest.mark.parametrize("name", ["q_proj.bias", "q_norm.weight", "q_proj.weight_scale", "q_proj.lora_A.weight"])
 def test_weights_that_the_config_leaves_out_are_refused(ask, folder, name):
     change(folder, lambda held: {**held, f"model.layers.0.self_attn.{name}": torch.ones(32)})
