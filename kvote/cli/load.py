@@ -83,7 +83,8 @@ def load(name: str | None) -> Loaded:
             raise InputError(f"Cannot load a model from {source!r}: {sentence(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"Cannot load a model from {source!r}: {_NO_TOKENIZER}.")
-    why = None if getattr(config, "quantization_config", None) else not_floating(source)
+    # A quantisation that transformers does not know is skipped without a quantiser.
+    why = None if getattr(model, "hf_quantizer", None) is not None else not_floating(source)
     if why := misfit(model, report) or why:
         raise InputError(f"The weights in {source!r} are not those of its config: {why}.")
     return Loaded("embedded" if is_embedded else source, model.eval(), tokenizer, is_embedded)

@@ -31,14 +31,14 @@ def misfit(model: nn.Module, report: Mapping[str, Any]) -> str | None:
 
 
 def not_floating(folder: str) -> str | None:
-    """Why weights in a folder are no weights of a model that its config does not call quantised: whole numbers, which
-    transformers takes for weights. As a clause; None if all are fractional, and for a hub name."""
+    """Why the files in a folder are not those of a model that is not quantised: whole numbers, which transformers takes
+    for weights. As a clause; None if all are fractional, and for a hub name."""
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in [key for key in file.keys() if key.endswith(".weight")]:  # noqa: SIM118
                 kind = file.get_slice(key).get_dtype()
                 if not kind.startswith(_FRACTIONAL):
-                    return f"{key} is stored as {kind}, and its config names no quantisation"
+                    return f"{key} is stored as {kind}, and its config names no quantisation that transformers knows"
     return None
 
 

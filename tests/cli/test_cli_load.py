@@ -147,7 +147,8 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(ask, folder, values
 def test_weights_that_are_no_fractions_are_refused(ask, folder, dtype):
     change(folder, lambda held: {**held, "model.norm.weight": held["model.norm.weight"].to(dtype)})
     refused(ask(), "model.norm.weight is stored as ")
-    assert "and its config names no quantisation." in ask()[1]
+    configure(folder, quantization_config={"quant_method": "nothing"})
+    refused(ask(), "and its config names no quantisation that transformers knows.")
 
 
 @pytest.mark.parametrize("name", ["q_proj.bias", "q_norm.weight", "q_proj.weight_scale", "q_proj.lora_A.weight"])
