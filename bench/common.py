@@ -1,7 +1,6 @@
 """What every bench script shares: the embedded model, the machine's name, tables, results on disk."""
 
 import json
-import os
 import platform
 import sys
 import time
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 import kvote
+from kvote.files import write_whole
 from kvote.kernels import backend
 from kvote.models import embedded
 
@@ -60,9 +60,7 @@ def save(name: str, result: dict[str, Any]) -> Path:
     """Writes ``results/name.json`` in one step, so that a stopped run leaves the last whole one."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"command": command(), "machine": machine(), **result}, indent=1) + "\n")
-    os.replace(draft, path)
+    write_whole(path, json.dumps({"command": command(), "machine": machine(), **result}, indent=1) + "\n")
     return path
 
 

@@ -21,6 +21,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvote.files import check_writable, write_whole
 from kvote.models import embedded, world
 
 TRAINED = 1024
@@ -91,6 +92,8 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "embedded.json")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out)
 
     transformers.logging.set_verbosity_error()  # the reminder that 4,096 tokens are more than the model knows
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
@@ -107,8 +110,7 @@ def main() -> None:
         "dtype": args.dtype,
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(args.out, json.dumps(result, indent=1) + "\n")
     print(table(rows))
 
 

@@ -7,7 +7,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from kvote import methods
+    from kvote import methods, models
     from kvote.cache import Cache
     from kvote.document import Answer, Document
     from kvote.errors import (
@@ -39,6 +39,8 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
 }
+# Modules that are part of the interface.
+_MODULES = ("methods", "models")
 
 __all__ = [
     "Answer",
@@ -55,12 +57,13 @@ __all__ = [
     "UnsupportedModelError",
     "detach",
     "methods",
+    "models",
 ]
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name == "methods":
-        return importlib.import_module("kvote.methods")
+    if name in _MODULES:
+        return importlib.import_module(f"kvote.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'kvote' has no attribute {name!r}")
     return getattr(importlib.import_module(f"kvote.{_HOME[name]}"), name)

@@ -4,6 +4,7 @@
 """
 
 import ast
+import difflib
 import functools
 import importlib
 import inspect
@@ -69,13 +70,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Published:
-    """One published system: how to build it, where it comes from and what it needs."""
+    """One published system: how to build it, where it comes from and what it needs. ``package`` is None for kvote's."""
 
     name: str
     rooms: str
     source: str
     needs: str
     build: Callable[..., Method]
+    package: str | None = None
 
     @property
     def summary(self) -> str:
@@ -88,10 +90,20 @@ METHODS: dict[str, Published] = {}
 def published(
     *, rooms: str, source: str, needs: str = "nothing"
 ) -> Callable[[Callable[Parameters, Method]], Callable[Parameters, Method]]:
-    """Registers a function that builds a Method under the function's name, and writes the method's spec."""
+    """Registers a function that builds a Method under the function's name, and writes the method's spec.
+
+    Raises MethodError if a function of another module has that name.
+    """
 
     def register(build: Callable[Parameters, Method]) -> Callable[Parameters, Method]:
         name, signature = build.__name__, inspect.signature(build)
+        if not build.__module__.startswith("kvote.methods."):
+            importlib.import_module("kvote.methods")  # kvote's own come first
+        taken = METHODS.get(name)
+        if taken is not None and taken.build.__module__ != build.__module__:
+            raise MethodError(
+                f"{build.__module__} cannot publish a method {name!r}: {taken.build.__module__} has one of that name."
+            )
 
         @functools.wraps(build)
         def with_spec(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Method:
@@ -136,11 +148,20 @@ def _build(node: ast.expr, spec: str) -> Method:
     raise MethodError(f"{spec!r} is not a method; write for example tokenselect(top_k=512), with named parameters.")
 
 
-def _call(name: str, parameters: dict[str, Any]) -> Method:
+def find(name: str) -> Published:
+    """The method of that name, kvote's or another package's. Raises MethodError if there is none, or it is broken."""
     importlib.import_module("kvote.methods")  # every file there registers its method
-    if name not in METHODS:
-        raise MethodError(f"There is no method {name!r}; there are {', '.join(sorted(METHODS))}.")
-    build = METHODS[name].build
+    plugins = importlib.import_module("kvote.plugins")
+    if name not in METHODS and not plugins.load(name):
+        known = sorted({*METHODS, *plugins.names()})
+        near = difflib.get_close_matches(name, known, 3)
+        others = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+        raise MethodError(f"There is no method {name!r}; {others}")
+    return METHODS[name]
+
+
+def _call(name: str, parameters: dict[str, Any]) -> Method:
+    build = find(name).build
     known = inspect.signature(build).parameters
     for parameter in parameters:
         if parameter not in known:

@@ -4,6 +4,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ def test_all_lists_every_public_name_and_nothing_else():
     assert all(hasattr(kvote, name) for name in kvote.__all__)
     assert kvote.__all__ == sorted(kvote.__all__)
     assert len(set(kvote.__all__)) == len(kvote.__all__)
+
+
+@pytest.mark.parametrize("name", ["methods", "models"])
+def test_modules_of_the_interface_are_imported_when_they_are_used(name):
+    code = f"import sys, kvote; assert 'torch' not in sys.modules; assert kvote.{name}.__name__ == 'kvote.{name}'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_types_are_shipped():
+    assert (ROOT / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("name", kvote.__all__)

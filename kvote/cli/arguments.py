@@ -2,12 +2,16 @@
 
 import argparse
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from kvote import __version__
 from kvote.errors import InputError
 
 TOKENS = 65_536
+# More tokens, steps or seconds than anything here can mean.
+_MOST = 10**15
+# Characters of a value that an error quotes.
+_SHOWN = 40
 COMPARED = ("dense", "streamingllm", "random")
 # What can be calibrated.
 CALIBRATED = {
@@ -21,6 +25,14 @@ ALL = ""
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line and leaves the exit to ``main``."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses ``--model=--``, of which argparse makes a list of nothing."""
+        given = super().parse_args(*args, **kwargs)
+        for name, value in vars(given).items():
+            if (value == [] and name != "compare") or value == [[]]:
+                self.error(f"--{name.replace('_', '-')}: expected one argument")
+        return given
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
@@ -77,8 +89,9 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _methods(commands: "argparse._SubParsersAction[_Parser]") -> None:
     methods = _command(
-        commands, "methods", "methods", "list the methods, their sources, what each needs and what was measured"
+        commands, "methods", "methods", "list the methods, or tell all about one: parameters, source, partners, figures"
     )
+    methods.add_argument("name", metavar="NAME", nargs="?", help="the method to tell about (default: list all)")
     methods.add_argument(
         "--table", action="store_true", help="print docs/methods.md instead: also which methods compose with which"
     )
@@ -194,6 +207,8 @@ def _whole(text: str, least: int) -> int:
         number = int(text)
     except ValueError:
         number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    if not least <= number <= _MOST:
+        shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r} …"
+        bounds = f"of at least {least}" if number < least else f"from {least} to {_MOST:,}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, got {shown}")
     return number

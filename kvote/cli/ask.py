@@ -1,18 +1,19 @@
 """``kvote ask``: read a document once per method, ask it, and put the answers beside each other."""
 
 import argparse
-import sys
 
 from rich.progress import Progress
 
 from kvote import Document
 from kvote.cli.arguments import ALL, COMPARED
-from kvote.cli.load import Loaded, check_memory, load
+from kvote.cli.load import Loaded, load, quiet, sentence
 from kvote.cli.outcome import Outcome, Run
+from kvote.cli.plain import plain, warn
 from kvote.cli.progress import progress
+from kvote.cli.room import check_memory
 from kvote.cli.show import show
 from kvote.cli.subject import Subject, subject
-from kvote.errors import InputError
+from kvote.errors import InputError, KvoteError
 from kvote.method import parse
 from kvote.models.presets import with_presets
 
@@ -25,12 +26,13 @@ def run(args: argparse.Namespace) -> None:
     asked = subject(args)
     loaded = load(args.model)
     specs = {name: with_presets(name) if loaded.is_embedded else name for name in names}
-    tokens = len(loaded.tokenizer(asked.text).input_ids)
+    text, question = loaded.ids(asked.text), loaded.ids(asked.question)
+    tokens = len(text)
     for spec in specs.values():
-        check_memory(loaded, parse(spec), tokens)
+        check_memory(loaded.model, parse(spec), tokens + len(question) + args.max_new_tokens)
     if loaded.is_embedded:
-        _warn_of_foreign_words(loaded, asked)
-    with progress() as bar:
+        _warn_of_foreign_words(loaded, text + question)
+    with quiet(bars=False), progress() as bar:
         runs = [_answer(loaded, asked, name, spec, tokens, args, bar) for name, spec in specs.items()]
     outcome = Outcome(
         model=loaded.name,
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         right=runs[0].right,
         runs=runs,
     )
-    show(outcome, as_json=args.json)
+    show(outcome, json=args.json)
 
 
 def _names(method: str, compare: list[str]) -> list[str]:
@@ -56,16 +58,21 @@ def _names(method: str, compare: list[str]) -> list[str]:
 def _answer(
     loaded: Loaded, asked: Subject, name: str, spec: str, tokens: int, args: argparse.Namespace, bar: Progress
 ) -> Run:
-    task = bar.add_task(name, total=tokens)
+    task = bar.add_task(plain(name), total=tokens)
     try:
         document = Document(
             loaded.model, loaded.tokenizer, asked.text, spec, progress=lambda count: bar.advance(task, count)
         )
         answer = document.ask(asked.question, max_new_tokens=args.max_new_tokens)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            raise InputError(f"Memory ran out with {name}; give a shorter document.") from error
+    except KvoteError:
         raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+            raise InputError(f"Memory ran out with {name}; give a shorter document.") from error
+        if loaded.is_embedded:
+            raise
+        # What a config says and transformers believed shows when the model runs.
+        raise InputError(f"The model {loaded.name!r} cannot be run with {name}: {sentence(error)}") from error
     report = document.cache.report()
     return Run(
         name=name,
@@ -85,13 +92,10 @@ def _is_right(answer: str, expected: str, *, strict: bool) -> bool:
     return answer == expected if strict else answer.startswith(expected)
 
 
-def _warn_of_foreign_words(loaded: Loaded, asked: Subject) -> None:
-    text = f"{asked.text} {asked.question}"
-    ids = loaded.tokenizer(text).input_ids
+def _warn_of_foreign_words(loaded: Loaded, ids: list[int]) -> None:
     foreign = ids.count(loaded.tokenizer.unk_token_id) / len(ids)
     if foreign > 0:
-        print(
-            f"kvote: the embedded model does not know {foreign:.0%} of these words; it speaks only the small language "
-            f"of the built-in document, so name a --model that reads yours.",
-            file=sys.stderr,
+        warn(
+            f"the embedded model does not know {foreign:.0%} of these words; it speaks only the small language of the "
+            "built-in document, so name a --model that reads yours."
         )

@@ -1,9 +1,7 @@
 """``kvote calibrate``: measure what a method must know about a model, and write it to a file."""
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.progress import Progress
 from torch import Tensor
@@ -15,11 +13,13 @@ from kvote.calibration.heads import DUO, RAZOR
 from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels
 from kvote.calibration.retrieval import TIMES, measure_razor
 from kvote.calibration.texts import LONGEST, phrases, world_texts
-from kvote.cli.load import Loaded, load
+from kvote.cli.load import Loaded, load, names_embedded
+from kvote.cli.plain import as_json, one_line
 from kvote.cli.progress import progress
 from kvote.cli.subject import name_of, read_text
 from kvote.errors import InputError
-from kvote.models import embedded, world
+from kvote.files import check_writable
+from kvote.models import world
 
 # Texts of the embedded model's language are drawn from here on: other numbers than any test or benchmark asks about.
 _FIRST_SEED = 10**6
@@ -35,10 +35,7 @@ Measured = tuple[Calibration, int]
 
 def run(args: argparse.Namespace) -> None:
     """Measures and writes; says what was measured, and on how many tokens."""
-    out = Path(args.out)
-    if out.is_dir() or not out.parent.is_dir():
-        why = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise InputError(f"Cannot write {out}: {why}.")
+    check_writable(args.out)
     if args.steps is not None and args.what != DUO:
         raise InputError(f"--steps is for --what {DUO}; leave it out.")
     text = _text(args)
@@ -49,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     layers = len(calibration.data["layers"])
     if args.json:
         told = {"what": args.what, "file": args.out, "model": loaded.name, "tokens": tokens, "layers": layers}
-        print(json.dumps(told, indent=1))
+        print(as_json(told))
         return
-    print(f"{args.what} of {layers} layers, measured on {tokens:,} tokens: {args.out}")
+    print(f"{args.what} of {layers} layers, measured on {tokens:,} tokens: {one_line(args.out)}")
 
 
 def _text(args: argparse.Namespace) -> str | None:
@@ -60,8 +57,7 @@ def _text(args: argparse.Namespace) -> str | None:
         if args.text is not None:
             raise InputError(f"{RAZOR} reads random tokens; leave out --text.")
         return None
-    is_embedded = args.model is None or Path(args.model).resolve() == Path(embedded()).resolve()
-    if args.text is None and not is_embedded:
+    if args.text is None and not names_embedded(args.model):
         raise InputError("A model of your own needs a text to calibrate with; add --text FILE.")
     text = None if args.text is None else read_text(args.text)
     if text is not None and not text.strip():

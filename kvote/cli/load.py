@@ -1,19 +1,42 @@
-"""The model that answers, from a hub name or a folder, and whether a document fits into memory beside it."""
+"""The model that answers, from a hub name or a folder."""
 
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from kvote.env import memory
+from kvote.cli.source import source_of
+from kvote.cli.weights import misfit, not_floating
 from kvote.errors import InputError
-from kvote.method import Method
 from kvote.models import embedded
 
 # Its weights are stored in bfloat16, which is slow on CPUs without instructions for it.
 _EMBEDDED_DTYPE = torch.float32
+_SAFE = {"trust_remote_code": False}
+_LARGEST = {"num_hidden_layers": 10**4, "vocab_size": 10**8, "hidden_size": 10**6, "intermediate_size": 10**7}
+_NO_TOKENIZER = "there is no tokenizer that transformers can read; add its tokenizer.json"
+# Beginnings of what transformers says in paragraphs, in a clause.
+_SHORT = {
+    "Couldn't instantiate the backend tokenizer": _NO_TOKENIZER,
+    "Unrecognized configuration class": "it is not a decoder-only language model",
+}
+# What says little without the kind of the error.
+_TERSE = (KeyError, IndexError, AttributeError, TypeError, AssertionError, ZeroDivisionError)
+_LONGEST = 400
 
 
 @dataclass(frozen=True)
@@ -30,51 +53,92 @@ class Loaded:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return limit if isinstance(limit, int) else None
 
+    def ids(self, text: str) -> list[int]:
+        """Tokens of ``text``. Raises InputError for those that the model has no embedding of."""
+        try:
+            ids: list[int] = self.tokenizer(text).input_ids
+        except Exception as error:
+            raise InputError(f"The tokenizer of {self.name!r} cannot read this: {sentence(error)}") from error
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if ids and max(ids) >= known:
+            raise InputError(
+                f"The tokenizer of {self.name!r} is another model's: it gives token {max(ids):,}, and this model knows "
+                f"{known:,}."
+            )
+        return ids
+
 
 def load(name: str | None) -> Loaded:
     """Loads safetensors weights and never runs code that comes with a model. Raises InputError where that fails."""
-    is_embedded = name is None or Path(name).resolve() == Path(embedded()).resolve()
-    source = embedded() if is_embedded else str(name)
-    _quiet(bars=not is_embedded)
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise InputError(f"There is no model folder {source}.")
-    source = str(Path(source).expanduser()) if source.startswith("~") else source
-    safe = {"trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
-        dtype = _EMBEDDED_DTYPE if is_embedded else "auto"
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **safe)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"Cannot load a model from {source!r}: {reason}") from error
+    is_embedded = names_embedded(name)
+    source = embedded() if is_embedded else source_of(str(name))
+    with quiet(bars=not is_embedded):
+        try:
+            config = AutoConfig.from_pretrained(source, **_SAFE)
+            _check_sizes(config)
+            tokenizer = AutoTokenizer.from_pretrained(source, **_SAFE)
+            model, report = _model(source, config, _EMBEDDED_DTYPE if is_embedded else "auto")
+        except Exception as error:
+            # Files of others can break transformers anywhere.
+            raise InputError(f"Cannot load a model from {source!r}: {sentence(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"Cannot load a model from {source!r}: {_NO_TOKENIZER}.")
+    # A quantisation that transformers does not know is skipped without a quantiser.
+    why = None if getattr(model, "hf_quantizer", None) is not None else not_floating(source)
+    if why := misfit(model, report) or why:
+        raise InputError(f"The weights in {source!r} are not those of its config: {why}.")
     return Loaded("embedded" if is_embedded else source, model.eval(), tokenizer, is_embedded)
 
 
-def _quiet(*, bars: bool) -> None:
+def names_embedded(name: str | None) -> bool:
+    """Whether it is the embedded model that is asked for."""
+    try:
+        return name is None or os.path.samefile(os.path.expanduser(name), embedded())
+    except (OSError, ValueError):
+        return False
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """A model of absurd sizes would be built for hours, or until memory runs out."""
+    text = config.get_text_config(decoder=True)
+    for name, most in _LARGEST.items():
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"its config asks for {name} {value:,}, and no model has more than {most:,}")
+
+
+def _model(source: str, config: PreTrainedConfig, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        # Weights of another shape are named in the report, where transformers would only say that there are some.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **_SAFE,
+    )
+    return loaded
+
+
+@contextmanager
+def quiet(*, bars: bool) -> Iterator[None]:
+    """What transformers would only mention is either refused here or no matter for who asks."""
     transformers.logging.set_verbosity_error()
-    if bars:
+    if bars and sys.stderr is not None and sys.stderr.isatty():
         transformers.logging.enable_progress_bar()
     else:
         transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-def check_memory(loaded: Loaded, method: Method, tokens: int) -> None:
-    """Raises InputError if the keys and values of ``tokens`` tokens cannot fit into the memory that is free."""
-    needed = 0 if method.keep.drops else tokens * _token_bytes(loaded.model)
-    free = memory()[1]
-    if loaded.model.device.type == "cpu" and free and needed > free:
-        gib = 2**30
-        raise InputError(
-            f"The document's {tokens:,} tokens need {needed / gib:,.1f} GiB for keys and values with {method.spec}, "
-            f"and {free / gib:,.1f} GiB are free; give fewer tokens or a method that drops some, such as streamingllm."
-        )
-
-
-def _token_bytes(model: PreTrainedModel) -> int:
-    """Bytes that one token takes in all layers together, 0 where the config does not say."""
-    config = model.config.get_text_config(decoder=True)
-    layers, heads = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    position = 4
-    return int(layers * key_heads * (2 * dim * model.dtype.itemsize + position))
+def sentence(error: Exception) -> str:
+    """The first line of what it says, and the next where that only introduces it."""
+    lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    said = next((short for long, short in _SHORT.items() if said.startswith(long)), said)
+    if not said or isinstance(error, _TERSE):
+        said = f"its files make no sense to transformers ({type(error).__name__}: {said})".replace(": )", ")")
+    return said if len(said) <= _LONGEST else said[:_LONGEST].rstrip() + " …"

@@ -9,7 +9,7 @@ from kvote.pairs import Pair, pairs
 _HEAD = """# Methods
 
 Made by `kvote methods --table > docs/methods.md`; a test compares the two. What a parameter means is said by
-`help(kvote.methods.NAME)`.
+`kvote methods NAME`.
 """
 _JOINING = """## What composes with what
 

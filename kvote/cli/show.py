@@ -1,7 +1,7 @@
 """Tables for people, one JSON object for programs."""
 
-import json
 from dataclasses import asdict
+from textwrap import indent
 from typing import Any
 
 from rich import box
@@ -9,12 +9,24 @@ from rich.console import Console
 from rich.table import Table
 
 from kvote.cli.outcome import Outcome, Run
+from kvote.cli.plain import as_json, one_line, plain
 
-_ANSWER_SHOWN = 28
-_PIPE_WIDTH = 120
+_ANSWER_SHOWN = 24
+_PIPE_WIDTH = 80
+_INDENT = 10
+
+
+class _Table(Table):
+    def add_row(self, *cells: Any, **kwargs: Any) -> None:
+        """Cells of plain text."""
+        super().add_row(*(plain(cell) if isinstance(cell, str) else cell for cell in cells), **kwargs)
 
 
 class _Console(Console):
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        """Plain text, or what rich made of it."""
+        super().print(*(plain(each) if isinstance(each, str) else each for each in objects), **kwargs)
+
     def on_broken_pipe(self) -> None:
         """Leaves it to ``main``, where rich would end the program."""
         raise BrokenPipeError
@@ -22,25 +34,26 @@ class _Console(Console):
 
 def plain_table(**kwargs: Any) -> Table:
     """A table without a frame."""
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, **kwargs)
+    return _Table(box=box.SIMPLE_HEAD, pad_edge=False, **kwargs)
 
 
 def plain_console() -> Console:
     """Standard output without colours of its own; wide enough for every table where no terminal sets the width."""
-    console = _Console(markup=False, highlight=False)
+    console = _Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
 
 
-def show(outcome: Outcome, *, as_json: bool) -> None:
+def show(outcome: Outcome, *, json: bool) -> None:
     """Prints the answer of the first method and a table of all."""
-    if as_json:
-        print(json.dumps(asdict(outcome), indent=1, ensure_ascii=False))
+    if json:
+        print(as_json(asdict(outcome)))
         return
     console = plain_console()
     for name, value in _head(outcome):
-        console.print(f"{name:10}{value}", soft_wrap=True)
+        # Further lines of an answer stand below its first, so that none of them passes for another fact.
+        console.print(f"{name:{_INDENT}}{indent(value, ' ' * _INDENT)[_INDENT:]}", soft_wrap=True)
     console.print(_runs(outcome))
 
 
@@ -52,9 +65,9 @@ def _head(outcome: Outcome) -> list[tuple[str, str]]:
         size += f", {factor} times the {outcome.trained_tokens:,} that the model was made for"
     verdict = "" if outcome.right is None else " (right)" if outcome.right else f" (wrong: it is {outcome.expected})"
     return [
-        ("Model", outcome.model),
-        ("Document", f"{outcome.document}, {size}"),
-        ("Question", outcome.question),
+        ("Model", one_line(outcome.model)),
+        ("Document", f"{one_line(outcome.document)}, {size}"),
+        ("Question", " ".join(outcome.question.split())),
         ("Answer", outcome.answer + verdict),
     ]
 

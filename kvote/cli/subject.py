@@ -3,13 +3,19 @@
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvote.cli.arguments import TOKENS
+from kvote.cli.room import gib
+from kvote.env import memory
 from kvote.errors import InputError
+from kvote.files import at_most, read_regular, reason
 from kvote.models import world
 
 _TASK, _SEED, _NEEDLES = "needle", 0, 4
+# Bytes of the built-in document's words, ids and text, per token, while it is made.
+_MAKING = 100
+# Bytes of a document where the system does not say how much memory is free.
+_MOST = 2**32
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,11 @@ class Subject:
 
 def subject(args: argparse.Namespace) -> Subject:
     """The document and question that the arguments of ``ask`` name. Raises InputError for what cannot be asked."""
-    if args.question is not None and not args.question.strip():
-        raise InputError("The question is empty; ask something.")
+    if args.question is not None:
+        if not args.question.strip():
+            raise InputError("The question is empty; ask something.")
+        if not _is_text(args.question):
+            raise InputError("The question is not UTF-8 text; ask it in plain text.")
     if args.document is None:
         return _built_in(args.tokens or TOKENS, args.question)
     if args.tokens is not None:
@@ -39,6 +48,12 @@ def subject(args: argparse.Namespace) -> Subject:
 
 
 def _built_in(tokens: int, question: str | None) -> Subject:
+    needed, free = tokens * _MAKING, memory()[1]
+    if free and needed > free:
+        raise InputError(
+            f"A document of {tokens:,} tokens takes {gib(needed)} GiB to make, and {gib(free)} GiB are free; give "
+            "fewer --tokens."
+        )
     try:
         made = world.sample(_TASK, tokens, _SEED, _NEEDLES)
     except ValueError as error:
@@ -55,16 +70,30 @@ def name_of(document: str) -> str:
 
 
 def read_text(document: str) -> str:
-    """UTF-8 text of a file, - for standard input. Raises InputError for what is none."""
-    name = name_of(document)
-    try:
-        data = sys.stdin.buffer.read() if document == "-" else Path(document).read_bytes()
-    except OSError as error:
-        raise InputError(f"Cannot read {name}: {error.strerror or error}.") from error
+    """UTF-8 text of a regular file, - for standard input. Raises InputError for what is none, or fills the memory."""
+    name, most = name_of(document), memory()[1] or _MOST
+    data = _standard_input(most) if document == "-" else read_regular(document, most)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:
+    if not _is_text(text):
         raise InputError(f"{name} is not UTF-8 text; convert it to plain text first.")
     return text
+
+
+def _is_text(text: str) -> bool:
+    """Whether a tokenizer can read it: no NUL, and none of the surrogates that stand for bytes outside UTF-8."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in set(text))
+
+
+def _standard_input(most: int) -> bytes:
+    if sys.stdin is None:
+        raise InputError("Standard input is closed; give a file.")
+    try:
+        data = at_most(sys.stdin.buffer, most)
+    except OSError as error:
+        raise InputError(f"Cannot read standard input: {reason(error)}.") from error
+    if data is None:
+        raise InputError(f"Standard input holds more than {most:,} bytes, which is all the memory that is free.")
+    return data

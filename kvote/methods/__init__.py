@@ -1,5 +1,11 @@
-"""Published KV-cache systems, one file each. A call such as ``tokenselect(top_k=512)`` gives a ``Method``."""
+"""Published KV-cache systems, one file each. A call such as ``tokenselect(top_k=512)`` gives a ``Method``.
 
+Methods of other packages (see ``kvote.plugins``) are found here as well.
+"""
+
+from collections.abc import Callable
+
+from kvote.method import Method, find
 from kvote.methods.cake import cake
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
@@ -37,3 +43,11 @@ __all__ = [
     "tokenselect",
     "xkv",
 ]
+
+
+def __getattr__(name: str) -> Callable[..., Method]:
+    from kvote import plugins
+
+    if name.startswith("_") or name not in plugins.names():
+        raise AttributeError(f"module 'kvote.methods' has no attribute {name!r}")
+    return find(name).build

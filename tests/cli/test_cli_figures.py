@@ -33,16 +33,24 @@ def held(monkeypatch) -> dict:
     return made
 
 
-def test_figures_stand_beside_the_method_that_they_are_about(held, capsys):
-    assert main(["methods"]) == 0
+def test_figures_stand_on_the_page_of_the_method_that_they_are_about(held, capsys):
+    assert main(["methods", "snapkv"]) == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "right answers at 1,024 tokens: 90% (31% of the bytes, random 40%)" in words
-    assert "41% (31% of the bytes, random 40%, no better than random)" in words
-    assert "80% (25% of the tokens read)" in words
+    assert "- right answers at 1,024 tokens: 90% (31% of the bytes, random 40%)" in words
     step = "32,768 tokens 2.0 ms, 6.5x sdpa packed, 60x sdpa as transformers calls it, 1.9x dense, 26% of the bytes"
-    assert f"decode step of a layer: {step}" in words
-    assert "kivi | tokenselect decode step" in words
-    assert "Measured with python bench/accuracy.py on a CPU, 2 threads, torch 2.0" in words
+    assert f"- decode step of a layer: {step}" in words
+    assert "- with python bench/accuracy.py on a CPU, 2 threads, torch 2.0" in words
+    assert "kivi | tokenselect" not in words
+    assert main(["methods", "h2o"]) == 0
+    assert "41% (31% of the bytes, random 40%, no better than random)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["kivi", "tokenselect"])
+def test_methods_that_are_joined_stand_on_the_page_of_each(held, capsys, name):
+    assert main(["methods", name]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "- kivi | tokenselect: decode step of a layer: 32,768 tokens 4.0 ms" in words
+    assert ("- right answers at 1,024 tokens: 80% (25% of the tokens read)" in words) == (name == "tokenselect")
 
 
 def test_the_same_as_json(held, capsys):
@@ -68,8 +76,8 @@ def test_the_page_has_them_too(held, capsys):
 def test_without_the_file_there_are_no_figures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(figures, "_FILE", tmp_path / "none.json")
     figures.figures.cache_clear()
-    assert main(["methods"]) == 0
-    assert "right answers" not in capsys.readouterr().out
+    assert main(["methods", "snapkv"]) == 0
+    assert "Measured" not in capsys.readouterr().out
     figures.figures.cache_clear()
 
 
