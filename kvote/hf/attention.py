@@ -34,6 +34,7 @@ def attention(
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, eager)
         mask = attention_mask if padding is None else padding.native_mask()
         return attend(module, query, key, value, mask, **kwargs)
+    owner.pending = False
     refused = [name for name in ("position_bias", "sliding_window", "cache") if kwargs.get(name) is not None]
     if kwargs.get("dropout"):
         refused.append("dropout")
@@ -41,7 +42,6 @@ def attention(
         refused.append("a custom attention mask")
     if refused:
         raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(refused)}; kvote has none.")
-    owner.pending = False
     t, seen = query.shape[2], owner.layer.seen
     positions = kwargs.get("position_ids")
     if positions is None and owner.layer.method.needs_rope:

@@ -188,16 +188,19 @@ class SharedLowRank:
     ) -> PromptSegment:
         return PromptSegment(heads, like, value_dim, rope)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
         if (index + 1) % self.group and index + 1 < len(segments):
-            return
+            return False
         layers = [s for s in segments[index // self.group * self.group : index + 1] if isinstance(s, PromptSegment)]
+        encoded = False
         for row in range(layers[0].sequences):
             n = layers[-1].prompt(row, ahead)
             if n is None:
                 continue
             for segment, body in zip(layers, self.encode(layers, row, n), strict=True):
                 segment.put(row, body)
+                encoded |= body is not None
+        return encoded
 
     def encode(self, layers: list[PromptSegment], row: int, n: int) -> Sequence[LowRankBody | None]:
         """The first ``n`` tokens of a sequence in each of a group's layers; None for each if factors are no smaller."""

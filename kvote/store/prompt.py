@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -158,7 +158,15 @@ class PromptSegment:
                 if not self.window:
                     self.waiting[row].queries.clear()
 
-    def seal(self, ahead: int) -> None:
+    def mark(self) -> tuple[Any, list[Waiting]]:
+        return self.tail.mark(), [waiting.copy() for waiting in self.waiting]
+
+    def restore(self, mark: tuple[Any, list[Waiting]]) -> bool:
+        tail, self.waiting = mark
+        return self.tail.restore(tail)
+
+    def seal(self, ahead: int) -> bool:
+        before = [self.encoded(row) for row in range(self.sequences)]
         for row, waiting in enumerate(self.waiting):
             if self.bodies[row] is not None:
                 continue
@@ -170,6 +178,7 @@ class PromptSegment:
             held = (*(part[0] for part in self.tail.decode([row], 0, self.length(row))), self._positions(row))
             prompt = [part[:, : self.length(row) - waiting.after] for part in held]
             self.put(row, self.encode(queries, *prompt))
+        return before != [self.encoded(row) for row in range(self.sequences)]
 
     def prompt(self, row: int, ahead: int) -> int | None:
         """Tokens up to the end of a prompt that is to be encoded now; None if there is no such prompt."""

@@ -147,8 +147,18 @@ class RawSegment:
     def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
         pass
 
-    def seal(self, ahead: int) -> None:
-        pass
+    def mark(self) -> tuple[Tensor | None, list[int]]:
+        return self.labels, [lane.length for lane in self.pool.lanes]
+
+    def restore(self, mark: tuple[Tensor | None, list[int]]) -> bool:
+        # Labels that were being made when something interrupted are made anew.
+        self.labels, lengths = mark
+        for lane, length in zip(self.pool.lanes, lengths, strict=True):
+            self.pool.truncate(lane, length)
+        return not self.pool.moving
+
+    def seal(self, ahead: int) -> bool:
+        return False
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         return None
@@ -494,5 +504,5 @@ class Raw:
     ) -> RawSegment:
         return RawSegment(heads, like, value_dim, rope, sketch_bits=sketch_bits)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        pass
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+        return False

@@ -171,5 +171,5 @@ class FewerChannels:
         thin = key[:, :n].gather(2, channels[:, None].expand(-1, n, -1))
         return _body(key.shape[2], channels.to(torch.int16), thin, value[:, :n], positions[:, :n])
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        pass
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+        return False

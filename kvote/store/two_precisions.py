@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,9 +109,18 @@ class TwoPrecisionSegment(RawSegment):
             if count > 0 and self.balances[row].factor is None:
                 self.waiting[row].append((query[:, :count], self.length(row) - t))
 
-    def seal(self, ahead: int) -> None:
+    def mark(self) -> Any:
+        return super().mark(), list(self.balances), [list(passes) for passes in self.waiting]
+
+    def restore(self, mark: Any) -> bool:
+        held, self.balances, self.waiting = mark
+        return super().restore(held)
+
+    def seal(self, ahead: int) -> bool:
+        due = any(self.waiting)
         for row in range(self.sequences):
             self._weigh(row)
+        return due
 
     def _weigh(self, row: int) -> None:
         """Takes the largest magnitudes of the queries that wait, and of the keys that came with them."""
@@ -285,5 +295,5 @@ class TwoPrecisions:
             heads, like, value_dim, bits=bits, group=group, balanced=balanced, sketch_bits=sketch_bits
         )
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        pass
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+        return False
