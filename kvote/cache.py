@@ -211,8 +211,7 @@ class Cache(TransformersCache):
             self.passes.check()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As transformers' ``Cache``. Raises InterruptedPassError where a mask would be made for layers that differ, and
-        BusyCacheError."""
+        """As transformers' ``Cache``. Raises InterruptedPassError for layers that differ, and BusyCacheError."""
         self.passes.claim(self)
         first, last = (self.layers[index].get_seq_length() for index in self._ends)
         if layer_idx == self._ends[0] and first != last:

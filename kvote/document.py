@@ -19,7 +19,7 @@ from kvote.hf.greedy import check_finite, generate, where_not_finite
 from kvote.method import Method
 from kvote.numbers import is_whole
 
-_PASS = 4096
+TOKENS_PER_PASS = 4096
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Document:
         text: str,
         method: Method | str = "dense",
         *,
-        tokens_per_pass: int = _PASS,
+        tokens_per_pass: int = TOKENS_PER_PASS,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         if not isinstance(text, str) or not text.strip():

@@ -255,7 +255,7 @@ class Layer:
 
     def count(self) -> None:
         """Counts the bytes held, for ``Passes.peak``."""
-        before, self.counted = self.counted, self.nbytes
+        before, self.counted = self.counted, self.nbytes - self.record.waiting_nbytes
         self.passes.hold(self.counted - before)
 
     def finish(self) -> None:

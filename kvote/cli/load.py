@@ -7,10 +7,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvote.document import TOKENS_PER_PASS
 from kvote.env import memory
 from kvote.errors import InputError
 from kvote.method import Method
 from kvote.models import embedded
+from kvote.peak import peak_bytes, shape_of
 
 # Its weights are stored in bfloat16, which is slow on CPUs without instructions for it.
 _EMBEDDED_DTYPE = torch.float32
@@ -60,7 +62,8 @@ def _quiet(*, bars: bool) -> None:
 
 def check_memory(loaded: Loaded, method: Method, tokens: int) -> None:
     """Raises InputError if the keys and values of ``tokens`` tokens cannot fit into the memory that is free."""
-    needed = 0 if method.keep.drops else tokens * _token_bytes(loaded.model)
+    shape = shape_of(loaded.model)
+    needed = 0 if shape is None else peak_bytes(method, shape, tokens, tokens_per_pass=TOKENS_PER_PASS)
     free = memory()[1]
     if loaded.model.device.type == "cpu" and free and needed > free:
         gib = 2**30
@@ -68,13 +71,3 @@ def check_memory(loaded: Loaded, method: Method, tokens: int) -> None:
             f"The document's {tokens:,} tokens need {needed / gib:,.1f} GiB for keys and values with {method.spec}, "
             f"and {free / gib:,.1f} GiB are free; give fewer tokens or a method that drops some, such as streamingllm."
         )
-
-
-def _token_bytes(model: PreTrainedModel) -> int:
-    """Bytes that one token takes in all layers together, 0 where the config does not say."""
-    config = model.config.get_text_config(decoder=True)
-    layers, heads = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    position = 4
-    return int(layers * key_heads * (2 * dim * model.dtype.itemsize + position))

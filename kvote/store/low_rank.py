@@ -170,6 +170,12 @@ class SharedLowRank:
     lists: bool = True
     regroups: bool = False
     labels: bool = False
+    retains: bool = False
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        width = self.group * heads * dim
+        ranks = (min(width, r if isinstance(r, int) else r * width) for r in (self.key_rank, self.value_rank))
+        return (sum(ranks) * dtype.itemsize + 4) / (self.group * heads)
 
     def __post_init__(self) -> None:
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.kernels import reference
-from kvote.kernels.packing import Packing
+from kvote.kernels.packing import PACKED, Packing
 from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
@@ -518,6 +518,11 @@ class Quantised:
     regroups: bool = True
     labels: bool = False
     spans_layers: bool = False
+    retains: bool = False
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        sides = (Packing(self.bits, self.group, dim, dtype, are_keys) for are_keys in (True, False))
+        return sum(side.page_bytes for side in sides) / PACKED + 4
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0

@@ -149,6 +149,7 @@ class Store(Protocol):
     """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
     be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
     with prompts and not while generating. ``needs_plain_keys``: it works with keys as the model rotated them.
+    ``retains``: tokens that are dropped stay, encoded.
     ``labels``: its segments are ``Labelled``. ``spans_layers``: layers share what they hold, so all their heads must
     hold the same tokens."""
 
@@ -172,6 +173,12 @@ class Store(Protocol):
         ``sketch_bits``: of a coarse copy of the keys that a reader scores with; a store that cannot have one scores
         with what it holds.
         """
+        ...
+
+    @property
+    def retains(self) -> bool: ...
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        """Bytes of a token of one key head once it is encoded, of ``heads`` of ``dim`` channels in the layer."""
         ...
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:

@@ -151,6 +151,10 @@ class FewerChannels:
     lists: bool = True
     regroups: bool = False
     labels: bool = False
+    retains: bool = False
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        return (2 * dim - int(self.ratio * dim)) * dtype.itemsize + 4
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio < 1:

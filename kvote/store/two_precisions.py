@@ -16,7 +16,7 @@ from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PagePool
-from kvote.store.raw import RawSegment
+from kvote.store.raw import RawSegment, token_bytes
 from kvote.store.segment import Logits, Segment
 
 Answer = tuple[Tensor, Tensor]
@@ -273,6 +273,13 @@ class TwoPrecisions:
     regroups: bool = field(default=False, init=False)
     labels: bool = field(default=False, init=False)
     spans_layers: bool = field(default=False, init=False)
+    retains: bool = field(default=True, init=False)
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        if self.low_bits == RAW_BITS:
+            return token_bytes(dim, dim, dtype)
+        sides = (Packing(self.low_bits, self.group, dim, dtype, side, side) for side in (True, False))
+        return sum(side.page_bytes for side in sides) / packing.PACKED
 
     def __post_init__(self) -> None:
         bits = (*packing.BITS, RAW_BITS)
