@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kvote.errors import CropError, InactiveCacheError, InputError, InterruptedPassError, MethodError
 from kvote.heads import HeadGroups, in_groups
-from kvote.hf.cache_layer import CacheLayer, Turn, check_native_crop, columns_of, has_states
+from kvote.hf.cache_layer import CacheLayer, Turn, check_native_crop, columns_of, forget_states, has_states
 from kvote.hf.model import attach, is_full_attention, key_heads, native_layers
 from kvote.hf.rope import find_ropes
 from kvote.layer import Crew, Layer
@@ -102,28 +102,38 @@ class Cache(TransformersCache):
                 "crop takes how many tokens to remove from the end, as a negative whole number such as -3; got "
                 f"{tokens_to_remove!r}."
             )
-        remove = int(tokens_to_remove)
-        self.crop_to(max(0, self.get_seq_length() + remove), remove)
+        self.crop_to(max(0, self.get_seq_length() + int(tokens_to_remove)))
 
-    def crop_to(self, columns: int, tokens_to_remove: int = 0) -> None:
-        """Cuts every layer to its first ``columns``. Raises as ``crop``; ``tokens_to_remove`` is for native layers
-        that do not count."""
+    def crop_to(self, columns: int) -> None:
+        """Cuts every layer to its first ``columns``. Raises as ``crop``."""
         self.passes.claim(self)
         self.passes.check()
-        self._check_crop(columns, tokens_to_remove)
+        self._check_crop(columns)
+        # Layers that do not count have seen what the first one has, if no pass was interrupted.
+        remove = columns - self.get_seq_length()
         with self._changing():
             for layer in self.layers:
                 own = columns_of(layer)
-                more = tokens_to_remove if own is None else columns - own
+                more = remove if own is None else columns - own
                 if more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
                     layer.crop(more)
 
     def holds(self, columns: int) -> bool:
         """Whether every layer holds ``columns`` columns, as after a pass that was not interrupted."""
-        ours = all(part.seen == columns for part in self.managed)
-        return ours and not self.passes.torn and all(columns_of(self.layers[i]) == columns for i in self._counting)
+        whole = self._ended and not self.passes.torn and all(part.seen == columns for part in self.managed)
+        return whole and all(columns_of(self.layers[i]) == columns for i in self._counting)
 
-    def _check_crop(self, columns: int, tokens_to_remove: int = 0) -> None:
+    @property
+    def _ended(self) -> bool:
+        """Whether the last pass has reached the last layer, as far as layers that do not count can tell."""
+        return not self._states or self.passes.reached in (None, max(*self._states, *self._counting))
+
+    def _check_crop(self, columns: int) -> None:
+        if not self._ended:
+            raise InterruptedPassError(
+                "An interrupted pass has left native layers with states that cannot be taken back; call cache.reset() "
+                "and feed the text again."
+            )
         for layer in self.layers:
             own = columns_of(layer)
             if own is not None and own < columns:
@@ -135,7 +145,7 @@ class Cache(TransformersCache):
                 for part in layer.layer.parts:
                     part.check_crop(part.seen - columns)
             else:
-                check_native_crop(layer, tokens_to_remove if own is None else columns - own)
+                check_native_crop(layer, columns - (self.get_seq_length() if own is None else own))
 
     @property
     def _fewest(self) -> int:
@@ -243,6 +253,8 @@ class Cache(TransformersCache):
         """Back to the state before the first token; memory is given back."""
         self.passes.claim(self)
         with self._changing():
+            for index in self._states:
+                forget_states(self.layers[index])
             super().reset()
             self.passes.begin_anew()
             self.turn.end = 0

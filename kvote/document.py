@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvote.cache import Cache
 from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
 from kvote.hf.cache_layer import recording
-from kvote.hf.greedy import check_finite, generate, where_not_finite
+from kvote.hf.greedy import check_finite, generate, passes, where_not_finite
 from kvote.method import Method
 from kvote.numbers import is_whole
 
@@ -103,11 +103,12 @@ class Document:
         clock = _Clock()
         try:
             with recording(cache):
-                new = generate(self.model, ids, cache, max_new_tokens, clock)
+                try:
+                    new = generate(self.model, ids, cache, max_new_tokens, clock)
+                finally:
+                    self._roll_back()
         except NotFiniteError:
             raise NotFiniteError(self._who_is_not_finite(asked)) from None
-        finally:
-            self._roll_back()
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, new, clock.first, clock.ms_per_token)
 
@@ -116,8 +117,7 @@ class Document:
         self.cache.reset()
         self.cache.expect(len(self), question_follows=True)
         with torch.no_grad():
-            for start in range(0, len(self), self._tokens_per_pass):
-                ids = self.token_ids[:, start : start + self._tokens_per_pass]
+            for ids in passes(self.token_ids, self.model, self._tokens_per_pass):
                 output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 try:
                     check_finite(output.logits[:, -1])
@@ -152,7 +152,7 @@ class Document:
         ids = torch.cat([self.token_ids, asked], dim=1)
         cache = Cache(self.model, self.cache.method)
         with torch.no_grad(), where_not_finite(self.model) as found:
-            for part in torch.split(ids, self._tokens_per_pass, dim=1):
+            for part in passes(ids, self.model, self._tokens_per_pass):
                 self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 if found:
                     break

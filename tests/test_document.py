@@ -20,6 +20,7 @@ from kvote import (
     methods,
 )
 from kvote.layer import Layer
+from tests.test_interruptions import hybrid
 
 METHODS = {
     "dense": "dense",
@@ -205,6 +206,7 @@ def test_an_interrupted_reading_gives_no_document():
 def test_a_document_of_a_hybrid_model_can_be_asked_again():
     net = tiny.model("gemma3")
     document = Document(net, Words(), TEXT, tokens_per_pass=64)
+    document._read = None  # It need not be read again.
     first = document.ask("w1 w2 w3", max_new_tokens=6).token_ids
     ids = Words()(f"{TEXT} w1 w2 w3").input_ids
     assert first == tiny.generate(net, ids, max_new_tokens=6).sequences[0, ids.shape[1] :].tolist()
@@ -278,21 +280,36 @@ def test_tokens_that_a_model_rules_out_are_no_error():
     assert len(document.ask("w1", max_new_tokens=3).token_ids) == 3
 
 
-@pytest.mark.parametrize(("words", "question", "count"), [(60, "w1 w2 w3 w4 w5 w6", 3), (60, "w1 w2", 8)])
-def test_an_answer_from_another_cache_is_refused(words, question, count):
-    """Phi-3 throws the cache away where a text passes the length it was first trained for."""
+def long_rope() -> Any:
     factors = [1.0 + i for i in range(8)]
     rope = {
         "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": factors, "long_factor": factors[::-1],
         "original_max_position_embeddings": 64,
     }  # fmt: skip
-    net = tiny.model("phi3", rope_parameters=rope, max_position_embeddings=256, original_max_position_embeddings=64)
+    return tiny.model("phi3", rope_parameters=rope, max_position_embeddings=256, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(("words", "question", "count"), [(60, "w1 w2 w3 w4 w5 w6", 3), (60, "w1 w2", 8)])
+def test_an_answer_from_another_cache_is_refused(words, question, count):
+    """Phi-3 throws the cache away where a text passes the length it was first trained for."""
+    net = long_rope()
     document = Document(net, Words(), " ".join(TEXT.split()[:words]))
     fine = document.ask("w1", max_new_tokens=2).token_ids
     says = "Phi3ForCausalLM did not answer from the cache .* its original_max_position_embeddings of 64 tokens"
     with pytest.raises(UnsupportedModelError, match=says):
         document.ask(question, max_new_tokens=count)
     assert document.ask("w1", max_new_tokens=2).token_ids == fine
+
+
+def test_a_text_beyond_the_short_factors_is_rotated_alike_from_its_beginning():
+    net = long_rope()
+    ids = Words()(f"{TEXT} w1 w2 w3").input_ids
+    expected = tiny.generate(net, ids, max_new_tokens=6).sequences[0, ids.shape[1] :].tolist()
+    for per_pass in (16, 64, 65, 149, 150, 4096):
+        assert (
+            Document(net, Words(), TEXT, tokens_per_pass=per_pass).ask("w1 w2 w3", max_new_tokens=6).token_ids
+            == expected
+        )
 
 
 def test_a_copy_that_finds_no_memory_is_said_so(monkeypatch):
@@ -340,3 +357,17 @@ def test_a_document_is_not_asked_in_the_middle_of_an_answer():
         document.ask("w1", max_new_tokens=3)
     handle.remove()
     assert document.ask("w1", max_new_tokens=3).token_ids == expected
+
+
+def test_a_document_of_a_model_with_states_can_be_asked_again():
+    net = hybrid()
+    document = Document(net, Words(), TEXT, tokens_per_pass=64)
+    ids = Words()(f"{TEXT} w1 w2 w3").input_ids
+    expected = tiny.generate(net, ids, max_new_tokens=6).sequences[0, ids.shape[1] :].tolist()
+    for layer in range(4):
+        assert document.ask("w1 w2 w3", max_new_tokens=6).token_ids == expected
+        handle = interrupting(net, layer, 2)
+        with pytest.raises(KeyboardInterrupt):
+            document.ask("w40 w41", max_new_tokens=6)
+        handle.remove()
+    assert document.ask("w1 w2 w3", max_new_tokens=6).token_ids == expected

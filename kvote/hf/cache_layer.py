@@ -129,6 +129,12 @@ def has_states(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
+def forget_states(layer: Any) -> None:
+    """Makes a native layer's states what they were before the first token; its own reset keeps the size that recording
+    gave them, into which the next prompt does not fit."""
+    LinearAttentionCacheLayerMixin.__init__(layer, layer.number_of_states)
+
+
 def check_native_crop(layer: Any, more: int) -> None:
     """Raises CropError if a native layer cannot be cropped by ``more`` (negative, as transformers passes it)."""
     if not more or isinstance(layer, CacheLayer):

@@ -35,6 +35,26 @@ def generate(model: PreTrainedModel, ids: Tensor, cache: Any, max_new_tokens: in
     return new
 
 
+def passes(ids: Tensor, model: PreTrainedModel, size: int) -> tuple[Tensor, ...]:
+    """``ids`` [1, n] in passes of ``size`` tokens. Where a longer text is rotated in another way (LongRoPE), the first
+    pass is long enough for that, so that all of the text is rotated alike."""
+    limit = _switches_at(model)
+    if limit is None or not size <= limit < ids.shape[1]:
+        return torch.split(ids, size, dim=1)
+    return (
+        ids[:, : limit + 1],
+        *torch.split(ids[:, limit + 1 :], size, dim=1)[: None if limit + 1 < ids.shape[1] else 0],
+    )
+
+
+def _switches_at(model: PreTrainedModel) -> int | None:
+    """Tokens up to which a model with LongRoPE uses its short factors."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return int(limit) if limit and rope.get("rope_type") == "longrope" else None
+
+
 def _greedy(model: PreTrainedModel) -> dict[str, Any]:
     """Every setting of generation, most of them at what changes nothing. Given one by one, because generate() takes
     those that are not given from the model."""
@@ -68,7 +88,7 @@ def check_finite(logits: Tensor) -> None:
 
 
 def _threw_away(model: PreTrainedModel) -> UnsupportedModelError:
-    limit = getattr(model.config, "original_max_position_embeddings", None)
+    limit = _switches_at(model)
     where = f" when the text passed its original_max_position_embeddings of {limit:,} tokens" if limit else ""
     return UnsupportedModelError(
         f"{type(model).__name__} did not answer from the cache it was given but threw it away{where}, so there is no "
