@@ -110,12 +110,14 @@ class Cache(TransformersCache):
         self.passes.check()
         self._check_crop(columns)
         # Layers that do not count have seen what the first one has, if no pass was interrupted.
-        remove = columns - self.get_seq_length()
+        remove, interrupted = columns - self.get_seq_length(), columns == self._fewest and not self._agree()
         with self._changing():
             for layer in self.layers:
                 own = columns_of(layer)
                 more = remove if own is None else columns - own
-                if more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
+                if interrupted and isinstance(layer, CacheLayer):
+                    layer.take_back(-more)
+                elif more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
                     layer.crop(more)
 
     def holds(self, columns: int) -> bool:
@@ -147,13 +149,17 @@ class Cache(TransformersCache):
             else:
                 check_native_crop(layer, columns - (self.get_seq_length() if own is None else own))
 
+    def _agree(self) -> bool:
+        """Whether all layers between which a pass may have ended hold equally many columns."""
+        return columns_of(self.layers[self._counting[0]]) == columns_of(self.layers[self._counting[-1]])
+
     @property
     def _fewest(self) -> int:
         return min(columns_of(self.layers[index]) or 0 for index in self._counting)
 
     def _way_back(self) -> str:
         """How to go on after an interruption."""
-        fewest, encoded = self._fewest, max((part.encoded for part in self.managed), default=0)
+        fewest, encoded = self._fewest, max(max(part.encoded, part.shown) for part in self.managed)
         try:
             self._check_crop(fewest)
         except (CropError, InterruptedPassError):
@@ -165,8 +171,8 @@ class Cache(TransformersCache):
     def check(self) -> None:
         """Raises InterruptedPassError if the last pass has not gone through all layers."""
         self.passes.check()
-        first, last = (columns_of(self.layers[self._counting[i]]) for i in (0, -1))
-        if first != last:
+        if not self._agree():
+            first, last = (columns_of(self.layers[self._counting[i]]) for i in (0, -1))
             raise InterruptedPassError(
                 f"The last pass was interrupted and has left layers with {last} to {first} columns; {self._way_back()}."
             )

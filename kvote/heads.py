@@ -90,9 +90,9 @@ class HeadGroups:
         for layer in self.parts:
             layer.expect(tokens)
 
-    def crop(self, columns: int) -> None:
+    def crop(self, columns: int, ahead: int | None = None) -> None:
         for layer in self.parts:
-            layer.crop(columns)
+            layer.crop(columns, ahead)
 
     def select(self, index: list[int]) -> None:
         for layer in self.parts:

@@ -51,6 +51,8 @@ class Layer:
     settled: int = 0
     # Columns seen when something was last encoded. A rollback behind that gives back what was encoded as it decodes.
     encoded: int = 0
+    # Columns seen when the keeper was last shown a pass.
+    shown: int = 0
     # Tokens announced but not yet seen; memory for them is set aside in one piece.
     expected: int = 0
     # Tokens of an announced prompt still to come.
@@ -331,6 +333,8 @@ class Layer:
         if self.segment is None or not keeper.drops:
             return False
         shown = self.record.settle([self.segment.length(row) for row in range(self.sequences)])
+        if shown:
+            self.shown = self.seen
         if shown and keeper.adds_up:
             self.settled = self.seen
         if keeper.waits and self.ahead:
@@ -403,8 +407,9 @@ class Layer:
             )
 
     @outside_inference
-    def crop(self, columns: int) -> None:
-        """Forgets the last ``columns`` columns. Raises CropError as ``check_crop``."""
+    def crop(self, columns: int, ahead: int | None = None) -> None:
+        """Forgets the last ``columns`` columns. ``ahead``: what follows is the rest of the same announced prompt, of
+        which so many tokens are to come; None: it is another. Raises CropError as ``check_crop``."""
         if self.segment is None:
             return
         columns = min(columns, self.seen)
@@ -414,7 +419,7 @@ class Layer:
             gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
             lengths.append(self.segment.length(row) - gone)
         if columns:
-            self._take_back(lengths)
+            self._take_back(lengths, ahead)
         self.seen -= columns
         if self.columns is not None:
             self.columns = self.columns[:, : self.seen].clone()
@@ -424,11 +429,11 @@ class Layer:
         self.drop()
         self.seal_all()
 
-    def _take_back(self, lengths: list[int]) -> None:
+    def _take_back(self, lengths: list[int], ahead: int | None) -> None:
         """Cuts sequences to ``lengths``, and what the keeper has seen of them: votes for a prompt that is no more are
         forgotten, and passes that it has not been shown are cut."""
         assert self.segment is not None
-        if not self.method.keep.adds_up:
+        if not self.method.keep.adds_up and ahead is None:
             self.record.memory = self.method.keep.new_memory()
         # Before the tokens go: what remains of a pass may be listed together with them.
         self.record.settle(lengths)
@@ -436,7 +441,7 @@ class Layer:
         for row, length in enumerate(lengths):
             if length < self.segment.length(row):
                 self.segment.truncate(row, length)
-        self.ahead = 0
+        self.ahead = ahead or 0
 
     @outside_inference
     def select(self, index: list[int]) -> None:
@@ -457,6 +462,6 @@ class Layer:
         self.record = Record(self.method.keep)
         self.passes.hold(-self.counted)
         self.counted = 0
-        self.seen = self.settled = self.encoded = self.expected = self.ahead = 0
+        self.seen = self.settled = self.encoded = self.shown = self.expected = self.ahead = 0
         self.record_past = self.prompted = self.holes = False
         self.activity = Activity()

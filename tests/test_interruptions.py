@@ -46,7 +46,7 @@ METHODS: dict[str, Any] = {
 LAYERS = 3
 PROMPT = 66
 # What each kind of pass feeds behind what was fed before: columns before, columns of the pass.
-PASSES = {"prompt": (0, PROMPT), "chunk": (40, PROMPT - 40), "decode": (PROMPT, 1)}
+PASSES = {"prompt": (0, PROMPT), "middle": (20, 25), "chunk": (40, PROMPT - 40), "decode": (PROMPT, 1)}
 STAGES = ("append", "watch", "read", "attend", "keep", "drop", "seal")
 
 
@@ -81,7 +81,10 @@ def piece(kind: str) -> Tensor:
 
 
 def rest(cache: kvote.Cache) -> Tensor:
-    """Logits of a few more steps."""
+    """Logits of what is left of the prompt and a few more steps."""
+    left = tiny.ids(1, PROMPT)[:, cache.get_seq_length() :]
+    if left.shape[1]:
+        tiny.feed(model(), cache, left)
     return tiny.feed(model(), cache, tiny.ids(1, 3, seed=4), passes=1)
 
 

@@ -99,6 +99,11 @@ class CacheLayer(CacheLayerMixin):
         self.pending = False
         self.layer.crop(-tokens_to_remove)
 
+    def take_back(self, columns: int) -> None:
+        """Removes the last ``columns``, which an interrupted pass brought: the prompt announced is still to come."""
+        self.pending = False
+        self.layer.crop(columns, max(0, self.turn.end - self.layer.seen + columns))
+
     def reset(self) -> None:
         self.layer.reset()
         self.pending = self.is_initialized = False

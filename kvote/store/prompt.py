@@ -75,14 +75,16 @@ class Waiting:
         self.queries.append(query[:, :own])
         self.ended, self.after = ahead <= 0, t - own
 
-    def only_last(self, window: int) -> None:
-        """Lets go of all queries but the last ``window``."""
+    def only_last(self, window: int) -> bool:
+        """Lets go of all queries but the last ``window``, and says whether there were others."""
+        more = sum(query.shape[1] for query in self.queries) > window
         kept: list[Tensor] = []
         for query in reversed(self.queries):
             if window > 0:
                 kept.insert(0, query[:, max(0, query.shape[1] - window) :])
                 window -= query.shape[1]
         self.queries = [torch.cat(kept, dim=1)] if kept else []
+        return more
 
     def cut(self, gone: int) -> None:
         """The last ``gone`` tokens of the sequence are taken back."""
@@ -166,11 +168,11 @@ class PromptSegment:
         return self.tail.restore(tail)
 
     def seal(self, ahead: int) -> bool:
-        before = [self.encoded(row) for row in range(self.sequences)]
+        before, forgot = [self.encoded(row) for row in range(self.sequences)], False
         for row, waiting in enumerate(self.waiting):
             if self.bodies[row] is not None:
                 continue
-            waiting.only_last(self.window)
+            forgot |= waiting.only_last(self.window)
             if self.encode is None or not waiting.queries or self.prompt(row, ahead) is None:
                 continue
             waiting.ended = False
@@ -178,7 +180,7 @@ class PromptSegment:
             held = (*(part[0] for part in self.tail.decode([row], 0, self.length(row))), self._positions(row))
             prompt = [part[:, : self.length(row) - waiting.after] for part in held]
             self.put(row, self.encode(queries, *prompt))
-        return before != [self.encoded(row) for row in range(self.sequences)]
+        return forgot or before != [self.encoded(row) for row in range(self.sequences)]
 
     def prompt(self, row: int, ahead: int) -> int | None:
         """Tokens up to the end of a prompt that is to be encoded now; None if there is no such prompt."""
