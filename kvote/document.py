@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvote.cache import Cache
 from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
 from kvote.hf.cache_layer import recording
-from kvote.hf.greedy import check_finite, generate, passes, where_not_finite
+from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_finite
 from kvote.method import Method
 from kvote.numbers import is_whole
 
@@ -107,8 +107,8 @@ class Document:
                     new = generate(self.model, ids, cache, max_new_tokens, clock)
                 finally:
                     self._roll_back()
-        except NotFiniteError:
-            raise NotFiniteError(self._who_is_not_finite(asked)) from None
+        except LogitsError as error:
+            raise NotFiniteError(self._who_is_not_finite(error.ids)) from None
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, new, clock.first, clock.ms_per_token)
 
@@ -119,10 +119,8 @@ class Document:
         with torch.no_grad():
             for ids in passes(self.token_ids, self.model, self._tokens_per_pass):
                 output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-                try:
-                    check_finite(output.logits[:, -1])
-                except NotFiniteError:
-                    raise NotFiniteError(self._who_is_not_finite(self.token_ids[:, :0])) from None
+                if not finite(output.logits[:, -1]):
+                    raise NotFiniteError(self._who_is_not_finite(self.token_ids))
                 if progress is not None:
                     progress(ids.shape[1])
 
@@ -147,16 +145,18 @@ class Document:
                 ) from error
             raise
 
-    def _who_is_not_finite(self, asked: Tensor) -> str:
-        """A sentence that names the first layer that gives what is no number, found by reading again."""
-        ids = torch.cat([self.token_ids, asked], dim=1)
-        cache = Cache(self.model, self.cache.method)
+    def _who_is_not_finite(self, ids: Tensor) -> str:
+        """A sentence that names the first layer that gives what is no number, found by reading ``ids`` again."""
+        cache, fine = Cache(self.model, self.cache.method), True
         with torch.no_grad(), where_not_finite(self.model) as found:
             for part in passes(ids, self.model, self._tokens_per_pass):
-                self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                if found:
+                output = self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                fine = finite(output.logits[:, -1])
+                if found or not fine:
                     break
         where = f"{found[0]} is the first to give some" if found else "its layers do not, so its output head does"
+        if fine and not found:
+            where = "not so when the same text was read again"
         return (
             f"{type(self.model).__name__} gave NaN or infinite logits: {where}; check its weights and load it in "
             "float32 or bfloat16."

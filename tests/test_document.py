@@ -264,6 +264,16 @@ def test_the_first_layer_that_gives_no_numbers_is_named(value, layer, monkeypatc
     assert not [handle for module in net.modules() for handle in module._forward_hooks]
 
 
+def test_numbers_that_break_in_the_middle_of_an_answer_are_found_too():
+    net = copy.deepcopy(tiny.model())
+    document = Document(net, Words(), TEXT)
+    third = document.ask("w1 w2 w3", max_new_tokens=4).token_ids[2]
+    with torch.no_grad():
+        net.model.embed_tokens.weight[third] = float("inf")
+    with pytest.raises(NotFiniteError, match="what goes into layer 0"):
+        document.ask("w1 w2 w3", max_new_tokens=6)
+
+
 def test_an_output_head_that_gives_no_numbers_is_named():
     net = copy.deepcopy(tiny.model())
     document = Document(net, Words(), TEXT)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvote.errors import NotFiniteError, UnsupportedModelError
+from kvote.errors import UnsupportedModelError
 
 # What a model's generation config still says: which tokens mean what.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -18,8 +18,8 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id
 def generate(model: PreTrainedModel, ids: Tensor, cache: Any, max_new_tokens: int, streamer: BaseStreamer) -> list[int]:
     """The tokens that follow ``ids`` [1, n], of which ``cache`` holds the first.
 
-    Raises NotFiniteError if the model gives logits that are no numbers, and UnsupportedModelError if it did not answer
-    from ``cache``.
+    Raises LogitsError if the model gives logits that are no numbers, and UnsupportedModelError if it did not answer from
+    ``cache``.
     """
     output: Any = model.generate(
         ids,
@@ -41,10 +41,8 @@ def passes(ids: Tensor, model: PreTrainedModel, size: int) -> tuple[Tensor, ...]
     limit = _switches_at(model)
     if limit is None or not size <= limit < ids.shape[1]:
         return torch.split(ids, size, dim=1)
-    return (
-        ids[:, : limit + 1],
-        *torch.split(ids[:, limit + 1 :], size, dim=1)[: None if limit + 1 < ids.shape[1] else 0],
-    )
+    first, rest = ids[:, : limit + 1], ids[:, limit + 1 :]
+    return (first, *torch.split(rest, size, dim=1)) if rest.shape[1] else (first,)
 
 
 def _switches_at(model: PreTrainedModel) -> int | None:
@@ -74,17 +72,30 @@ class _Watch(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.cache.get_seq_length() != input_ids.shape[1]:
             raise _threw_away(self.model)
-        check_finite(scores)
+        check_finite(scores, input_ids)
         return scores
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raises NotFiniteError if logits [..., n] hold NaN or infinity, or rule every token out.
+class LogitsError(Exception):
+    """Logits behind ``ids`` [1, n] are no numbers."""
+
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__()
+        self.ids = ids
+
+
+def check_finite(logits: Tensor, ids: Tensor) -> None:
+    """Raises LogitsError if logits [..., n] behind ``ids`` [1, n] hold NaN or infinity, or rule every token out.
 
     Single tokens may be ruled out by minus infinity.
-    ."""
-    if not bool(logits.amax(dim=-1).isfinite().all()):
-        raise NotFiniteError("The model gave logits that are NaN or infinite.")
+    """
+    if not finite(logits):
+        raise LogitsError(ids)
+
+
+def finite(logits: Tensor) -> bool:
+    """Whether the largest of logits [..., n] is a number."""
+    return bool(logits.amax(dim=-1).isfinite().all())
 
 
 def _threw_away(model: PreTrainedModel) -> UnsupportedModelError:
@@ -101,7 +112,8 @@ def where_not_finite(model: PreTrainedModel) -> Iterator[list[str]]:
     """Runs of ``model`` inside note the first of its layers whose output is not finite."""
     found: list[str] = []
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    modules = model.get_decoder().modules()
+    stacks = [module for module in modules if isinstance(module, torch.nn.ModuleList) and len(module) == count]
 
     def look(index: int, before: bool, given: Any) -> None:
         given = given[0] if isinstance(given, tuple) and given else given
