@@ -18,8 +18,8 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id
 def generate(model: PreTrainedModel, ids: Tensor, cache: Any, max_new_tokens: int, streamer: BaseStreamer) -> list[int]:
     """The tokens that follow ``ids`` [1, n], of which ``cache`` holds the first.
 
-    Raises LogitsError if the model gives logits that are no numbers, and UnsupportedModelError if it did not answer from
-    ``cache``.
+    Raises LogitsError if the model gives logits that are no numbers, and UnsupportedModelError if it did not answer
+    from ``cache``.
     """
     output: Any = model.generate(
         ids,
