@@ -11,11 +11,15 @@ if typing.TYPE_CHECKING:
     from kvote.cache import Cache
     from kvote.document import Answer, Document
     from kvote.errors import (
+        BusyCacheError,
         CropError,
         InactiveCacheError,
         InputError,
+        InterruptedPassError,
         KvoteError,
         MethodError,
+        NotFiniteError,
+        OutOfMemoryError,
         UnsupportedModelError,
     )
     from kvote.hf.facts import detach
@@ -26,15 +30,19 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "document",
+    "BusyCacheError": "errors",
     "Cache": "cache",
     "CropError": "errors",
     "Document": "document",
     "InactiveCacheError": "errors",
     "InputError": "errors",
+    "InterruptedPassError": "errors",
     "KvoteError": "errors",
     "LayerReport": "report",
     "Method": "method",
     "MethodError": "errors",
+    "NotFiniteError": "errors",
+    "OutOfMemoryError": "errors",
     "Report": "report",
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
@@ -44,15 +52,19 @@ _MODULES = ("methods", "models")
 
 __all__ = [
     "Answer",
+    "BusyCacheError",
     "Cache",
     "CropError",
     "Document",
     "InactiveCacheError",
     "InputError",
+    "InterruptedPassError",
     "KvoteError",
     "LayerReport",
     "Method",
     "MethodError",
+    "NotFiniteError",
+    "OutOfMemoryError",
     "Report",
     "UnsupportedModelError",
     "detach",

@@ -1,6 +1,8 @@
 """Cache: what ``generate()`` holds. One kvote layer per full-attention layer of the model, native layers elsewhere."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,14 +10,19 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from kvote.errors import InactiveCacheError
+from kvote.errors import CropError, InactiveCacheError, InputError, InterruptedPassError, MethodError
 from kvote.heads import HeadGroups, in_groups
-from kvote.hf.cache_layer import CacheLayer, Turn
+from kvote.hf.cache_layer import CacheLayer, Turn, check_native_crop, columns_of, forget_states, has_states
 from kvote.hf.facts import facts_of, rope_of_layer
 from kvote.hf.model import native_layers
 from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
+from kvote.numbers import is_whole
+from kvote.passes import Passes
 from kvote.report import LayerReport, Report
+
+# Positions are counted in 32 bits.
+_MOST_TOKENS = 2**31 - 1
 
 
 class Cache(TransformersCache):
@@ -26,13 +33,16 @@ class Cache(TransformersCache):
 
     Raises MethodError for a method that does not make sense, UnsupportedModelError for a model that asks something of
     attention that the method cannot honour, and InputError for a calibration that was made for another model.
+
+    A pass that is interrupted leaves the cache as it was, or the next one raises InterruptedPassError, which says what
+    to crop. A thread that uses the cache while another does gets a BusyCacheError.
     """
 
     def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:
-        self.method = parse(method) if isinstance(method, str) else method
+        self.method = _checked(model, method)
         for calibration in self.method.calibrations:
             calibration.check(model)
-        self.turn = Turn()
+        self.turn, self.passes = Turn(), Passes()
         layers: list[Any] = []
         previous = None
         facts = facts_of(model)
@@ -44,13 +54,18 @@ class Cache(TransformersCache):
             if index in ours:
                 fact = ours[index]
                 rope = rope_of_layer(fact) if self.method.needs_rope else None
-                groups = in_groups(index, self.method, rope, len(ours), fact.key_heads)
-                layer = groups or Layer(index, self.method, rope, len(ours), crew)
+                groups = in_groups(index, self.method, rope, len(ours), fact.key_heads, self.passes)
+                layer = groups or Layer(index, self.method, rope, len(ours), crew, passes=self.passes)
                 held = previous = CacheLayer(layer, self.turn, previous, fact.rotated, fact.rotary)
                 if fact.rotary is not None:
                     fact.rotary.watch()
             layers.append(held)
         super().__init__(layers=layers)
+        # Where a pass begins and ends: of the layers that count columns, and of all that take part.
+        self._ends = (min(ours), max(ours))
+        self._counting = [index for index, layer in enumerate(layers) if columns_of(layer) is not None]
+        self._states = [index for index, layer in enumerate(layers) if has_states(layer)]
+        self.passes.unmarked = bool(self._states)
 
     @property
     def managed(self) -> list[Layer]:
@@ -66,8 +81,12 @@ class Cache(TransformersCache):
         """Announces a prompt of ``tokens`` columns that will come in several passes (``prefill_chunk_size``).
 
         Only its end then counts as the tail that selects token by token; with ``question_follows`` not even that.
-        Without this call, the end of every pass does. Memory for the tokens is set aside in one piece.
+        Without this call, the end of every pass does. Memory for the tokens is set aside in one piece. Raises
+        InputError for a number that makes no sense.
         """
+        if not is_whole(tokens) or not 0 <= tokens <= _MOST_TOKENS:
+            raise InputError(f"expect takes a number of tokens from 0 to {_MOST_TOKENS:,}; got {tokens!r}.")
+        self.passes.claim(self)
         self.turn.end = self.get_seq_length() + tokens
         self.turn.question_follows = question_follows
         for layer in self._own:
@@ -76,17 +95,177 @@ class Cache(TransformersCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` columns in every layer, or, if one of them cannot, in none.
 
-        Raises CropError if tokens that the method has dropped would have to return.
+        Where an interrupted pass has left layers that differ, all are cut to what ``get_seq_length()`` says and
+        ``tokens_to_remove``. Raises CropError if tokens that the method has dropped would have to return,
+        InterruptedPassError if a layer holds too little for that, and InputError for what is no such number.
         """
-        for layer in self._own:
-            for part in layer.parts:
-                part.check_crop(-tokens_to_remove)
-        super().crop(tokens_to_remove)
+        if not is_whole(tokens_to_remove) or tokens_to_remove > 0:
+            raise InputError(
+                "crop takes how many tokens to remove from the end, as a negative whole number such as -3; got "
+                f"{tokens_to_remove!r}."
+            )
+        self.crop_to(max(0, self.get_seq_length() + int(tokens_to_remove)))
+
+    def crop_to(self, columns: int) -> None:
+        """Cuts every layer to its first ``columns``. Raises as ``crop``."""
+        self.passes.claim(self)
+        self.passes.check()
+        self._check_crop(columns)
+        # Layers that do not count have seen what the first one has, if no pass was interrupted.
+        remove, interrupted = columns - self.get_seq_length(), columns == self._fewest and not self._agree()
+        with self._changing():
+            for layer in self.layers:
+                own = columns_of(layer)
+                more = remove if own is None else columns - own
+                if interrupted and isinstance(layer, CacheLayer):
+                    layer.take_back(-more)
+                elif more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
+                    layer.crop(more)
+
+    def holds(self, columns: int) -> bool:
+        """Whether every layer holds ``columns`` columns, as after a pass that was not interrupted."""
+        whole = self._ended and not self.passes.torn and all(part.seen == columns for part in self.managed)
+        return whole and all(columns_of(self.layers[i]) == columns for i in self._counting)
+
+    @property
+    def _ended(self) -> bool:
+        """Whether the last pass has reached the last layer, as far as layers that do not count can tell."""
+        return not self._states or self.passes.reached in (None, max(*self._states, *self._counting))
+
+    def _check_crop(self, columns: int) -> None:
+        if not self._ended:
+            raise InterruptedPassError(
+                "An interrupted pass has left native layers with states that cannot be taken back; call cache.reset() "
+                "and feed the text again."
+            )
+        for layer in self.layers:
+            own = columns_of(layer)
+            if own is not None and own < columns:
+                raise InterruptedPassError(
+                    f"An interrupted pass has left layers with {self._fewest} to {self.get_seq_length()} columns, so "
+                    f"none can be cut to {columns}; {self._way_back()}."
+                )
+            if isinstance(layer, CacheLayer):
+                for part in layer.layer.parts:
+                    part.check_crop(part.seen - columns)
+            else:
+                check_native_crop(layer, columns - (self.get_seq_length() if own is None else own))
+
+    def _agree(self) -> bool:
+        """Whether all layers between which a pass may have ended hold equally many columns."""
+        return columns_of(self.layers[self._counting[0]]) == columns_of(self.layers[self._counting[-1]])
+
+    @property
+    def _fewest(self) -> int:
+        return min(columns_of(self.layers[index]) or 0 for index in self._counting)
+
+    def _way_back(self) -> str:
+        """How to go on after an interruption."""
+        fewest, encoded = self._fewest, max(max(part.encoded, part.shown) for part in self.managed)
+        try:
+            self._check_crop(fewest)
+        except (CropError, InterruptedPassError):
+            encoded = fewest + 1
+        if self._states or encoded > fewest:
+            return "call cache.reset() and feed the text again"
+        return f"call cache.crop({fewest - self.get_seq_length()}) to go back to {fewest}, or cache.reset()"
+
+    def check(self) -> None:
+        """Raises InterruptedPassError if the last pass has not gone through all layers."""
+        self.passes.check()
+        if not self._agree():
+            first, last = (columns_of(self.layers[self._counting[i]]) for i in (0, -1))
+            raise InterruptedPassError(
+                f"The last pass was interrupted and has left layers with {last} to {first} columns; {self._way_back()}."
+            )
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """For what changes all layers: interrupted in the middle of it, they cannot be relied on any more."""
+        self.passes.torn = True
+        yield
+        self.passes.torn = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers' ``Cache``. Raises InterruptedPassError and BusyCacheError."""
+        self.passes.claim(self)
+        if layer_idx == self._counting[0]:
+            self.check()
+        if self._states:
+            self._reach(layer_idx, "attention")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """As transformers' ``Cache``. Raises InterruptedPassError and BusyCacheError."""
+        self._reach(layer_idx, f"conv {state_idx}")
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """As transformers' ``Cache``, for models that write into the state. Raises as ``update_conv_state``."""
+        self._reach(layer_idx, f"written conv {state_idx}")
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """As transformers' ``Cache``, for models that write into the state. Raises as ``update_conv_state``."""
+        self._reach(layer_idx, f"written recurrent {state_idx}")
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """As transformers' ``Cache``. Raises InterruptedPassError and BusyCacheError."""
+        self._reach(layer_idx, f"recurrent {state_idx}")
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def _reach(self, layer_idx: int, state: str) -> None:
+        """Notes how far a pass has come, for native layers whose states cannot be taken back and tell no length."""
+        self.passes.claim(self)
+        self.passes.check()
+        ends = sorted({*self._counting, *self._states})
+        if not self.passes.reach(layer_idx, state, ends[0], ends[-1]):
+            self.passes.torn = True
+            self.passes.check()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As transformers' ``Cache``. Raises InterruptedPassError for layers that differ, and BusyCacheError."""
+        self.passes.claim(self)
+        first, last = (self.layers[index].get_seq_length() for index in self._ends)
+        if layer_idx == self._ends[0] and first != last:
+            self.check()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As transformers' ``Cache``."""
+        self.passes.claim(self)
+        self.check()
+        with self._changing():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As transformers' ``Cache``."""
+        self.passes.claim(self)
+        self.check()
+        with self._changing():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As transformers' ``Cache``."""
+        self.passes.claim(self)
+        self.check()
+        with self._changing():
+            super().batch_select_indices(indices)
 
     def reset(self) -> None:
         """Back to the state before the first token; memory is given back."""
-        super().reset()
-        self.turn.end = 0
+        self.passes.claim(self)
+        with self._changing():
+            for index in self._states:
+                forget_states(self.layers[index])
+            super().reset()
+            self.passes.begin_anew()
+            self.turn.end = 0
 
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, sketches, tables and what readers remember, in every layer."""
@@ -105,7 +284,8 @@ class Cache(TransformersCache):
         raise IndexError(f"Layer {layer} is not managed by kvote (it is native to the model, or does not exist).")
 
     def report(self) -> Report:
-        """Per layer: tokens seen and held, read per query, selections made and reused, bytes.
+        """Per layer: tokens seen and held, read per query, selections made and reused, bytes; and the most bytes that
+        the cache has held.
 
         Raises InactiveCacheError if kvote's attention never ran.
         """
@@ -113,7 +293,8 @@ class Cache(TransformersCache):
         if self.get_seq_length() == 0:
             raise InactiveCacheError("Nothing to report: no token has gone through this cache yet.")
         layers = [LayerReport.of(layer.index, layer.parts) for layer in self._own]
-        return Report(self.method.spec, layers, self.nbytes())
+        nbytes, own = self.nbytes(), sum(layer.nbytes for layer in layers)
+        return Report(self.method.spec, layers, nbytes, max(nbytes, self.passes.peak + nbytes - own))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
         """An independent copy of everything held; the model it belongs to is shared."""
@@ -131,6 +312,28 @@ class Cache(TransformersCache):
             raise InactiveCacheError(
                 "The model ran without kvote's attention, so this cache holds nothing. Build a new one."
             )
+
+
+def _checked(model: Any, method: Any) -> Method:
+    """The method itself. Raises InputError for what is no loaded model, and MethodError for what is no method."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        name = repr(model) if isinstance(model, str) else "'...'"
+        raise InputError(
+            f"A cache is made for a loaded model, such as AutoModelForCausalLM.from_pretrained({name}); got "
+            f"{_short(model)}."
+        )
+    method = parse(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        call = f"; call it: {method.__name__}()" if callable(method) and hasattr(method, "__name__") else ""
+        raise MethodError(
+            f"method is a spec such as 'tokenselect(top_k=512)', or what a function of kvote.methods returns{call}; "
+            f"got {_short(method)}."
+        )
+    return method
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _layer_nbytes(layer: Any) -> int:

@@ -1,6 +1,7 @@
 """Read a document once, ask it many times."""
 
 import copy
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from kvote.cache import Cache
-from kvote.errors import InputError
+from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
+from kvote.hf.cache_layer import recording
+from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_finite
 from kvote.method import Method
+from kvote.numbers import is_whole
 
-_PASS = 4096
+TOKENS_PER_PASS = 4096
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,12 @@ class Answer:
 
 
 class Document:
-    """A text in a kvote cache. ``ask`` leaves it as it was, so questions do not see each other.
+    """A text in a kvote cache. ``ask`` leaves it as it was, whatever interrupts it, so questions do not see each other;
+    questions from several threads are answered one after the other.
 
     The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that memory stays bounded at any
-    length; ``progress`` is called with the number of tokens read after each. Raises InputError for an empty text.
+    length; ``progress`` is called with the number of tokens read after each. Raises InputError for an empty text, and
+    NotFiniteError if the model gives NaN or infinite logits.
     """
 
     def __init__(
@@ -42,22 +48,22 @@ class Document:
         text: str,
         method: Method | str = "dense",
         *,
-        tokens_per_pass: int = _PASS,
+        tokens_per_pass: int = TOKENS_PER_PASS,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.token_ids: Tensor = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
-        if not text.strip() or self.token_ids.shape[1] == 0:
+        if not isinstance(text, str) or not text.strip():
             raise InputError("The document is empty; give a text to read.")
+        if not is_whole(tokens_per_pass) or tokens_per_pass < 1:
+            raise InputError(f"tokens_per_pass must be a whole number of at least 1; got {tokens_per_pass!r}.")
+        self.model, self.tokenizer = model, tokenizer
         self.cache = Cache(model, method)
-        self.cache.expect(len(self), question_follows=True)
+        self.token_ids: Tensor = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+        if self.token_ids.shape[1] == 0:
+            raise InputError("The document is empty; give a text to read.")
+        self._tokens_per_pass = tokens_per_pass
+        self._lock, self._asking = threading.RLock(), False
         begin = time.perf_counter()
-        with torch.no_grad():
-            for start in range(0, len(self), tokens_per_pass):
-                ids = self.token_ids[:, start : start + tokens_per_pass]
-                model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-                if progress is not None:
-                    progress(ids.shape[1])
+        self._read(progress)
         self.prefill_seconds = time.perf_counter() - begin
 
     def __len__(self) -> int:
@@ -65,29 +71,96 @@ class Document:
         return self.token_ids.shape[1]
 
     def ask(self, question: str, *, max_new_tokens: int = 32) -> Answer:
-        """Generates greedily from the document followed by ``question``. Raises InputError for an empty question."""
+        """Generates greedily from the document followed by ``question``, whatever the model's generation config says.
+
+        Raises InputError for an empty question or no tokens to generate, NotFiniteError if the model gives NaN or
+        infinite logits, UnsupportedModelError if it did not answer from the cache, and OutOfMemoryError if there is no
+        room for the copy in which a method that drops tokens answers.
+        """
+        if not isinstance(question, str):
+            raise InputError(f"A question is a text; got a {type(question).__name__}.")
+        if not is_whole(max_new_tokens) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be a whole number of at least 1; got {max_new_tokens!r}.")
         asked = self.tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids.to(self.model.device)
         if asked.shape[1] == 0:
             raise InputError("The question is empty; ask something.")
+        with self._lock:
+            if self._asking:
+                raise InputError("This document is in the middle of an answer; ask again when that has come.")
+            self._asking = True
+            try:
+                return self._answer(asked, max_new_tokens)
+            finally:
+                self._asking = False
+
+    def _answer(self, asked: Tensor, max_new_tokens: int) -> Answer:
+        if not self._roll_back():
+            # An interruption came where nothing could be taken back.
+            self._read()
         # A method that drops tokens cannot roll an answer back, but what it holds is small enough to copy.
-        cache = self.cache if self.cache.is_croppable else copy.deepcopy(self.cache)
+        cache = self.cache if self.cache.is_croppable else self._copy()
         ids = torch.cat([self.token_ids, asked], dim=1)
         clock = _Clock()
         try:
-            output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                streamer=clock,
-            )
-        finally:
-            if cache is self.cache:
-                cache.crop(len(self) - cache.get_seq_length())
-        new = output[0, ids.shape[1] :].tolist()
+            with recording(cache):
+                try:
+                    new = generate(self.model, ids, cache, max_new_tokens, clock)
+                finally:
+                    self._roll_back()
+        except LogitsError as error:
+            raise NotFiniteError(self._who_is_not_finite(error.ids)) from None
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, new, clock.first, clock.ms_per_token)
+
+    def _read(self, progress: Callable[[int], None] | None = None) -> None:
+        """Puts the document, and nothing else, into the cache."""
+        self.cache.reset()
+        self.cache.expect(len(self), question_follows=True)
+        with torch.no_grad():
+            for ids in passes(self.token_ids, self.model, self._tokens_per_pass):
+                output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                if not finite(output.logits[:, -1]):
+                    raise NotFiniteError(self._who_is_not_finite(self.token_ids))
+                if progress is not None:
+                    progress(ids.shape[1])
+
+    def _roll_back(self) -> bool:
+        """Forgets all that came behind the document; False if what is left is not the document."""
+        if self.cache.holds(len(self)):
+            return True
+        try:
+            self.cache.crop_to(len(self))
+        except KvoteError:
+            return False
+        return True
+
+    def _copy(self) -> Cache:
+        try:
+            return copy.deepcopy(self.cache)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "memory" in str(error):
+                raise OutOfMemoryError(
+                    f"There is no memory for a copy of the {self.cache.nbytes():,} bytes that {self.cache.method.spec} "
+                    "holds, from which it answers; free some, or use a method that drops no tokens."
+                ) from error
+            raise
+
+    def _who_is_not_finite(self, ids: Tensor) -> str:
+        """A sentence that names the first layer that gives what is no number, found by reading ``ids`` again."""
+        cache, fine = Cache(self.model, self.cache.method), True
+        with torch.no_grad(), where_not_finite(self.model) as found:
+            for part in passes(ids, self.model, self._tokens_per_pass):
+                output = self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                fine = finite(output.logits[:, -1])
+                if found or not fine:
+                    break
+        where = f"{found[0]} is the first to give some" if found else "its layers do not, so its output head does"
+        if fine and not found:
+            where = "not so when the same text was read again"
+        return (
+            f"{type(self.model).__name__} gave NaN or infinite logits: {where}; check its weights and load it in "
+            "float32 or bfloat16."
+        )
 
 
 class _Clock(BaseStreamer):

@@ -21,5 +21,21 @@ class CropError(KvoteError, RuntimeError):
     """A rollback needs tokens that the method has already dropped."""
 
 
+class InterruptedPassError(KvoteError, RuntimeError):
+    """A pass was interrupted, so the layers of a cache no longer hold the same text; crop or reset it first."""
+
+
+class BusyCacheError(KvoteError, RuntimeError):
+    """Another thread is in the middle of using the cache."""
+
+
+class NotFiniteError(KvoteError, ArithmeticError):
+    """The model gave numbers that are none: NaN or infinity."""
+
+
+class OutOfMemoryError(KvoteError, MemoryError):
+    """Memory ran out; what was held before is as it was."""
+
+
 class InputError(KvoteError, ValueError):
     """A document, question or file that cannot be used as given."""

@@ -9,6 +9,7 @@ from kvote.errors import UnsupportedModelError
 from kvote.keep.keeper import Share
 from kvote.layer import Layer, Step
 from kvote.method import Method
+from kvote.passes import Passes
 from kvote.read.tokens import Everything
 from kvote.rope import Rope
 from kvote.store.raw import Raw
@@ -70,25 +71,28 @@ class HeadGroups:
     def attend(self, step: Step) -> Tensor:
         """As ``Layer.attend``. Raises UnsupportedModelError if the layer has other key heads than the model's config
         tells."""
-        b, heads, t, _ = step.query.shape
         kv_heads = sum(len(group.heads) for group in self.groups)
         if step.key.shape[1] != kv_heads:
             raise UnsupportedModelError(
                 f"Layer {self.index} has {step.key.shape[1]} key heads and not the {kv_heads} of the model's config "
                 f"that {self.method.spec} goes by."
             )
+        return self.parts[0].passes.whole(self.parts, self._run, step)
+
+    def _run(self, step: Step) -> Tensor:
+        b, heads, t, _ = step.query.shape
         out = step.value.new_empty(b, t, heads, step.value.shape[3])
         for group in self.groups:
-            out[:, :, group.query_heads(heads // kv_heads)] = group.layer.attend(group.step(step))
+            out[:, :, group.query_heads(heads // step.key.shape[1])] = group.layer.run(group.step(step))
         return out
 
     def expect(self, tokens: int) -> None:
         for layer in self.parts:
             layer.expect(tokens)
 
-    def crop(self, columns: int) -> None:
+    def crop(self, columns: int, ahead: int | None = None) -> None:
         for layer in self.parts:
-            layer.crop(columns)
+            layer.crop(columns, ahead)
 
     def select(self, index: list[int]) -> None:
         for layer in self.parts:
@@ -109,8 +113,12 @@ class HeadGroups:
         return [held[head] for head in sorted(held)]
 
 
-def in_groups(index: int, method: Method, rope: Rope | None, layers: int, kv_heads: int) -> HeadGroups | None:
-    """The layer as groups of heads that ``method`` keeps differently; None where it keeps all in one way."""
+def in_groups(
+    index: int, method: Method, rope: Rope | None, layers: int, kv_heads: int, passes: Passes | None = None
+) -> HeadGroups | None:
+    """The layer as groups of heads that ``method`` keeps differently; None where it keeps all in one way. ``passes``:
+    those of its cache."""
+    passes = Passes() if passes is None else passes
     split = method.keep.split(index, kv_heads)
     if split is None:
         return None
@@ -118,7 +126,7 @@ def in_groups(index: int, method: Method, rope: Rope | None, layers: int, kv_hea
     for share in split:
         if share.heads:
             own = _of(share, method)
-            layer = Layer(index, own, rope, share.sharers or layers, others_drop=method.keep.drops)
+            layer = Layer(index, own, rope, share.sharers or layers, others_drop=method.keep.drops, passes=passes)
             groups.append(HeadGroup(share.heads, layer))
     return HeadGroups(index, method, groups)
 

@@ -1,66 +1,27 @@
 """One layer's life: append the new tokens, read, attend, keep, seal. Knows no transformers and no paper."""
 
-import copy
-import functools
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.crew import Crew as Crew
 from kvote.errors import CropError, InputError, MethodError
+from kvote.groups import Group, alike, answer_pads
+from kvote.inference import outside_inference
 from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.record import Record
 from kvote.method import Method
+from kvote.passes import Mark, Passes
 from kvote.read.tokens import Activity, Memory, Queries, Reading, Span
 from kvote.rope import Rope
+from kvote.step import Step as Step
+from kvote.store.pages import PAGE
 from kvote.store.segment import Logits, Segment
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _outside_inference(function: Callable[P, R]) -> Callable[P, R]:
-    """kvote is for inference only; but its tensors outlive an inference_mode block, so they must not belong to it."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return run
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one forward pass asks of a layer.
-
-    ``query`` [b, heads, t, d], ``key`` [b, h, t, d] and ``value`` [b, h, t, dv] are as the model made them;
-    ``positions`` [b, t] are those of the rotation; ``valid`` [b, t] is False where a token is padding (None: none
-    is); ``past`` [b, seen] is the same for the columns before, where padding is among them. ``solo``: how many of the
-    last tokens end a prompt or a turn. ``decode``: a single generated token. ``ahead``: tokens of the prompt still to
-    come after this pass; negative where the pass goes on behind the prompt's end; None where all its tokens are
-    generated ones. ``sink_logits`` [heads]: learned sinks.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    positions: Tensor
-    valid: Tensor | None
-    solo: int
-    logits: Logits
-    sink_logits: Tensor | None = None
-    past: Tensor | None = None
-    decode: bool = False
-    ahead: int | None = 0
 
 
 @dataclass
@@ -74,9 +35,11 @@ class Layer:
     # Layers of this size that share a budget of bytes.
     layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
-    crew: "Crew" = field(default_factory=lambda: Crew(), repr=False)
+    crew: Crew = field(default_factory=Crew, repr=False)
     # Whether other key heads of its layer or of others drop tokens, so that no token may be taken out here either.
     others_drop: bool = False
+    # All layers of the cache, and all groups of their heads, share one.
+    passes: Passes = field(default_factory=Passes)
     segment: Segment | None = None
     columns: Tensor | None = None
     seen: int = 0
@@ -86,12 +49,22 @@ class Layer:
     record_past: bool = False
     # Columns seen when tokens were last dropped; no rollback reaches behind that.
     settled: int = 0
+    # Columns seen when something was last encoded. A rollback behind that gives back what was encoded as it decodes.
+    encoded: int = 0
+    # Columns seen when the keeper was last shown a pass.
+    shown: int = 0
     # Tokens announced but not yet seen; memory for them is set aside in one piece.
     expected: int = 0
     # Tokens of an announced prompt still to come.
     ahead: int = 0
     # Whether tokens of a prompt came since the keeper was last asked.
     prompted: bool = False
+    # Whether padding ever stood behind tokens, so that positions may not count the tokens of a row.
+    holes: bool = False
+    # How often something was dropped, encoded or shown to a keeper, which no mark can take back.
+    changes: int = 0
+    # Bytes held when they were last counted.
+    counted: int = 0
     record: Record = field(init=False)
 
     def __post_init__(self) -> None:
@@ -169,7 +142,7 @@ class Layer:
         if not self.method.keep.cascades:
             self.reserve()
 
-    @_outside_inference
+    @outside_inference
     def reserve(self) -> None:
         """Sets memory aside for the tokens expected, unless the method drops most of them on the way."""
         keep = self.method.keep
@@ -177,12 +150,45 @@ class Layer:
             self.segment.reserve(self.expected)
             self.expected = 0
 
-    @_outside_inference
     def attend(self, step: Step) -> Tensor:
         """The attention output [b, t, heads, dv] of new tokens that are kept, stored and read as the method says.
 
-        Raises InputError if the batch size changed.
+        Raises InputError if the batch size changed. Whatever interrupts it, the layer is as it was before, or the cache
+        refuses to go on (``passes``).
         """
+        return self.passes.whole([self], self.run, step)
+
+    def mark(self) -> Mark:
+        return Mark(
+            None if self.segment is None else self.segment.mark(),
+            None if self.memory is None else self.memory.mark(),
+            list(self.record.waiting),
+            dict(vars(self.activity)),
+            self.columns,
+            (self.seen, self.expected, self.ahead, self.prompted, self.holes),
+            self.changes,
+        )
+
+    def restore(self, mark: Mark) -> bool:
+        """Forgets what a pass has added since ``mark``; False if it has dropped or encoded something."""
+        if self.changes != mark.changes:
+            return False
+        if mark.held is None:
+            self.segment, self.memory, self.record.memory = None, None, None
+        elif self.segment is not None:
+            if not self.segment.restore(mark.held):
+                return False
+            if self.memory is not None:
+                self.memory.restore(mark.memory)
+        self.record.waiting = mark.waiting
+        vars(self.activity).update(mark.activity)
+        self.columns = mark.columns
+        self.seen, self.expected, self.ahead, self.prompted, self.holes = mark.numbers
+        return True
+
+    @outside_inference
+    def run(self, step: Step) -> Tensor:
+        """As ``attend``, for a caller that sees to interruptions."""
         segment = self.start(step)
         self.reserve()
         self.activity.calls += 1
@@ -198,10 +204,11 @@ class Layer:
             angles = rope.angles(step.positions, step.key.dtype)
             raw_key, raw_query = rope.undo(step.key, angles), rope.undo(step.query, angles)
         queries = Queries(step.query, raw_query)
-        groups = self._groups(step.valid, b, t)
+        before = [] if b == 1 and step.valid is None else [segment.length(row) for row in range(b)]
+        groups = alike(before, step.valid, t)
         out = None
         for rows, columns in groups:
-            group = _Group(rows, columns, b)
+            group = Group(rows, columns, b)
             first = segment.length(rows[0])
             segment.append(rows, group.cut(raw_key), group.cut(step.value), group.cut(step.positions[:, None])[:, 0])
             reading = Reading(
@@ -230,19 +237,43 @@ class Layer:
             if out is None:
                 out = answer.new_zeros(b, heads, t, answer.shape[3])
             group.put(out, answer)
+        out = step.query.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
+        if step.valid is not None:
+            asides = partial(self._asides, logits=step.logits)
+            self.holes |= answer_pads(out, step, segment, before, asides)
         self.seen += t
         self.ahead = max(0, step.ahead or 0)
         self.prompted |= step.ahead is not None
+        # Counting costs as much as a short decode step, and pages come by the dozen.
+        counts = t > 1 or self.seen % PAGE == 0
+        if counts:
+            self.count()
         if not self.record_past:
-            self.drop()
-            self.seal_all()
-        out = step.value.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
+            self.finish()
+            if counts:
+                for layer in self.crew.layers if self.method.spans_layers else [self]:
+                    layer.count()
         return out.transpose(1, 2)
+
+    def count(self) -> None:
+        """Counts the bytes held, for ``Passes.peak``."""
+        before, self.counted = self.counted, self.nbytes - self.record.waiting_nbytes
+        self.passes.hold(self.counted - before)
+
+    def finish(self) -> None:
+        """Drops and encodes what is due."""
+        # What interrupts this may have been interrupted in the middle of it.
+        self.changes += 1
+        dropped, encoded = self.drop(), self.seal_all()
+        if not dropped and not encoded:
+            self.changes -= 1
 
     def _answers(self, reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
         """What the queries answer [b, heads, t, dv], the log-sum-exp of what they read, and what that was."""
         pieces, totals, spans = [], [], []
         for span in self.method.read.read(reading):
+            if self.holes:
+                span = span.in_place(reading.first + span.stop)
             queries = reading.queries.rows(span.start, span.stop)
             answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
             answers += self._asides(queries, reading.rows, step.logits)
@@ -263,23 +294,6 @@ class Layer:
         held = self.segment.aside(queries, rows, logits)
         gone = self.method.keep.aside(queries, rows, logits, self.record.memory)
         return [answer for answer in (held, gone) if answer is not None]
-
-    def _groups(self, valid: Tensor | None, b: int, t: int) -> list[tuple[list[int], Tensor | None]]:
-        """Rows that can be computed together: equally many tokens held and added. With padding, their columns too."""
-        assert self.segment is not None
-        if valid is None and b == 1:
-            return [([0], None)]
-        new = [t] * b if valid is None else valid.sum(dim=1).tolist()
-        alike: dict[tuple[int, int], list[int]] = {}
-        for row in range(b):
-            alike.setdefault((self.segment.length(row), new[row]), []).append(row)
-        groups: list[tuple[list[int], Tensor | None]] = []
-        for (_, count), rows in alike.items():
-            if valid is None or count == t:
-                groups.append((rows, None))
-            elif count:
-                groups.append((rows, torch.stack([valid[row].nonzero()[:, 0] for row in rows])))
-        return groups
 
     def _remember_columns(self, valid: Tensor | None, b: int, t: int) -> None:
         """Which columns of the batch were tokens. Nothing is stored until a padded column appears."""
@@ -305,33 +319,39 @@ class Layer:
                 "as before, or start anew with cache.reset()."
             )
         for row in (known & ~past).any(dim=1).nonzero()[:, 0].tolist():
+            self.changes += 1
             self.segment.keep(row, past[row][known[row]].nonzero()[:, 0].cpu())
         self.columns = past.clone()
         if self.memory is not None:
             self.memory.forget()
 
-    @_outside_inference
-    def drop(self) -> None:
+    @outside_inference
+    def drop(self) -> bool:
         """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep, here and in the
-        layers before whose share of a budget that has changed."""
+        layers before whose share of a budget that has changed. Says whether it saw or dropped anything."""
         keeper = self.method.keep
         if self.segment is None or not keeper.drops:
-            return
-        if self.record.settle([self.segment.length(row) for row in range(self.sequences)]) and keeper.adds_up:
+            return False
+        shown = self.record.settle([self.segment.length(row) for row in range(self.sequences)])
+        if shown:
+            self.shown = self.seen
+        if shown and keeper.adds_up:
             self.settled = self.seen
         if keeper.waits and self.ahead:
-            return
+            return shown
         prompted, self.prompted = self.prompted, False
         # Generated tokens change nothing in other layers.
         first = 0 if keeper.cascades and prompted else self.number
-        for layer in self.crew.layers[first : self.number + 1]:
-            layer.drop_own(self.number + 1, generated=not prompted)
+        asked = self.crew.layers[first : self.number + 1]
+        dropped = [layer.drop_own(self.number + 1, generated=not prompted) for layer in asked]
+        return shown or any(dropped)
 
-    def drop_own(self, observed: int, *, generated: bool) -> None:
+    def drop_own(self, observed: int, *, generated: bool) -> bool:
         """Lets go of the tokens of this layer that the keeper does not keep, by what it has been shown of the first
-        ``observed`` layers. ``generated``: all that came since it was last asked was generated."""
+        ``observed`` layers. ``generated``: all that came since it was last asked was generated. Says whether any went,
+        or the keeper noted something."""
         if self.segment is None:
-            return
+            return False
         before = self.activity.dropped
         memories = [layer.record.memory for layer in self.crew.layers] if self.method.keep.cascades else ()
         rope = None if self.method.needs_raw_keys else self.rope
@@ -349,23 +369,30 @@ class Layer:
         if self.memory is not None and self.activity.dropped > before:
             # What a reader remembers are slots, and other tokens stand there now.
             self.memory.forget()
+        return self.record.memory is not None or self.activity.dropped > before
 
-    def seal_all(self) -> None:
-        """Seals, unless later layers may still take tokens from this one: then all are sealed after the last."""
+    def seal_all(self) -> bool:
+        """Seals, unless later layers may still take tokens from this one: then all are sealed after the last. Says
+        whether anything was encoded."""
         if not self.method.keep.cascades:
-            self.seal()
-        elif self.number == len(self.crew.layers) - 1:
-            for layer in self.crew.layers:
-                layer.seal()
+            return self.seal()
+        if self.number == len(self.crew.layers) - 1:
+            sealed = [layer.seal() for layer in self.crew.layers]
+            return any(sealed)
+        return False
 
-    @_outside_inference
-    def seal(self) -> None:
-        """Lets the store encode what is old enough."""
+    @outside_inference
+    def seal(self) -> bool:
+        """Lets the store encode what is old enough. Says whether it did."""
         if self.segment is None:
-            return
-        self.segment.seal(self.ahead)
+            return False
+        encoded = self.segment.seal(self.ahead)
         if self.method.store.spans_layers:
-            self.method.store.after_layer([layer.segment for layer in self.crew.layers], self.number, self.ahead)
+            segments = [layer.segment for layer in self.crew.layers]
+            encoded |= self.method.store.after_layer(segments, self.number, self.ahead)
+        if encoded:
+            self.encoded = self.seen
+        return encoded
 
     def check_crop(self, columns: int) -> None:
         """Raises CropError if the last ``columns`` columns cannot be forgotten: if that needs tokens back that are
@@ -379,9 +406,10 @@ class Layer:
                 "keeps everything."
             )
 
-    @_outside_inference
-    def crop(self, columns: int) -> None:
-        """Forgets the last ``columns`` columns. Raises CropError as ``check_crop``."""
+    @outside_inference
+    def crop(self, columns: int, ahead: int | None = None) -> None:
+        """Forgets the last ``columns`` columns. ``ahead``: what follows is the rest of the same announced prompt, of
+        which so many tokens are to come; None: it is another. Raises CropError as ``check_crop``."""
         if self.segment is None:
             return
         columns = min(columns, self.seen)
@@ -391,7 +419,7 @@ class Layer:
             gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
             lengths.append(self.segment.length(row) - gone)
         if columns:
-            self._take_back(lengths)
+            self._take_back(lengths, ahead)
         self.seen -= columns
         if self.columns is not None:
             self.columns = self.columns[:, : self.seen].clone()
@@ -401,11 +429,11 @@ class Layer:
         self.drop()
         self.seal_all()
 
-    def _take_back(self, lengths: list[int]) -> None:
+    def _take_back(self, lengths: list[int], ahead: int | None) -> None:
         """Cuts sequences to ``lengths``, and what the keeper has seen of them: votes for a prompt that is no more are
         forgotten, and passes that it has not been shown are cut."""
         assert self.segment is not None
-        if not self.method.keep.adds_up:
+        if not self.method.keep.adds_up and ahead is None:
             self.record.memory = self.method.keep.new_memory()
         # Before the tokens go: what remains of a pass may be listed together with them.
         self.record.settle(lengths)
@@ -413,9 +441,9 @@ class Layer:
         for row, length in enumerate(lengths):
             if length < self.segment.length(row):
                 self.segment.truncate(row, length)
-        self.ahead = 0
+        self.ahead = ahead or 0
 
-    @_outside_inference
+    @outside_inference
     def select(self, index: list[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]`` (beams, several answers, a part of the batch)."""
         if self.segment is None or index == list(range(self.sequences)):
@@ -432,54 +460,8 @@ class Layer:
         """Back to the state before the first token."""
         self.segment, self.columns, self.memory = None, None, None
         self.record = Record(self.method.keep)
-        self.seen = self.settled = self.expected = self.ahead = 0
-        self.record_past = self.prompted = False
+        self.passes.hold(-self.counted)
+        self.counted = 0
+        self.seen = self.settled = self.encoded = self.shown = self.expected = self.ahead = 0
+        self.record_past = self.prompted = self.holes = False
         self.activity = Activity()
-
-
-class Crew:
-    """The layers of a cache in their order. It keeps none of them alive: layers that held each other would go with the
-    next run of the garbage collector only, and gigabytes with them."""
-
-    def __init__(self) -> None:
-        self._members: list[weakref.ref[Layer]] = []
-
-    @property
-    def layers(self) -> list[Layer]:
-        return [layer for member in self._members if (layer := member()) is not None]
-
-    def add(self, layer: Layer) -> int:
-        """Its place among them."""
-        self._members.append(weakref.ref(layer))
-        return len(self._members) - 1
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Crew":
-        clone = memo[id(self)] = Crew()
-        # Where a whole cache is copied, these are the copies that it holds.
-        clone._members = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
-        return clone
-
-
-class _Group:
-    """Cuts the rows and columns of one group out of the batch, and puts its answers back."""
-
-    def __init__(self, rows: list[int], columns: Tensor | None, b: int) -> None:
-        self.rows = None if len(rows) == b and rows == list(range(b)) else rows
-        self.columns = columns
-
-    @property
-    def is_everything(self) -> bool:
-        return self.rows is None and self.columns is None
-
-    def cut(self, x: Tensor) -> Tensor:
-        """[b, h, t, ...] to [rows of the group, h, tokens of the group, ...]."""
-        x = x if self.rows is None else x[self.rows]
-        if self.columns is None:
-            return x
-        return torch.stack([x[i, :, columns] for i, columns in enumerate(self.columns)])
-
-    def put(self, out: Tensor, answer: Tensor) -> None:
-        rows = range(out.shape[0]) if self.rows is None else self.rows
-        for i, row in enumerate(rows):
-            columns = slice(None) if self.columns is None else self.columns[i]
-            out[row, :, columns] = answer[i]

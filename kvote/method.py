@@ -51,6 +51,11 @@ class Method:
         return self.read.needs_raw_keys or self.store.needs_raw_keys
 
     @property
+    def spans_layers(self) -> bool:
+        """Whether what happens in one layer changes what others hold."""
+        return self.keep.cascades or self.store.spans_layers
+
+    @property
     def needs_rope(self) -> bool:
         """Whether the model's rotation has to be known."""
         return self.needs_raw_keys or self.keep.needs_rope

@@ -45,11 +45,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers managed by kvote, and the bytes of the whole cache."""
+    """All layers managed by kvote, and the bytes of the whole cache: now, and the most since it was empty. The peak is
+    taken at the ends of passes, where most is held; while generating, every 64 tokens."""
 
     method: str
     layers: list[LayerReport]
     nbytes: int
+    peak_nbytes: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,4 +61,4 @@ class Report:
         rows = [names] + [[str(getattr(layer, name)) for name in names] for layer in self.layers]
         widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([f"{self.method}: {self.nbytes:,} bytes", *lines])
+        return "\n".join([f"{self.method}: {self.nbytes:,} bytes, {self.peak_nbytes:,} at the peak", *lines])

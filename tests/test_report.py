@@ -50,7 +50,7 @@ def test_a_report_is_json_and_a_table():
     assert read["layers"][1]["tokens_seen"] == 40
     lines = str(report).splitlines()
     assert lines[0].startswith("tokenselect(top_k=4")
-    assert lines[0].endswith(f"{report.nbytes:,} bytes")
+    assert lines[0].endswith(f"{report.nbytes:,} bytes, {report.peak_nbytes:,} at the peak")
     assert len(lines) == 2 + len(report.layers)
 
 

@@ -2,9 +2,11 @@
 
 from transformers import PreTrainedModel
 
+from kvote.document import TOKENS_PER_PASS
 from kvote.env import memory
 from kvote.errors import InputError
 from kvote.method import Method
+from kvote.peak import peak_bytes, shape_of
 
 _GIB = 2**30
 
@@ -26,15 +28,6 @@ def gib(size: int) -> str:
 
 
 def _peak_bytes(model: PreTrainedModel, method: Method, tokens: int) -> int:
-    """The most that the cache holds at a time. The one place that foresees it."""
-    return 0 if method.keep.drops else tokens * _token_bytes(model)
-
-
-def _token_bytes(model: PreTrainedModel) -> int:
-    """Bytes that one token takes in all layers together, 0 where the config does not say."""
-    config = model.config.get_text_config(decoder=True)
-    layers, heads = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // heads if heads else 0)
-    position = 4
-    return int(layers * key_heads * (2 * dim * model.dtype.itemsize + position))
+    """The most that the cache holds at a time; 0 where the config does not tell."""
+    shape = shape_of(model)
+    return 0 if shape is None else peak_bytes(method, shape, tokens, tokens_per_pass=TOKENS_PER_PASS)

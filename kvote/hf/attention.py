@@ -46,6 +46,7 @@ def attention(
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, _eager_of(module))
         mask = attention_mask if padding is None else padding.native_mask()
         return attend(module, query, key, value, mask, **kwargs)
+    owner.pending = False
     _check(module, attention_mask, padding, kwargs)
     if (
         torch.is_grad_enabled()
@@ -58,7 +59,6 @@ def attention(
         )
     # Kernels read rows of channels.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    owner.pending = False
     t, seen = query.shape[2], owner.layer.seen
     positions = _positions(module, owner, kwargs.get("position_ids"))
     if positions is None:

@@ -1,13 +1,15 @@
 """A layer as ``generate()`` sees it, between transformers' cache protocol and kvote's layer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from kvote.errors import InactiveCacheError
+from kvote.errors import CropError, InactiveCacheError, InputError
 from kvote.heads import HeadGroups
 from kvote.hf.rotary import RotaryPositions
 from kvote.layer import Layer
@@ -44,6 +46,10 @@ class CacheLayer(CacheLayerMixin):
         self.layer, self.turn, self.previous = layer, turn, previous
         self.rotated, self.rotary = rotated, rotary
         self.pending = False
+        # Whether another layer of kvote's comes after this one in every pass.
+        self.followed = False
+        if previous is not None:
+            previous.followed = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -52,7 +58,11 @@ class CacheLayer(CacheLayerMixin):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
-        for waiting in (self, self.previous):
+        before = self.previous
+        if before is None and self.followed:
+            # The pass before this one never reached the next layer: it was interrupted before attention was called.
+            self.pending = False
+        for waiting in (self, before):
             if waiting is not None and waiting.pending:
                 waiting.pending = False
                 raise InactiveCacheError(
@@ -95,11 +105,17 @@ class CacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` columns (negative, as transformers passes it)."""
         if tokens_to_remove > 0:
-            raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
+            raise InputError("crop takes a negative number: how many tokens to remove from the end.")
         if tokens_to_remove:
             # What follows is another prompt than the one announced.
             self.turn.end = 0
+        self.pending = False
         self.layer.crop(-tokens_to_remove)
+
+    def take_back(self, columns: int) -> None:
+        """Removes the last ``columns``, which an interrupted pass brought: the prompt announced is still to come."""
+        self.pending = False
+        self.layer.crop(columns, max(0, self.turn.end - self.layer.seen + columns))
 
     def reset(self) -> None:
         self.layer.reset()
@@ -119,6 +135,48 @@ class CacheLayer(CacheLayerMixin):
         raise NotImplementedError("kvote layers cannot be offloaded by transformers' Cache(offloading=True).")
 
     prefetch = offload
+
+
+def columns_of(layer: Any) -> int | None:
+    """How many columns a cache layer has seen, also a native one; None for one that does not count them."""
+    return int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else None
+
+
+def has_states(layer: Any) -> bool:
+    """Whether a native layer holds states that every pass overwrites."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def forget_states(layer: Any) -> None:
+    """Makes a native layer's states what they were before the first token; its own reset keeps the size that recording
+    gave them, into which the next prompt does not fit."""
+    LinearAttentionCacheLayerMixin.__init__(layer, layer.number_of_states)
+
+
+def check_native_crop(layer: Any, more: int) -> None:
+    """Raises CropError if a native layer cannot be cropped by ``more`` (negative, as transformers passes it)."""
+    if not more or isinstance(layer, CacheLayer):
+        return
+    window = getattr(layer, "sliding_window", None)
+    gone = window is not None and layer.get_seq_length() >= window and not layer.record_past
+    if gone or (has_states(layer) and not (layer.is_croppable and layer.record_past)):
+        raise CropError(
+            f"A native {type(layer).__name__} of the model has let go of what a rollback of {-more} needs; call "
+            "cache.activate_past_recording() before the tokens that may be rolled back, or cache.reset()."
+        )
+
+
+@contextmanager
+def recording(cache: Any) -> Iterator[None]:
+    """Native layers keep what they would let go of, until the cache is cropped."""
+    native = [layer for layer in cache.layers if not isinstance(layer, CacheLayer) and hasattr(layer, "record_past")]
+    for layer in native:
+        layer.record_past = True
+    try:
+        yield
+    finally:
+        for layer in native:
+            layer.record_past = False
 
 
 def owner_of(key: Tensor) -> CacheLayer | None:

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from kvote.errors import InputError, UnsupportedModelError
+from kvote.errors import UnsupportedModelError
 from kvote.hf import switch
 from kvote.hf.guard import guard, unguard
 from kvote.hf.trial import Facts, LayerFacts, find_out
@@ -20,12 +20,8 @@ def facts_of(model: PreTrainedModel) -> Facts:
     """The trial's outcome, and the model switched to kvote's attention. The trial runs once per model, and anew after
     its weights, adapters or config have changed.
 
-    Raises UnsupportedModelError as the trial, and InputError for what is no model of transformers.
+    Raises UnsupportedModelError as the trial.
     """
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        raise InputError(
-            f"kvote needs a model of transformers, such as AutoModelForCausalLM makes, and got {model!r:.80}."
-        )
     state = _state(model)
     known = _known.get(model)
     if known is None or known[0] != state or (isinstance(known[1], Facts) and not switch.is_attached(model)):

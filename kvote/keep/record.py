@@ -37,6 +37,10 @@ class Record:
         self.waiting = [part for seen in self.waiting for part in seen.selected(index)]
 
     @property
+    def waiting_nbytes(self) -> int:
+        """Of passes that wait, most of which the model's own forward pass holds as well."""
+        return storage_bytes(tensor for seen in self.waiting for tensor in seen.tensors)
+
+    @property
     def nbytes(self) -> int:
-        tensors = [tensor for seen in self.waiting for tensor in seen.tensors]
-        return storage_bytes(tensors) + (0 if self.memory is None else self.memory.nbytes)
+        return self.waiting_nbytes + (0 if self.memory is None else self.memory.nbytes)

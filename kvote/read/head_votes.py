@@ -222,9 +222,11 @@ class HeadVotes:
         reading.activity.reused += len(reading.rows) - len(fresh)
         if len(fresh):
             chosen = [reading.rows[i] for i in fresh.tolist()]
-            memory.index[rows[fresh]] = self._select(reading.of(chosen), query[fresh], [edge])[:, 0]
-            memory.query[rows[fresh]] = flat[fresh]
-            memory.edge[rows[fresh]] = edge
+            selected, at = self._select(reading.of(chosen), query[fresh], [edge])[:, 0], rows[fresh]
+            # New tensors: an interrupted pass goes back to the old ones.
+            memory.index = memory.index.index_copy(0, at, selected)
+            memory.query = memory.query.index_copy(0, at, flat[fresh])
+            memory.edge = memory.edge.index_fill(0, at, edge)
         return memory.index[rows][:, None]
 
     def _select_or_reuse_unasked(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
@@ -234,6 +236,7 @@ class HeadVotes:
         assert memory.query is not None
         assert memory.index is not None
         assert memory.edge is not None
+        memory.in_place = True
         everyone = reading.rows == list(range(reading.sequences))
         rows = slice(None) if everyone else torch.tensor(reading.rows, device=flat.device)
         past, kept = memory.query[rows], memory.index[rows]

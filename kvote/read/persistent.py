@@ -28,6 +28,12 @@ class Chosen:
     def forget(self) -> None:
         pass
 
+    def mark(self) -> None:
+        return None
+
+    def restore(self, mark: None) -> None:
+        pass
+
     @property
     def nbytes(self) -> int:
         return storage_bytes(self.index.values())

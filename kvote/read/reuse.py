@@ -18,6 +18,8 @@ class SelectionMemory:
     query: Tensor | None = None
     index: Tensor | None = None
     edge: Tensor | None = None
+    # On a GPU they are written in place, so that a step can be captured in a graph.
+    in_place: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -33,6 +35,15 @@ class SelectionMemory:
     def select(self, index: list[int]) -> None:
         if self.query is not None and self.index is not None and self.edge is not None:
             self.query, self.index, self.edge = self.query[index], self.index[index], self.edge[index]
+
+    def mark(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.query, self.index, self.edge
+
+    def restore(self, mark: tuple[Tensor | None, Tensor | None, Tensor | None]) -> None:
+        """Where these were written in place meanwhile, they are forgotten: the next step selects anew."""
+        self.query, self.index, self.edge = mark
+        if self.in_place:
+            self.forget()
 
     def forget(self) -> None:
         self.query = self.index = self.edge = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -63,6 +63,15 @@ class Span:
     start: int
     stop: int
     reads: list[TokenSet]
+
+    def in_place(self, length: int) -> "Span":
+        """The same with tokens at their own positions, if they are all ``length`` that are held: where some rows of a
+        batch are padded on the right, a model gives what comes behind the padding positions that it has had before."""
+        read = self.reads[0]
+        whole = len(self.reads) == 1 and isinstance(read.index, range) and read.index == range(length)
+        if not whole or (read.window is not None and read.window < length):
+            return self
+        return replace(self, reads=[replace(read, positions="original", query_at=None)])
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,11 @@ class Memory(Protocol):
 
     def select(self, index: list[int]) -> None: ...
     def forget(self) -> None: ...
+    def mark(self) -> Any:
+        """What ``restore`` needs when a pass is interrupted. Cheap."""
+        ...
+
+    def restore(self, mark: Any) -> None: ...
     @property
     def nbytes(self) -> int: ...
 

@@ -170,6 +170,12 @@ class SharedLowRank:
     lists: bool = True
     regroups: bool = False
     labels: bool = False
+    retains: bool = False
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        width = self.group * heads * dim
+        ranks = (min(width, r if isinstance(r, int) else r * width) for r in (self.key_rank, self.value_rank))
+        return (sum(ranks) * dtype.itemsize + 4) / (self.group * heads)
 
     def __post_init__(self) -> None:
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
@@ -188,16 +194,19 @@ class SharedLowRank:
     ) -> PromptSegment:
         return PromptSegment(heads, like, value_dim, rope)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
         if (index + 1) % self.group and index + 1 < len(segments):
-            return
+            return False
         layers = [s for s in segments[index // self.group * self.group : index + 1] if isinstance(s, PromptSegment)]
+        encoded = False
         for row in range(layers[0].sequences):
             n = layers[-1].prompt(row, ahead)
             if n is None:
                 continue
             for segment, body in zip(layers, self.encode(layers, row, n), strict=True):
                 segment.put(row, body)
+                encoded |= body is not None
+        return encoded
 
     def encode(self, layers: list[PromptSegment], row: int, n: int) -> Sequence[LowRankBody | None]:
         """The first ``n`` tokens of a sequence in each of a group's layers; None for each if factors are no smaller."""

@@ -64,6 +64,8 @@ class PagePool:
         self.page, self.room = page, room
         self.owners = np.zeros(0, np.int32)
         self.lanes: list[Lane] = []
+        # Whether some parts are laid out anew and others not yet: true for good where that was interrupted.
+        self.moving = False
         # Tables for the kernels, until a page changes hands.
         self._tables: dict[tuple[int, ...], cpu.Lanes] = {}
 
@@ -143,20 +145,32 @@ class PagePool:
             starts.append(cursor + len(fresh))
             cursor += len(fresh) + extra + ((lane.pages + extra) // self.room if room and extra else 0)
         old, new = np.concatenate([*sources, _NONE]), np.concatenate([*targets, _NONE])
-        for name, pool in self.parts.items():
-            fresh_pool = torch.empty(cursor, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
-            cpu.use_large_pages(fresh_pool)
-            for source, target, count in _runs(old, new):
-                fresh_pool[target : target + count] = pool[source : source + count]
-            self.parts[name] = fresh_pool
         owners = np.zeros(cursor, np.int32)
         owners[new] = self.owners[old]
-        self.owners = owners
-        self._tables.clear()
+        runs = []
         for lane, start in zip(self.lanes, starts, strict=True):
             ids = moved[lane.page_ids()]
             # A lane without pages yet still has its place reserved: a run of no pages marks it.
-            lane.runs = [(int(t), c) for _, t, c in _runs(ids, ids)] or [(start, 0)]
+            runs.append([(int(t), c) for _, t, c in _runs(ids, ids)] or [(start, 0)])
+        # One after the other, so that no more than one part exists twice. Memory is scarcest for the first, before
+        # anything has changed.
+        for name, part in self.parts.items():
+            fresh = self._laid_out(part, old, new, cursor)
+            self.moving = True
+            self.parts[name] = fresh
+        self.owners = owners
+        self._tables.clear()
+        for lane, own in zip(self.lanes, runs, strict=True):
+            lane.runs = own
+        self.moving = False
+
+    def _laid_out(self, part: Tensor, old: np.ndarray, new: np.ndarray, pages: int) -> Tensor:
+        """A copy with room for ``pages``, in which the pages ``old`` are ``new`` ones."""
+        fresh = torch.empty(pages, *part.shape[1:], dtype=part.dtype, device=part.device)
+        cpu.use_large_pages(fresh)
+        for source, target, count in _runs(old, new):
+            fresh[target : target + count] = part[source : source + count]
+        return fresh
 
     def truncate(self, lane: Lane, length: int) -> None:
         """Forgets the lane's tokens from ``length`` on and frees the pages that held only them."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,14 +75,16 @@ class Waiting:
         self.queries.append(query[:, :own])
         self.ended, self.after = ahead <= 0, t - own
 
-    def only_last(self, window: int) -> None:
-        """Lets go of all queries but the last ``window``."""
+    def only_last(self, window: int) -> bool:
+        """Lets go of all queries but the last ``window``, and says whether there were others."""
+        more = sum(query.shape[1] for query in self.queries) > window
         kept: list[Tensor] = []
         for query in reversed(self.queries):
             if window > 0:
                 kept.insert(0, query[:, max(0, query.shape[1] - window) :])
                 window -= query.shape[1]
         self.queries = [torch.cat(kept, dim=1)] if kept else []
+        return more
 
     def cut(self, gone: int) -> None:
         """The last ``gone`` tokens of the sequence are taken back."""
@@ -158,11 +160,19 @@ class PromptSegment:
                 if not self.window:
                     self.waiting[row].queries.clear()
 
-    def seal(self, ahead: int) -> None:
+    def mark(self) -> tuple[Any, list[Waiting]]:
+        return self.tail.mark(), [waiting.copy() for waiting in self.waiting]
+
+    def restore(self, mark: tuple[Any, list[Waiting]]) -> bool:
+        tail, self.waiting = mark
+        return self.tail.restore(tail)
+
+    def seal(self, ahead: int) -> bool:
+        before, forgot = [self.encoded(row) for row in range(self.sequences)], False
         for row, waiting in enumerate(self.waiting):
             if self.bodies[row] is not None:
                 continue
-            waiting.only_last(self.window)
+            forgot |= waiting.only_last(self.window)
             if self.encode is None or not waiting.queries or self.prompt(row, ahead) is None:
                 continue
             waiting.ended = False
@@ -170,6 +180,7 @@ class PromptSegment:
             held = (*(part[0] for part in self.tail.decode([row], 0, self.length(row))), self._positions(row))
             prompt = [part[:, : self.length(row) - waiting.after] for part in held]
             self.put(row, self.encode(queries, *prompt))
+        return forgot or before != [self.encoded(row) for row in range(self.sequences)]
 
     def prompt(self, row: int, ahead: int) -> int | None:
         """Tokens up to the end of a prompt that is to be encoded now; None if there is no such prompt."""

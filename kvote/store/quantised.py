@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.kernels import reference
-from kvote.kernels.packing import Packing
+from kvote.kernels.packing import PACKED, Packing
 from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
@@ -89,16 +89,25 @@ class QuantisedSegment:
 
     # Packing.
 
-    def seal(self, ahead: int) -> None:
+    def mark(self) -> tuple[Tensor | None, list[int]]:
+        """New tokens are raw until they are sealed."""
+        return self.raw.mark()
+
+    def restore(self, mark: tuple[Tensor | None, list[int]]) -> bool:
+        return self.raw.restore(mark)
+
+    def seal(self, ahead: int) -> bool:
         """Packs what is old enough, once the prompt has ended: until then its own queries read it as it is."""
         if ahead:
-            return
+            return False
         alike: dict[tuple[int, ...], list[int]] = {}
         for row in range(self.sequences):
             alike.setdefault((self.length(row), *self._state(row)), []).append(row)
+        before = [self._state(row)[:2] for row in range(self.sequences)]
         freed = [self._seal(rows) for rows in alike.values()]
         if any(freed):
             self.raw.trim()
+        return before != [self._state(row)[:2] for row in range(self.sequences)]
 
     def _state(self, row: int) -> tuple[int, int, int]:
         """Keys packed, values packed, and the token at which the raw segment begins."""
@@ -509,11 +518,16 @@ class Quantised:
     regroups: bool = True
     labels: bool = False
     spans_layers: bool = False
+    retains: bool = False
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        sides = (Packing(self.bits, self.group, dim, dtype, are_keys) for are_keys in (True, False))
+        return sum(side.page_bytes for side in sides) / PACKED + 4
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
     ) -> QuantisedSegment:
         return QuantisedSegment(heads, like, value_dim, rope, bits=self.bits, group=self.group, residual=self.residual)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        pass
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+        return False

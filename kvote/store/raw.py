@@ -16,6 +16,8 @@ from kvote.store.pages import PAGE, Lane, RawPool
 from kvote.store.segment import Logits, Segment
 
 _QUESTION = 8 * PAGE
+# Tokens for which a lane may have room that it does not use yet.
+ROOM = _QUESTION + 2 * PAGE
 # Query rows per key head up to which a fast kernel adds up attention.
 _COUNTED = 64
 
@@ -147,8 +149,18 @@ class RawSegment:
     def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
         pass
 
-    def seal(self, ahead: int) -> None:
-        pass
+    def mark(self) -> tuple[Tensor | None, list[int]]:
+        return self.labels, [lane.length for lane in self.pool.lanes]
+
+    def restore(self, mark: tuple[Tensor | None, list[int]]) -> bool:
+        # Labels that were being made when something interrupted are made anew.
+        self.labels, lengths = mark
+        for lane, length in zip(self.pool.lanes, lengths, strict=True):
+            self.pool.truncate(lane, length)
+        return not self.pool.moving
+
+    def seal(self, ahead: int) -> bool:
+        return False
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         return None
@@ -478,6 +490,11 @@ class RawSegment:
         return key.reshape(*shape, -1), value.reshape(*shape, -1), at.reshape(shape)
 
 
+def token_bytes(dim: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a raw token of one key head: key, value and position."""
+    return (dim + value_dim) * dtype.itemsize + 4
+
+
 @dataclass(frozen=True)
 class Raw:
     """Tokens are held as the model made them."""
@@ -488,11 +505,15 @@ class Raw:
     needs_plain_keys: bool = False
     labels: bool = True
     spans_layers: bool = False
+    retains: bool = False
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        return token_bytes(dim, dim, dtype)
 
     def new_segment(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
     ) -> RawSegment:
         return RawSegment(heads, like, value_dim, rope, sketch_bits=sketch_bits)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        pass
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+        return False

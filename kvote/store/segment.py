@@ -3,7 +3,7 @@ readers, keepers and layers see only this."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,9 +48,18 @@ class Segment(Protocol):
         """Sees the queries of the pass whose tokens were just added; ``ahead`` as in ``keep.Observation``."""
         ...
 
-    def seal(self, ahead: int) -> None:
-        """May encode what is old enough. Called after every pass, once nothing can be rolled back any more without a
-        crop; ``ahead`` tokens of an announced prompt are still to come."""
+    def mark(self) -> Any:
+        """What ``restore`` needs to forget what ``append``, ``watch`` and reading add from now on. Cheap."""
+        ...
+
+    def restore(self, mark: Any) -> bool:
+        """Back to ``mark``, wherever ``append`` or ``watch`` were interrupted; nothing was kept or sealed since. False
+        where that cannot be, because pages were being moved."""
+        ...
+
+    def seal(self, ahead: int) -> bool:
+        """May encode what is old enough, and says whether it did. Called after every pass, once nothing can be rolled
+        back any more without a crop; ``ahead`` tokens of an announced prompt are still to come."""
         ...
 
     def aside(self, queries: Queries, rows: list[int], logits: "Logits") -> tuple[Tensor, Tensor] | None:
@@ -140,6 +149,7 @@ class Store(Protocol):
     """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
     be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
     with prompts and not while generating. ``needs_plain_keys``: it works with keys as the model rotated them.
+    ``retains``: tokens that are dropped stay, encoded.
     ``labels``: its segments are ``Labelled``. ``spans_layers``: layers share what they hold, so all their heads must
     hold the same tokens."""
 
@@ -165,8 +175,15 @@ class Store(Protocol):
         """
         ...
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
+    @property
+    def retains(self) -> bool: ...
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        """Bytes of a token of one key head once it is encoded, of ``heads`` of ``dim`` channels in the layer."""
+        ...
+
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
         """After the pass of layer ``index`` among the ``segments`` of all layers, None where no token has come yet.
+        Says whether anything was encoded.
 
         Called of stores that ``spans_layers`` only.
         """

@@ -151,6 +151,10 @@ class FewerChannels:
     lists: bool = True
     regroups: bool = False
     labels: bool = False
+    retains: bool = False
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        return (2 * dim - int(self.ratio * dim)) * dtype.itemsize + 4
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio < 1:
@@ -171,5 +175,5 @@ class FewerChannels:
         thin = key[:, :n].gather(2, channels[:, None].expand(-1, n, -1))
         return _body(key.shape[2], channels.to(torch.int16), thin, value[:, :n], positions[:, :n])
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        pass
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+        return False

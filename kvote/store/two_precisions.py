@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PagePool
-from kvote.store.raw import RawSegment
+from kvote.store.raw import RawSegment, token_bytes
 from kvote.store.segment import Logits, Segment
 
 Answer = tuple[Tensor, Tensor]
@@ -108,9 +109,18 @@ class TwoPrecisionSegment(RawSegment):
             if count > 0 and self.balances[row].factor is None:
                 self.waiting[row].append((query[:, :count], self.length(row) - t))
 
-    def seal(self, ahead: int) -> None:
+    def mark(self) -> Any:
+        return super().mark(), list(self.balances), [list(passes) for passes in self.waiting]
+
+    def restore(self, mark: Any) -> bool:
+        held, self.balances, self.waiting = mark
+        return super().restore(held)
+
+    def seal(self, ahead: int) -> bool:
+        due = any(self.waiting)
         for row in range(self.sequences):
             self._weigh(row)
+        return due
 
     def _weigh(self, row: int) -> None:
         """Takes the largest magnitudes of the queries that wait, and of the keys that came with them."""
@@ -263,6 +273,13 @@ class TwoPrecisions:
     regroups: bool = field(default=False, init=False)
     labels: bool = field(default=False, init=False)
     spans_layers: bool = field(default=False, init=False)
+    retains: bool = field(default=True, init=False)
+
+    def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
+        if self.low_bits == RAW_BITS:
+            return token_bytes(dim, dim, dtype)
+        sides = (Packing(self.low_bits, self.group, dim, dtype, side, side) for side in (True, False))
+        return sum(side.page_bytes for side in sides) / packing.PACKED
 
     def __post_init__(self) -> None:
         bits = (*packing.BITS, RAW_BITS)
@@ -285,5 +302,5 @@ class TwoPrecisions:
             heads, like, value_dim, bits=bits, group=group, balanced=balanced, sketch_bits=sketch_bits
         )
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> None:
-        pass
+    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+        return False

@@ -148,7 +148,7 @@ def test_weights_without_numbers_are_refused():
 
 @pytest.mark.parametrize("thing", [None, "gpt2", lambda x: x, torch.nn.Linear(2, 2)])
 def test_what_is_no_model_is_refused(thing):
-    with pytest.raises(kvote.InputError, match="kvote needs a model of transformers"):
+    with pytest.raises(kvote.InputError, match="A cache is made for a loaded model"):
         kvote.Cache(thing)
 
 

@@ -1,0 +1,31 @@
+"""The layers of a cache in their order."""
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvote.layer import Layer
+
+
+class Crew:
+    """The layers of a cache in their order. It keeps none of them alive: layers that held each other would go with the
+    next run of the garbage collector only, and gigabytes with them."""
+
+    def __init__(self) -> None:
+        self._members: list[weakref.ref[Layer]] = []
+
+    @property
+    def layers(self) -> "list[Layer]":
+        return [layer for member in self._members if (layer := member()) is not None]
+
+    def add(self, layer: "Layer") -> int:
+        """Its place among them."""
+        self._members.append(weakref.ref(layer))
+        return len(self._members) - 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Crew":
+        clone = memo[id(self)] = Crew()
+        # Where a whole cache is copied, these are the copies that it holds.
+        clone._members = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
+        return clone

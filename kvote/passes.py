@@ -1,0 +1,136 @@
+"""Passes: all layers of a cache go through a forward pass, or none; and one thread at a time uses a cache."""
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from torch import Tensor
+
+from kvote.errors import BusyCacheError, InterruptedPassError
+from kvote.keep.observation import Observation
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_handing_over = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a layer was before a pass; ``held`` is the segment's own mark, None where there was no segment yet."""
+
+    held: Any
+    memory: Any
+    waiting: list[Observation]
+    activity: dict[str, Any]
+    columns: Tensor | None
+    numbers: tuple[int, int, int, bool, bool]
+    changes: int
+
+
+class Part(Protocol):
+    """What changes in a pass: a layer, or the heads of one that are kept apart."""
+
+    def mark(self) -> Mark:
+        """What ``restore`` needs. Cheap: a decode step makes one for every layer."""
+        ...
+
+    def restore(self, mark: Mark) -> bool:
+        """Goes back to ``mark``; False if something was dropped or encoded since, so that it cannot."""
+        ...
+
+
+@dataclass
+class Passes:
+    """Shared by the layers of a cache. ``torn``: a change was interrupted and could not be taken back, so what the
+    layers hold is worth nothing any more. ``thread`` used the cache last. ``held``: bytes of all layers when they were
+    last counted, ``peak`` the most they ever were."""
+
+    torn: bool = False
+    # Whether the model has native layers whose states an interrupted pass leaves changed.
+    unmarked: bool = False
+    thread: int = 0
+    held: int = 0
+    peak: int = 0
+    # The layer that a pass through layers with such states has reached, and what it has updated in the first one.
+    reached: int | None = None
+    updated: set[str] = field(default_factory=set)
+
+    def begin_anew(self) -> None:
+        """Nothing is held any more."""
+        self.peak = self.held
+        self.reached = None
+        self.updated.clear()
+
+    def reach(self, layer: int, state: str, first: int, last: int) -> bool:
+        """Notes that ``state`` of ``layer`` is updated; False if that begins a pass and the one before ended early."""
+        if layer == first and (self.reached != first or state in self.updated):
+            if self.reached not in (None, last):
+                return False
+            self.updated.clear()
+        if layer == first:
+            self.updated.add(state)
+        self.reached = layer
+        return True
+
+    def hold(self, more: int) -> None:
+        """Counts ``more`` bytes."""
+        self.held += more
+        self.peak = max(self.peak, self.held)
+
+    def check(self) -> None:
+        """Raises InterruptedPassError if the layers hold nothing that can be relied on."""
+        if self.torn:
+            raise InterruptedPassError(
+                "This cache was interrupted while something changed that cannot be taken back (tokens were dropped, "
+                "encoded or moved, or native layers overwrote their states); "
+                "call cache.reset() and feed the text again."
+            )
+
+    def whole(self, parts: Sequence[Part], run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What ``run`` returns. Whatever interrupts it, all of ``parts`` are as they were before, or ``torn`` is set.
+
+        Raises InterruptedPassError as ``check``.
+        """
+        self.check()
+        # Set first and taken back last, so that an interruption of what follows counts as well.
+        self.torn = True
+        marks = [part.mark() for part in parts]
+        try:
+            result = run(*args, **kwargs)
+        except BaseException:
+            restored = [part.restore(mark) for part, mark in zip(parts, marks, strict=True)]
+            self.torn = self.unmarked or not all(restored)
+            raise
+        self.torn = False
+        return result
+
+    def claim(self, cache: object) -> None:
+        """Notes that this thread uses ``cache`` now. Raises BusyCacheError if another one is in the middle of it."""
+        thread = threading.get_ident()
+        if thread == self.thread:
+            return
+        with _handing_over:
+            if self.thread and _is_inside(self.thread, cache):
+                raise BusyCacheError(
+                    "Another thread is generating with this cache; give every thread a cache of its own, or wait "
+                    "until that one has returned."
+                )
+            self.thread = thread
+
+
+def _is_inside(thread: int, cache: object) -> bool:
+    """Whether a call into transformers that another thread has not returned from was given ``cache``.
+
+    A thread that used it and has returned from that may hand it on, whether it has ended or not.
+    """
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("transformers"):
+            for value in frame.f_locals.values():
+                if value is cache or (isinstance(value, dict) and any(inner is cache for inner in value.values())):
+                    return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,81 @@
+"""Peak: how many bytes a method will hold at most, foreseen before anything is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvote.method import Method
+from kvote.store.low_rank import SharedLowRank
+from kvote.store.pages import PAGE
+from kvote.store.raw import ROOM, token_bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's cache is made of: ``layers`` with ``heads`` key heads each, of ``dim`` channels in ``dtype``."""
+
+    layers: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+
+
+def shape_of(model: Any) -> Shape | None:
+    """As the config tells; None where it is silent. All layers count as full attention."""
+    config = model.config.get_text_config(decoder=True)
+    layers, heads = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
+    if not layers or not heads:
+        return None
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(layers, getattr(config, "num_key_value_heads", None) or heads, dim, model.dtype)
+
+
+def peak_bytes(method: Method, shape: Shape, tokens: int, *, tokens_per_pass: int) -> int:
+    """Bytes of one announced prompt of ``tokens``, read ``tokens_per_pass`` at a time, when most of it is held.
+
+    A prompt that comes in one pass is dropped or encoded layer by layer, so one layer at a time holds all of it; of one
+    that comes in several, all layers do until its end, unless the method drops after every pass. What attention
+    computes on the way is not counted, nor are tables of rotations, which layers share.
+    """
+    whole = _raw(method, shape, _held(method, tokens, tokens_per_pass) + ROOM)
+    later = min(whole, _later(method, shape, tokens))
+    # Layers that are encoded together.
+    together = min(shape.layers, method.store.group if isinstance(method.store, SharedLowRank) else 1)
+    if tokens > tokens_per_pass and not (method.keep.drops and not method.keep.waits):
+        # The first of them are held in both forms.
+        return int(shape.layers * whole + (together * later if later < whole else 0))
+    return int(together * whole + (shape.layers - together) * later)
+
+
+def _held(method: Method, tokens: int, tokens_per_pass: int) -> int:
+    """Tokens that a layer holds at most while a prompt comes."""
+    keep = method.keep
+    if not keep.drops or keep.waits or keep.splits or keep.budget is None or keep.budget.unit == "bytes":
+        return tokens
+    return min(tokens, keep.budget.tokens(tokens) + tokens_per_pass)
+
+
+def _later(method: Method, shape: Shape, tokens: int) -> float:
+    """Bytes of a layer once the prompt has ended."""
+    budget, store = method.keep.budget, method.store
+    encoded = store.token_bytes(shape.heads, shape.dim, shape.dtype) * shape.heads
+    if not method.keep.drops or budget is None:
+        kept, others = tokens, 0
+    elif budget.unit == "bytes":
+        return budget.amount / shape.layers
+    else:
+        kept = min(tokens, budget.tokens(tokens))
+        others = tokens - kept if store.retains else 0
+    # An eighth of unused pages behind lanes; what was set aside beside encoded tokens is for those to come.
+    spare = 2 * PAGE if method.keep.drops else ROOM
+    important = _raw(method, shape, kept) if store.retains else encoded * kept
+    return important * 9 / 8 + encoded * others + _raw(method, shape, spare)
+
+
+def _raw(method: Method, shape: Shape, tokens: int) -> float:
+    """Bytes of so many tokens of a layer as the model made them, with the sketch that a reader scores with."""
+    each = token_bytes(shape.dim, shape.dim, shape.dtype) + shape.dim * method.read.sketch_bits / 8
+    each += 4 * (method.read.sketch_bits > 0) + shape.dim * shape.dtype.itemsize * method.read.labels
+    pages = -(-tokens // PAGE)
+    return shape.heads * pages * PAGE * (each + method.keep.token_bytes)

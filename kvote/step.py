@@ -1,0 +1,32 @@
+"""Step: what a forward pass hands to a layer."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvote.store.segment import Logits
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass asks of a layer.
+
+    ``query`` [b, heads, t, d], ``key`` [b, h, t, d] and ``value`` [b, h, t, dv] are as the model made them;
+    ``positions`` [b, t] are those of the rotation; ``valid`` [b, t] is False where a token is padding (None: none
+    is); ``past`` [b, seen] is the same for the columns before, where padding is among them. ``solo``: how many of the
+    last tokens end a prompt or a turn. ``decode``: a single generated token. ``ahead``: tokens of the prompt still to
+    come after this pass; negative where the pass goes on behind the prompt's end; None where all its tokens are
+    generated ones. ``sink_logits`` [heads]: learned sinks.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    solo: int
+    logits: Logits
+    sink_logits: Tensor | None = None
+    past: Tensor | None = None
+    decode: bool = False
+    ahead: int | None = 0
