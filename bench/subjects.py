@@ -135,8 +135,8 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("tokenselect, 8-bit sketch", {}, f"tokenselect({_LARGE_READ}, sketch='int8')", ("selections",), "read"),
     Subject(
         "tidaldecode",
-        dial(lambda s, n: f"tidaldecode(top_k={n}, first=1, correction=0)"),
-        "tidaldecode(top_k=2048, first=0, correction=0)",
+        dial(lambda s, n: f"tidaldecode(top_k={n}, first=1, reselect=0)"),
+        "tidaldecode(top_k=2048, first=0, reselect=0)",
         ("reused",),
         "read",
         stepwise=True,
