@@ -1,5 +1,6 @@
 """What README, CONTRIBUTING and docs/ tell people to type is run here."""
 
+import contextlib
 import inspect
 import re
 import shlex
@@ -38,7 +39,7 @@ def test_snippets_of_the_readme_run_one_after_the_other_and_print_what_they_say(
     space: dict[str, Any] = {}
     told = []
     for code in blocks(ROOT / "README.md"):
-        exec(compile(code, "README.md", "exec"), space)  # noqa: S102
+        exec(compile(code, "README.md", "exec"), space)
         told += _TOLD.findall(code)
     assert len(told) == 2
     said = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -65,16 +66,12 @@ def test_command_lines_of_the_readme_are_understood(line):
         assert spec == ALL or parse(spec)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_methods_that_a_page_writes_can_be_built(page):
-    for spec in specs(page):
-        try:
-            parse(spec)
-        except InputError as error:
-            # A calibration that the reader has and this test has not.
-            assert "json" in str(error), spec
-        except kvote.MethodError as error:
-            assert "needs to know this model's" in str(error), (spec, error)
+@pytest.mark.parametrize("spec", sorted({spec for page in PAGES for spec in specs(page)}))
+def test_methods_that_a_page_writes_can_be_built(spec):
+    # Files that the reader has and this test has not: they are looked for, so the rest of the spec was understood.
+    missing = re.search(r"'([\w-]+\.json)'", spec)
+    with pytest.raises(InputError, match=re.escape(missing[1])) if missing else contextlib.nullcontext():
+        parse(spec)
 
 
 def test_specs_are_found_at_all():
