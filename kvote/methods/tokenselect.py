@@ -41,16 +41,17 @@ def tokenselect(
     quarter), which only nominate four times as many tokens as are read, or 4,096, to be scored again with their keys.
     Sketches need compiled kernels (CPU or GPU) and cost their bytes on top; elsewhere the keys are read. ``positions``:
     'original' keeps the text's own positions. ``tensor_parallel``: heads are split over the ranks of
-    torch.distributed, and votes are summed across them.
+    torch.distributed, and votes are summed across them. ``published``: True is the rule as it was published, for
+    comparison.
 
-    Differs from the paper and its code, unless ``published``: the last tokens of a prompt select one by one; the window
-    reaches back from the start of a chunk, not from its end, so that the first tokens of a chunk see their neighbours
-    too; a reused list serves a limited span of steps and also reads what has left the window since; and heads are
-    paired as in attention. ``published=True`` is the rule as it was published, for comparison: ``tail`` 0, the window
-    from the end of a chunk (it must be at least as long), a selection reused for as long as the cosine allows, and
-    ``head_map='paper'``; of these, ``tail`` and ``head_map`` may still be given. In either case votes are added in
-    float32 (the code's: bfloat16), chunks are cut at multiples of ``chunk`` in the text, or where a pass ends, and
-    smoothing (``max_pool``), which the code sets for each of its data sets, is off.
+    Differs from the paper and its code, unless it is the published rule: the last tokens of a prompt select one by one;
+    the window reaches back from the start of a chunk, not from its end, so that the first tokens of a chunk see their
+    neighbours too; a reused list serves a limited span of steps and also reads what has left the window since; and
+    heads are paired as in attention. ``published=True`` has ``tail`` 0, the window from the end of a chunk (it must be
+    at least as long), a selection reused for as long as the cosine allows, and ``head_map='paper'``; of these, ``tail``
+    and ``head_map`` may still be given. In either case votes are added in float32 (the code's: bfloat16), chunks are
+    cut at multiples of ``chunk`` in the text, or where a pass ends, and smoothing (``max_pool``), which the code sets
+    for each of its data sets, is off unless given.
     """
     _check_published(published, reuse_span)
     reader = HeadVotes(
