@@ -65,6 +65,11 @@ def _packed(n: float, bits: int, group: int = 32, residual: int = 128, heads: in
     return n * (2 * _DIM * (bits / 8 + 4 / group) + 4 / heads) + residual * _TOKEN
 
 
+def _demoted(n: int, bits: int) -> float:
+    """A fifth as they are; of the others, ``bits`` of every number, and two numbers for each half of key and value."""
+    return n / 5 * (_TOKEN + 4) + 4 * n / 5 * (2 * _DIM * bits / 8 + 4 * 4)
+
+
 def _low_rank(n: int, keys: int = 512, values: int = 768) -> float:
     """Per key head: its part of what a group of layers shares, and of the blocks that make keys and values of it; the
     positions of a layer once."""
@@ -99,8 +104,8 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "kivi | tokenselect": lambda n: _packed(n, 2) + _angles(_LIST),
     "razorattention | kivi": lambda n: (2 * _packed(n, 2, heads=1) + 14 * max(4000, n / 5) * _TOKEN) / LANES,
     "cake | kivi | tokenselect": lambda n: _packed(n / 4, 2) + _angles(_LIST),
-    # Of a demoted token, two bits of every number, and two numbers for each half of its key and of its value.
-    "mikv": lambda n: n / 5 * (_TOKEN + 4) + 4 * n / 5 * (2 * _DIM * 2 / 8 + 4 * 4),
+    "mikv": lambda n: _demoted(n, 4),
+    "mikv, 2 bits": lambda n: _demoted(n, 2),
     "think": lambda n: n * (_TOKEN - 2 * int(0.4 * _DIM)),
     "xkv": _low_rank,
     "xkv | tokenselect": lambda n: _low_rank(n) + _angles(_LIST),

@@ -23,7 +23,16 @@ from kvote.models.presets import preset
 NEEDLES = 8
 ROOM = 48  # tokens left for a question and its answer
 LENGTHS = [1 << i for i in range(10, 21)]
-METHODS = ["dense", "tokenselect", "streamingllm", "random"]
+_PUBLISHED = "tokenselect(top_k=512, sinks=16, window=256, chunk=128, {}published=True)"
+# By name of a row: the spec that it stands for.
+METHODS = {
+    "dense": preset("dense"),
+    "tokenselect": preset("tokenselect"),
+    "as published": _PUBLISHED.format(""),
+    "as published, with a tail": _PUBLISHED.format("tail=40, "),
+    "streamingllm": preset("streamingllm"),
+    "random": preset("random"),
+}
 
 
 def documents(length: int) -> int:
@@ -33,7 +42,7 @@ def documents(length: int) -> int:
 
 def measure(model: Any, tokenizer: Any, method: str, length: int, seed: int) -> dict[str, Any]:
     sample = world.sample("needle", length - ROOM, seed=1_000_000 + seed, facts=NEEDLES, questions=NEEDLES)
-    document = kvote.Document(model, tokenizer, sample.document, preset(method))
+    document = kvote.Document(model, tokenizer, sample.document, METHODS[method])
     begin = time.perf_counter()
     answers = [document.ask(question.prompt, max_new_tokens=4) for question in sample.questions]
     right = [answer.text == question.answer for answer, question in zip(answers, sample.questions, strict=True)]
@@ -76,6 +85,8 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.2), dpi=150)
     styles = {
         "tokenselect": ("#0b6e4f", "o"),
+        "as published": ("#c77d0a", "v"),
+        "as published, with a tail": ("#6a4c93", "D"),
         "dense": ("#b23a48", "s"),
         "streamingllm": ("#3d5a80", "^"),
         "random": ("#8d99ae", "x"),
@@ -101,7 +112,7 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--documents", type=int, help="documents per point instead of the default")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
@@ -115,7 +126,7 @@ def main() -> None:
         for method in options.methods:
             # Points made with other parameters are measured anew.
             same = [p for p in points if p["method"] == method and p["length"] == length]
-            points = [p for p in points if p not in same or p["spec"] == kvote.method.parse(preset(method)).spec]
+            points = [p for p in points if p not in same or p["spec"] == kvote.method.parse(METHODS[method]).spec]
             done = {p["seed"] for p in points if p["method"] == method and p["length"] == length}
             for seed in range(options.documents or documents(length)):
                 if seed not in done:
@@ -123,7 +134,7 @@ def main() -> None:
                     save("extrapolation", {"needles": NEEDLES, "points": points})
             share = accuracy(points, method, length)
             if share:
-                print(f"{length:>9,} {method:<13} {100 * share[0]:6.1f}% of {share[1]}", flush=True)
+                print(f"{length:>9,} {method:<25} {100 * share[0]:6.1f}% of {share[1]}", flush=True)
     (RESULTS / "extrapolation.md").write_text(render(points) + "\n")
     picture(points, RESULTS / "extrapolation.png")
     print(render(points))

@@ -104,7 +104,13 @@ SUBJECTS: tuple[Subject, ...] = (
         acts=("encoded",),
     ),
     Subject("kivi, 4 bits", {}, "kivi(bits=4)", acts=("encoded",)),
-    Subject("mikv", {0.5: "mikv(budget=0.35)", 0.25: "mikv(budget=0.1)"}, "mikv", acts=("encoded",)),
+    Subject("mikv", {0.5: "mikv(budget=0.2)"}, "mikv", acts=("encoded",)),
+    Subject(
+        "mikv, 2 bits",
+        {0.5: "mikv(budget=0.35, low_bits=2)", 0.25: "mikv(budget=0.1, low_bits=2)"},
+        "mikv(low_bits=2)",
+        acts=("encoded",),
+    ),
     Subject("think", {0.5: "think(ratio=0.75)"}, "think", acts=("encoded",)),
     Subject(
         "xkv",
@@ -135,8 +141,8 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("tokenselect, 8-bit sketch", {}, f"tokenselect({_LARGE_READ}, sketch='int8')", ("selections",), "read"),
     Subject(
         "tidaldecode",
-        dial(lambda s, n: f"tidaldecode(top_k={n}, first=1, correction=0)"),
-        "tidaldecode(top_k=2048, first=0, correction=0)",
+        dial(lambda s, n: f"tidaldecode(top_k={n}, first=1, reselect=0)"),
+        "tidaldecode(top_k=2048, first=0, reselect=0)",
         ("reused",),
         "read",
         stepwise=True,

@@ -294,7 +294,9 @@ class Cache(TransformersCache):
             raise InactiveCacheError("Nothing to report: no token has gone through this cache yet.")
         layers = [LayerReport.of(layer.index, layer.parts) for layer in self._own]
         nbytes, own = self.nbytes(), sum(layer.nbytes for layer in layers)
-        return Report(self.method.spec, layers, nbytes, max(nbytes, self.passes.peak + nbytes - own))
+        return Report(
+            self.method.spec, layers, nbytes, max(nbytes, self.passes.peak + nbytes - own), self.trial_seconds
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
         """An independent copy of everything held; the model it belongs to is shared."""

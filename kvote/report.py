@@ -52,13 +52,25 @@ class Report:
     layers: list[LayerReport]
     nbytes: int
     peak_nbytes: int
+    # What finding out about the model took, once for all its caches.
+    trial_seconds: float
+
+    @property
+    def notes(self) -> list[str]:
+        """What figures do not say by themselves, in sentences: that a method which drops tokens had no reason to."""
+        limits = [layer.budget for layer in self.layers if layer.budget is not None]
+        seen = max((layer.tokens_seen for layer in self.layers), default=0)
+        if not limits or any(layer.dropped for layer in self.layers) or seen > min(limits):
+            return []
+        return [f"Nothing has been dropped: up to {min(limits):,} tokens stay, and {seen:,} were seen."]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "notes": self.notes}
 
     def __str__(self) -> str:
         names = list(LayerReport.__dataclass_fields__)
         rows = [names] + [[str(getattr(layer, name)) for name in names] for layer in self.layers]
         widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([f"{self.method}: {self.nbytes:,} bytes, {self.peak_nbytes:,} at the peak", *lines])
+        head = f"{self.method}: {self.nbytes:,} bytes, {self.peak_nbytes:,} at the peak"
+        return "\n".join([f"{head}; trial of the model {self.trial_seconds:.2g} s", *lines, *self.notes])

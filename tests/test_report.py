@@ -4,6 +4,7 @@ import json
 from itertools import chain
 
 import pytest
+import scored
 import tiny
 
 LOSSY = "tokenselect(top_k=4, sinks=2, window=4, chunk=8, tail=3, theta=2.0)"
@@ -50,7 +51,8 @@ def test_a_report_is_json_and_a_table():
     assert read["layers"][1]["tokens_seen"] == 40
     lines = str(report).splitlines()
     assert lines[0].startswith("tokenselect(top_k=4")
-    assert lines[0].endswith(f"{report.nbytes:,} bytes, {report.peak_nbytes:,} at the peak")
+    assert f"{report.nbytes:,} bytes, {report.peak_nbytes:,} at the peak; trial of the model 0" in lines[0]
+    assert report.trial_seconds > 0
     assert len(lines) == 2 + len(report.layers)
 
 
@@ -63,6 +65,27 @@ def test_a_hybrid_model_reports_its_managed_layers_and_counts_all_bytes():
     native = cache.layers[0]
     own = sum(t.untyped_storage().nbytes() for t in (native.keys, native.values))
     assert report.nbytes >= report.layers[0].nbytes + own > report.layers[0].nbytes
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        ("h2o(budget=60)", 60),
+        ("razorattention(heads='{razor}')", 4004),
+        ("h2o(budget=20)", None),
+        ("h2o(budget=0.5)", None),
+        ("dense", None),
+    ],
+)
+def test_a_budget_that_dropped_nothing_is_told(method, most):
+    net = tiny.model()
+    heads = scored.file(scored.razor(net, [[0.9, 0.1], [0.2, 0.3]]))
+    cache = tiny.cache(net, method.format(razor=heads))
+    tiny.feed(net, cache, tiny.ids(1, 50))
+    told = [] if most is None else [f"Nothing has been dropped: up to {most:,} tokens stay, and 50 were seen."]
+    report = cache.report()
+    assert report.notes == report.to_dict()["notes"] == told
+    assert str(report).splitlines()[4:] == told
 
 
 def test_positions_name_the_tokens_held_per_lane():

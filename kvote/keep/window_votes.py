@@ -57,10 +57,25 @@ class KeepWindowVotes(Plain):
         start, stop = max(0, end - self.window), min(seen.count, end)
         if start >= stop:
             return
-        for row, mass in zip(seen.rows, seen.mass(start, stop), strict=True):
+        for row, mass in zip(seen.rows, self._votes(seen, start, stop), strict=True):
             if end >= self.window:
                 memory.rows.pop(row, None)
-            memory.add(row, mass if self.per_head else mass.sum(dim=0, keepdim=True))
+            memory.add(row, mass)
+
+    def _votes(self, seen: Observation, start: int, stop: int) -> Tensor:
+        """Votes [b, h, n], or [b, heads, n] where query heads must be pooled one by one, before they are added up."""
+        if self.pooling == "avg":
+            mass = seen.mass(start, stop)
+            return mass if self.per_head else mass.sum(dim=1, keepdim=True)
+        groups = seen.lse.shape[1] // seen.segment.heads
+        return torch.stack([seen.member(i).mass(start, stop) for i in range(groups)], dim=2).flatten(1, 2)
+
+    def _pooled(self, votes: Tensor, heads: int) -> Tensor:
+        """Votes pooled over neighbours, [h, n] or, where all key heads keep the same, [1, n]."""
+        pooled = _POOLS[self.pooling](votes, self.kernel, 1, self.kernel // 2)
+        if self.pooling == "avg":
+            return pooled
+        return pooled.reshape(heads if self.per_head else 1, -1, pooled.shape[1]).sum(dim=1)
 
     def survivors(self, held: Held, memory: Mass) -> Kept | None:
         if held.row not in memory.rows:
@@ -70,7 +85,7 @@ class KeepWindowVotes(Plain):
         edge, chosen = held.length - self.window, max(held.budget, self.window) - self.window
         if edge <= chosen:
             return None
-        pooled = _POOLS[self.pooling](votes[:, :edge], self.kernel, 1, self.kernel // 2)
-        window = torch.arange(edge, held.length, device=votes.device).expand(len(votes), -1)
+        pooled = self._pooled(votes[:, :edge], held.segment.heads)
+        window = torch.arange(edge, held.length, device=votes.device).expand(len(pooled), -1)
         slots = torch.cat([kernels.top_k(pooled, chosen), window], dim=1) if chosen else window
         return Kept(slots if self.per_head else slots[0])

@@ -35,7 +35,9 @@ def cake(
 
     ``burst``: so many tokens go at once while generating (64 at most): what stays is moved once in so many steps, and a
     layer is up to ``burst`` - 1 tokens shorter than its share in between. None is a 64th of the share without the
-    window, which below 128 tokens is one per step, as in the paper; 1 is that for any share.
+    window, which below 128 tokens is one per step, as in the paper; 1 is that for any share. A burst changes which
+    tokens stay, not only when they go: all of it are what the token at its end looks at least, where in the paper every
+    step drops by its own token.
 
     Exponents that were published, (``tau1``, ``tau2``) for budgets of 1024 and of 128 tokens:
 
@@ -53,7 +55,9 @@ def cake(
     stays in float32 (published: in the model's dtype). Tokens stay in the text's order, and the budget is kept as
     soon as a prompt exceeds it (published: exceeds it by a window). A turn shorter than the window votes with the
     queries it has; one query alone shows no variance, and then all layers count alike. Several tokens generated in
-    one pass (drafts) are followed by one drop, by what the last of them looks at.
+    one pass (drafts) are followed by one drop, by what the last of them looks at. ``tau1`` and ``tau2`` are 1 unless
+    given, which is what the published code takes for a model that it does not know. Missing: its other order, in which
+    all layers are cut down after the last (the result is the same where no layer had dropped more before).
     """
     taus = (tau1, tau2)
     keep = KeepCascade(read_budget(budget), window, gamma, kernel, *taus, per_head, evict_generated, burst)

@@ -25,8 +25,13 @@ def doublesparsity(
 
     Differs from the published code: channels are chosen per key head, by the mean of |q * k| over all query heads that
     share it, where the published code repeats keys for every query head and chooses for each; there a group of four
-    heads would need labels as large as the keys. Labels are not quantised. The statistic counts all calibration tokens,
-    where in the published code only the last sample survives.
+    heads would need labels as large as the keys. The statistic counts all calibration tokens, where in the published
+    code only the last sample survives.
+
+    Missing: labels in 2 or 4 bits (with which the paper's half of the channels cost a sixteenth; here a label costs
+    what its channels cost); keys and values kept in host memory and fetched a layer ahead (the offloading variant); the
+    statistics of queries or keys alone, which the published code also offers; selection inside prompts, which the
+    published code has for measuring perplexity.
     """
     if channels is None:
         raise MethodError(

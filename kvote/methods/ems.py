@@ -39,6 +39,10 @@ def ems(
     Heads that share keys are added up before the two kinds of attention are compared. Sums are not divided by the
     number of queries that could see a token. Counts are the same in all heads. Sinks and recent tokens take part as
     tokens that others may be merged into. ``merge=0`` only drops.
+
+    Missing of what the abstract and the reviews tell: sizes of the classes that differ from head to head, held together
+    in one expanded tensor (here all heads keep equally many); pooling of importance over neighbours; and the paper's
+    kernel that adds up attention inside flash attention (here a second pass over the keys does).
     """
     similar = (merge, threshold, remove_positions)
     return Method(keep=KeepMerged(read_budget(budget), window, sinks, *similar, per_head, evict_generated))

@@ -23,12 +23,15 @@ def h2o(
 
     ``burst``: once a generated token exceeds the budget, so many go at once (64 at most): what stays is moved once in
     so many steps, and up to ``burst`` - 1 tokens fewer than the budget are held in between. None is a 64th of the
-    budget, which below 128 tokens is one per step, as in the paper; 1 is that for any budget.
+    budget, which below 128 tokens is one per step, as in the paper; 1 is that for any budget. A burst drops by the sums
+    at its end.
 
     The end of every pass counts as a prompt's end, unless ``Cache.expect`` announced a prompt in several passes.
     Sums are not divided by the number of queries that could see a token, as in the paper, so early tokens have an
     advantage. Heads that share keys are added up (the paper has no such heads), and sequences of a batch are kept
     apart (the published code adds them up). Positions stay the text's own (the published code's streaming variant
-    renumbers them). A fraction follows the text as it grows; the published simulation fixes it at the prompt.
+    renumbers them). A fraction follows the text as it grows; the published simulation fixes it at the prompt. Missing:
+    that streaming variant, the simulations with masks, and the replacing of single slots on FlexGen, which are not the
+    same method.
     """
     return Method(keep=KeepHeavyHitters(read_budget(budget), recent, per_head, burst))

@@ -19,12 +19,13 @@ def kivi(bits: int = 2, group: int = 32, residual: int = 128) -> Method:
     last ``residual`` and the keys of the last n mod ``residual`` are not packed. A prompt reads itself unpacked, so its
     logits are exact; each token is packed once. The authors advise 4 bits for models whose query heads share keys.
 
-    Where this differs from the published code: a group whose numbers are all the same decodes to that number (there it
-    divides by zero); the last group of channels may be shorter; padding is never part of a group; the codes are read in
-    place by queries of any number of heads; and up to ``residual`` packed keys are held unpacked too, as they decode,
-    until their values are packed, in pages of 64 tokens. A prompt announced with ``Cache.expect`` stays unpacked until
-    its last pass, in all layers at once. Without an announcement every pass is a prompt: the next one reads codes, as
-    turns of a conversation do.
+    Missing: 8 bits, which the published packer knows but its kernels do not; the fused GPU kernels of the paper (those
+    of kvote are others). Where this differs from the published code: a group whose numbers are all the same decodes to
+    that number (there it divides by zero); the last group of channels may be shorter; padding is never part of a group;
+    the codes are read in place by queries of any number of heads; and up to ``residual`` packed keys are held unpacked
+    too, as they decode, until their values are packed, in pages of 64 tokens. A prompt announced with ``Cache.expect``
+    stays unpacked until its last pass, in all layers at once. Without an announcement every pass is a prompt: the next
+    one reads codes, as turns of a conversation do.
 
     A rollback (``crop``) always works. Where it cuts a group of packed keys, what is left of the group is unpacked and
     packed again with the tokens that come then, a second rounding that the published code, which cannot roll back, does

@@ -42,9 +42,12 @@ def razorattention(
     Other heads hold their tokens as the model made them, and read all of them, whatever the method is joined with: in
     ``razorattention | tokenselect``, the heads that keep everything vote and select.
 
+    With the paper's defaults, nothing is dropped up to ``least`` tokens, 4,000, and ``cache.report()`` says so; shorter
+    texts need a smaller ``least`` or a ``budget``.
+
     The end of every pass counts as a prompt's end, unless ``Cache.expect`` announced a prompt in several passes. The
-    share follows the text as it grows; the paper fixes it at the prompt. The search for models with ALiBi, by their
-    weights, is not here.
+    share follows the text as it grows; the paper fixes it at the prompt. Missing: the search for models with ALiBi, by
+    their weights.
     """
     if heads is None:
         raise MethodError(

@@ -15,11 +15,12 @@ def snapkv(
 ) -> Method:
     """Keeps what the last queries of a prompt look at, and the last tokens themselves; what is generated stays.
 
-    At the end of a prompt, the attention of its last ``window`` queries to every earlier token is added up, pooled over
-    ``kernel`` neighbours so that what surrounds a hit stays too, and the tokens with the most of it are kept besides
-    the window. Prompts that fit into the budget are kept whole. The prompt itself is read in full, so its logits are
-    exact. Tokens generated afterwards are added and stay. When a conversation goes on, its next turn is a prompt
-    again: its last queries vote on all that is held then.
+    At the end of a prompt, the attention of its last ``window`` queries to every earlier token is added up in each
+    query head, pooled over ``kernel`` neighbours so that what surrounds a hit stays too, and added up over the query
+    heads of a key head; the tokens with the most of it are kept besides the window. Prompts that fit into the budget
+    are kept whole. The prompt itself is read in full, so its logits are exact. Tokens generated afterwards are added
+    and stay. When a conversation goes on, its next turn is a prompt again: its last queries vote on all that is held
+    then.
 
     ``budget``: tokens kept, the window among them, as a number (1024), a fraction of the tokens seen (0.25) or bytes
     ("512MiB"; what is generated comes on top). ``pooling``: 'avg', as the published code, or 'max'. ``per_head``: every
@@ -29,6 +30,7 @@ def snapkv(
     The end of every pass counts as a prompt's end, unless ``Cache.expect`` announced a prompt in several passes; a
     turn shorter than the window votes with the queries it has. A question must end the prompt for the vote to know it:
     a ``Document`` is cut down before it is asked. Heads that share keys vote together and keep one set of tokens (the
-    published code repeats the keys for every query head first). Tokens stay in the text's order.
+    published code repeats the keys for every query head first, and each chooses its own). Tokens stay in the text's
+    order. Attention is added up in float32 (published: weights are rounded to the model's dtype first).
     """
     return Method(keep=KeepWindowVotes(read_budget(budget), window, kernel, pooling, per_head))

@@ -13,7 +13,8 @@ def streamingllm(sinks: int = 4, window: int = 1020, burst: int | None = None) -
     ``sinks`` first tokens of the text and ``window`` last ones, the query's own token among them; together the
     model's trained length in the paper (4 + 1020, 4 + 2044, 4 + 4092). What leaves the window is gone: a fact in the
     middle of a long text cannot be answered. Every query reads its own window, also inside a long prompt, as if the
-    text had been fed one token at a time (the paper's evaluation).
+    text had been fed one token at a time (the paper's evaluation; its demonstration reads a prompt in full). Missing:
+    models with ALiBi, and a sink token that was trained for it.
 
     ``burst``: once a generated token exceeds the window, so many leave it at once (64 at most): what stays is moved
     once in so many steps, and the window of generated tokens is up to ``burst`` - 1 tokens shorter in between. None is

@@ -22,5 +22,8 @@ def think(ratio: float = 0.4, window: int = 32, recent: int = 32) -> Method:
     Differs from the published code: the query heads of a key head decide together, by their mean square, and have one
     set of channels (there, keys are repeated for every query head first, which gives the saving away). Keys are scored
     as the model rotated them, so readers that hold keys without rotation are refused.
+
+    Missing: pruning of value channels (an appendix of the paper); thin keys that are also quantised (published with
+    KIVI: tokens that leave its residual lose the same channels); pruning keys without the exception of recent ones.
     """
     return Method(store=FewerChannels(ratio, window, recent))

@@ -2,7 +2,7 @@
 
 Parameters = dict[str, int | str]
 
-_SELECTION: Parameters = {"top_k": 512, "sinks": 16, "window": 256, "chunk": 128, "tail": 40}
+_SELECTION: Parameters = {"top_k": 512, "sinks": 16, "window": 256, "chunk": 128}
 
 PRESETS: dict[str, Parameters] = {
     "dense": {},

@@ -1,11 +1,13 @@
 """Per-query token selection by head votes: sinks, the tokens that win the vote, and the local context.
 
 The lists read by a block of queries that are slots a .. b-1 of their sequence:
-    sinks [0, sinks)  +  top_k winners of [sinks, edge)  +  local context [edge, b),   edge = a - window.
+    sinks [0, sinks)  +  top_k winners of [sinks, edge)  +  local context [edge, b),
+where edge = a - window, or b - window where the window reaches back from the end of the block.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +30,8 @@ SKETCHES = {"none": 0, "int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class HeadVotes:
-    """Parameters as in ``methods/tokenselect.py``, which documents them."""
+    """Parameters as in ``methods/tokenselect.py``, which documents them. ``window_from``: the end of a block of queries
+    ('start' or 'end') from which its window reaches back. ``reuse_span``: None is for no limit."""
 
     top_k: int
     sinks: int
@@ -36,16 +39,24 @@ class HeadVotes:
     chunk: int
     tail: int
     theta: float
-    reuse_span: int
+    reuse_span: int | None
     max_pool: int
     head_map: str
     selection: str
     sketch: str
     positions: Positions
     tensor_parallel: bool
+    window_from: Literal["start", "end"] = "start"
 
     def __post_init__(self) -> None:
-        check_whole(self, top_k=1, sinks=0, window=0, chunk=1, tail=0, reuse_span=1, max_pool=0)
+        check_whole(self, top_k=1, sinks=0, window=0, chunk=1, tail=0, max_pool=0)
+        if self.reuse_span is not None:
+            check_whole(self, reuse_span=1)
+        if self.window_from == "end" and self.window < self.chunk:
+            raise MethodError(
+                f"A window that reaches back from the end of a chunk must hold the chunk, or queries would not see "
+                f"their own tokens; give window of at least {self.chunk}, or a smaller chunk; got window={self.window}."
+            )
         if not is_number(self.theta):
             raise MethodError(f"theta must be a finite number; got {self.theta!r}.")
         check_flags(self, "tensor_parallel")
@@ -125,8 +136,8 @@ class HeadVotes:
             alone = row >= solo_from
             # Chunks are cut at multiples of their size: passes that end at such multiples cut a prompt the same way.
             stop = reading.count if alone else min(solo_from, row + self.chunk - slot % self.chunk)
-            if self._edge(reading, slot) - self.sinks <= self.top_k:
-                last = self.sinks + self.top_k + self.window - reading.first
+            if self._edge(reading, row, row + 1 if alone else stop) - self.sinks <= self.top_k:
+                last = self.sinks + self.top_k + self.window - reading.first - (self.window_from == "end")
                 stop = min(stop, max(row, last) + 1) if alone else stop
                 yield self._dense(reading, row, stop)
             elif alone:
@@ -136,11 +147,13 @@ class HeadVotes:
                 yield self._together(reading, row, stop)
             row = stop
 
-    def _edge(self, reading: Reading, slot: int) -> int:
-        """First slot of the local context. Where a list may be reused it moves in steps, so that the tokens that
-        leave the window meanwhile are still read."""
-        edge = slot - self.window
-        return edge // self.reuse_span * self.reuse_span if self.reuses and reading.decode and edge > 0 else edge
+    def _edge(self, reading: Reading, row: int, stop: int) -> int:
+        """First slot of the local context of query rows ``row`` to ``stop``. Where a list may be reused for a limited
+        span it moves in steps of that, so that the tokens that leave the window meanwhile are still read."""
+        edge = reading.first + (row if self.window_from == "start" else stop) - self.window
+        if not self.reuses or self.reuse_span is None or not reading.decode or edge <= 0:
+            return edge
+        return edge // self.reuse_span * self.reuse_span
 
     def _rows_at_once(self, reading: Reading, slot: int) -> int:
         heads = reading.queries.rotated.shape[1] * len(reading.rows)
@@ -152,14 +165,13 @@ class HeadVotes:
 
     def _together(self, reading: Reading, row: int, stop: int) -> Span:
         """A chunk of queries selects with its average and shares the tokens."""
-        slot = reading.first + row
         query = self._scoring_queries(reading, row, stop).mean(dim=2, keepdim=True)
-        edge = self._edge(reading, slot)
+        edge = self._edge(reading, row, stop)
         return self._span(reading, row, stop, self._select(reading, query, [edge]), [edge])
 
     def _one_by_one(self, reading: Reading, row: int, stop: int) -> Span:
         """Each query selects for itself, or, in a decode step, may reuse what its sequence selected before."""
-        edges = [self._edge(reading, reading.first + i) for i in range(row, stop)]
+        edges = [self._edge(reading, i, i + 1) for i in range(row, stop)]
         query = self._scoring_queries(reading, row, stop)
         memory = reading.memory
         if reading.decode and isinstance(memory, SelectionMemory):
@@ -218,7 +230,7 @@ class HeadVotes:
         assert memory.edge is not None
         rows = torch.tensor(reading.rows, device=flat.device)
         same = resembles(flat, memory.query[rows], self.theta, SumOverRanks(self.tensor_parallel))
-        fresh = (~(same & (memory.edge[rows] == edge))).nonzero()[:, 0]
+        fresh = (~(same & self._within_span(memory.edge[rows], edge))).nonzero()[:, 0]
         reading.activity.reused += len(reading.rows) - len(fresh)
         if len(fresh):
             chosen = [reading.rows[i] for i in fresh.tolist()]
@@ -228,6 +240,10 @@ class HeadVotes:
             memory.query = memory.query.index_copy(0, at, flat[fresh])
             memory.edge = memory.edge.index_fill(0, at, edge)
         return memory.index[rows][:, None]
+
+    def _within_span(self, selected: Tensor, edge: int) -> Tensor:
+        """Whether what was chosen when the window began at ``selected`` [b] (-1: nothing was) may still serve."""
+        return selected == edge if self.reuse_span is not None else selected >= 0
 
     def _select_or_reuse_unasked(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
         """The same with the decision left on the device: flags skip the reading of keys, and choose what is kept."""
@@ -240,7 +256,8 @@ class HeadVotes:
         everyone = reading.rows == list(range(reading.sequences))
         rows = slice(None) if everyone else torch.tensor(reading.rows, device=flat.device)
         past, kept = memory.query[rows], memory.index[rows]
-        same = resembles(flat, past, self.theta, SumOverRanks(self.tensor_parallel)) & (memory.edge[rows] == edge)
+        same = resembles(flat, past, self.theta, SumOverRanks(self.tensor_parallel))
+        same = same & self._within_span(memory.edge[rows], edge)
         fresh = self._select(reading, query, [edge], skip=same)[:, 0]
         index = torch.where(same[:, None], kept, fresh)
         memory.index[rows] = index

@@ -45,16 +45,16 @@ class PersistentPositions(ReadsLists):
 
     top_k: int
     first: int
-    correction: int | None
+    reselect: int | None
 
     def __post_init__(self) -> None:
         check_whole(self, top_k=1, first=0)
-        if self.correction is not None:
-            check_whole(self, correction=0)
-        if self.correction and self.correction <= self.first:
+        if self.reselect is not None:
+            check_whole(self, reselect=0)
+        if self.reselect and self.reselect <= self.first:
             raise MethodError(
-                f"correction must be a layer after the first selecting one ({self.first}), or 0 for none; "
-                f"got {self.correction}."
+                f"reselect must be a layer after the first selecting one ({self.first}), or 0 for none; "
+                f"got {self.reselect}."
             )
 
     @property
@@ -74,16 +74,16 @@ class PersistentPositions(ReadsLists):
                 f"There are {layers} layers with full attention, so none would read what layer {self.first} chooses; "
                 f"first must be less than {layers - 1}."
             )
-        if self.correction is not None and self.correction >= layers:
+        if self.reselect is not None and self.reselect >= layers:
             raise MethodError(
-                f"There are {layers} layers with full attention, so there is no correction layer {self.correction}; "
+                f"There are {layers} layers with full attention, so there is no layer {self.reselect} to choose anew; "
                 "give a smaller one, or 0 for none."
             )
-        correction = self.correction
-        if correction is None:
-            correction = max(self.first + 2, 13 * layers // 32)
-            correction = correction if correction < layers - 1 else 0
-        return (self.first, correction) if correction else (self.first,)
+        reselect = self.reselect
+        if reselect is None:
+            reselect = max(self.first + 2, 13 * layers // 32)
+            reselect = reselect if reselect < layers - 1 else 0
+        return (self.first, reselect) if reselect else (self.first,)
 
     def read(self, reading: Reading) -> Iterator[Span]:
         n, number = reading.first + reading.count, reading.number

@@ -12,7 +12,8 @@ from kvote import kernels
 from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
-from kvote.store.raw import RawSegment, answers, received
+from kvote.store.answers import answers, received
+from kvote.store.raw import RawSegment
 from kvote.store.segment import Logits
 
 Slots = range | Tensor

@@ -19,9 +19,10 @@ from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store import packed
+from kvote.store.answers import angles_at, answers, received
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PAGE, PagePool
-from kvote.store.raw import RawSegment, answers, received
+from kvote.store.raw import RawSegment
 from kvote.store.segment import Logits, Segment
 
 Answer = tuple[Tensor, Tensor]
@@ -267,7 +268,7 @@ class QuantisedSegment:
                     assert angles is not None
                     key = self.rope.apply(key, (angles[0][start:stop], angles[1][start:stop]))
                 else:
-                    key = self.rope.apply(key, self.rope.angles(positions, torch.float32))
+                    key = self.rope.apply(key, angles_at(self.rope, positions))
             if start == past or tokens.window is None:
                 yield kernels.attend(
                     query,
@@ -316,7 +317,7 @@ class QuantisedSegment:
             heads = key.shape[1]
             held = held.repeat_interleave(heads // self.heads, dim=1)
             positions = held.gather(2, each.expand(-1, heads, -1))
-            return self.rope.apply(key, self.rope.angles(positions, torch.float32)), value
+            return self.rope.apply(key, angles_at(self.rope, positions)), value
         angles = self.raw.angles(tokens)
         assert angles is not None
         return self.rope.apply(key, angles), value
@@ -348,7 +349,7 @@ class QuantisedSegment:
             query = self.raw.place_queries(queries, tokens)
             if self.rope is not None:
                 placed = self.raw.angles(tokens) if tokens.positions == "contiguous" else None
-                key = self.rope.apply(key, placed or self.rope.angles(positions, torch.float32))
+                key = self.rope.apply(key, placed or angles_at(self.rope, positions))
             return received(query, lse, key, tokens, logits)
         pieces = []
         for start in range(index.start, min(index.stop, body), BLOCK):

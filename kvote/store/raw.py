@@ -1,7 +1,7 @@
 """Raw pages: keys and values as the model made them, in the model's dtype."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from kvote import kernels
 from kvote.kernels import cpu
 from kvote.kernels.cpu import Lanes
 from kvote.read.tokens import Queries, TokenSet
-from kvote.rope import Rope
+from kvote.rope import Angles, Rope
+from kvote.store.answers import angles_at, answers, received
 from kvote.store.pages import PAGE, Lane, RawPool
 from kvote.store.segment import Logits, Segment
 
@@ -22,38 +23,9 @@ ROOM = _QUESTION + 2 * PAGE
 _COUNTED = 64
 
 
-def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
-    """What queries [b, heads, t, d] read in the tokens of a set, keys and values [b * q, h, m, c] in their places: out
-    [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
-    b, heads, t, d = query.shape
-    q = tokens.blocks
-    out, lse = kernels.attend(
-        query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
-        key,
-        value,
-        scale=logits.scale,
-        softcap=logits.softcap,
-        causal=tokens.causal,
-        window=tokens.window,
-    )
-    out = out.reshape(b, q, heads, t // q, -1).transpose(1, 2).reshape(b, heads, t, -1)
-    return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
-
-
-def received(query: Tensor, lse: Tensor, key: Tensor, tokens: TokenSet, logits: Logits) -> Tensor:
-    """Attention [b, h, q, m] that the tokens of a set received; ``lse`` [b, heads, t], the rest as in ``answers``."""
-    b, heads, t, d = query.shape
-    q = tokens.blocks
-    mass = kernels.attention_mass(
-        query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
-        lse.reshape(b, heads, q, t // q).transpose(1, 2).reshape(b * q, heads, t // q),
-        key,
-        scale=logits.scale,
-        softcap=logits.softcap,
-        causal=tokens.causal,
-        window=tokens.window,
-    )
-    return mass.reshape(b, q, -1, len(tokens)).transpose(1, 2)
+def _of(tokens: TokenSet, i: int) -> TokenSet:
+    """What sequence i reads of them."""
+    return tokens if isinstance(tokens.index, range) else replace(tokens, index=tokens.index[i : i + 1])
 
 
 class RawSegment:
@@ -67,6 +39,8 @@ class RawSegment:
     def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0) -> None:
         dim = like.shape[-1]
         self.heads, self.rope = heads, rope
+        # Whether all key heads of a sequence hold the same tokens.
+        self.alike = True
         # Whether the compiled kernels read this segment; asked once, because a decode step is short.
         self._backend = kernels.chosen(like)
         self._compiled = self._backend != "reference"
@@ -211,7 +185,7 @@ class RawSegment:
         """Whether a fast kernel can read ``tokens`` for single queries straight from the pages."""
         if not self._compiled or (heads > self.heads * self._fast.MAX_GROUPS and not tokens.by_head):
             return False
-        placed = self.rope is None or tokens.positions == "contiguous"
+        placed = self.rope is None or tokens.positions == "contiguous" or (self.alike and not tokens.by_head)
         window = tokens.window is None or tokens.window >= len(tokens)
         return placed and window and len(tokens) > 0 and self._same_shape()
 
@@ -222,6 +196,11 @@ class RawSegment:
         if tokens.by_head:
             # To the kernel, a head with a list of its own is a sequence of one head.
             lanes = tuple(lane for lane in lanes for _ in range(heads // self.heads))
+        own = self._own_angles(rows, tokens)
+        if own is not None and b > 1:
+            # The tokens of each sequence stand at places of their own.
+            each = [self._decode_step(query[i : i + 1], [row], _of(tokens, i), logits) for i, row in enumerate(rows)]
+            return torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])
         outs, lses = [], []
         for j in range(query.shape[2]):
             out, lse = self._fast.decode(
@@ -232,7 +211,7 @@ class RawSegment:
                 tokens.index
                 if isinstance(tokens.index, range)
                 else tokens.index[..., j, :].reshape(-1, len(tokens)).contiguous(),
-                angles=self.angles(tokens),
+                angles=self.angles(tokens) if own is None else (own[0][0, j], own[1][0, j]),
                 interleaved=self.rope is not None and self.rope.interleaved,
                 scale=logits.scale,
                 softcap=logits.softcap,
@@ -270,6 +249,18 @@ class RawSegment:
         n = len(tokens)
         cos, sin = self.rope.contiguous(max(n, (tokens.query_at or 0) + 1), self.pool.keys.device)
         return (cos, sin) if len(cos) == n else (cos[:n], sin[:n])
+
+    def _own_angles(self, rows: list[int], tokens: TokenSet) -> Angles | None:
+        """Angles [b, q, m, r] of where tokens stand in the text, where keys are held without rotation and are wanted
+        there, and all key heads hold the same; None otherwise."""
+        if self.rope is None or tokens.positions == "contiguous" or tokens.by_head or not self.alike:
+            return None
+        pool = self.pool.positions
+        if isinstance(tokens.index, range):
+            places = self._view(pool[..., None], rows, tokens.index.start, tokens.index.stop)[:, :1, :, 0]
+        else:
+            places = pool.view(-1)[self._slots(rows, tokens.index[:, None], self.heads)[:, 0]]
+        return angles_at(self.rope, places)
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
         if self._compiled and stop > start:
@@ -341,6 +332,7 @@ class RawSegment:
 
     def keep(self, row: int, slots: Tensor, content: tuple[Tensor, Tensor] | None = None) -> None:
         pool, lanes = self.pool, [self.pool.lanes[i] for i in self._lanes([row])]
+        self.alike &= slots.dim() == 1 or len(slots) == 1
         slots = slots.to(pool.keys.device).expand(self.heads, -1)
         count = slots.shape[1]
         # Up to the first token that moves in any lane, pages stay as they are and stay shared.
@@ -360,6 +352,7 @@ class RawSegment:
 
     def put(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
         """As ``append``, with ``positions`` [b, h, t] that may differ by head."""
+        self.alike = False
         lanes = [self.pool.lanes[i] for i in self._lanes(rows)]
         pools = (self.pool.keys, self.pool.values, self.pool.positions)
         parts = (key.flatten(0, 2), value.flatten(0, 2), positions.reshape(-1, 1))
@@ -427,21 +420,19 @@ class RawSegment:
     def _place(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor]:
         """Keys and values [b * q, h, m, c] of a token set, the keys where they stand for the queries; with as many
         heads as the queries where each has its own list."""
-        contiguous = tokens.positions == "contiguous"
         rope = self.rope
         if rope is None:
             return self.read(rows, tokens)[:2]
-        if (
-            contiguous
-            and isinstance(tokens.index, Tensor)
-            and not tokens.by_head
-            and self._same_shape()
-            and self._compiled
-        ):
-            return self._gather(rows, tokens.index, rope)
+        own, contiguous = self._own_angles(rows, tokens), tokens.positions == "contiguous"
+        placed = contiguous or (own is not None and self._backend == "cpu")
+        listed = not tokens.by_head and self._same_shape() and self._compiled
+        if isinstance(tokens.index, Tensor) and listed and placed:
+            return self._gather(rows, tokens.index, rope, own)
         key, value, positions = self.read(rows, tokens)
+        if own is not None:
+            return rope.apply(key, (own[0].flatten(0, 1)[:, None], own[1].flatten(0, 1)[:, None])), value
         if not contiguous:
-            return rope.apply(key, rope.angles(positions.long(), torch.float32)), value
+            return rope.apply(key, rope.once(positions.long())), value
         angles = self.angles(tokens)
         assert angles is not None
         return rope.apply(key, angles), value
@@ -449,12 +440,12 @@ class RawSegment:
     def _same_shape(self) -> bool:
         return self.pool.keys.shape == self.pool.values.shape
 
-    def _gather(self, rows: list[int], index: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """The same for listed tokens at contiguous positions, fetched and rotated in one go."""
+    def _gather(self, rows: list[int], index: Tensor, rope: Rope, own: Angles | None) -> tuple[Tensor, Tensor]:
+        """The same for listed tokens, fetched and rotated in one go: by ``own`` angles, or at contiguous positions."""
         b, q, m = index.shape
         key = self.pool.keys.new_empty(b, q, self.heads, m, self.pool.keys.shape[-1])
         value = torch.empty_like(key)
-        angles = rope.contiguous(m, key.device)
+        angles = rope.contiguous(m, key.device) if own is None else own
         if self._backend == "triton":
             lanes = self.pool.table(self._lanes(rows))
             gather = self._fast.gather
@@ -463,8 +454,8 @@ class RawSegment:
         for i, row in enumerate(rows):
             lanes = self.pool.table(self._lanes([row]))
             for j in range(q):
-                out = (key[i, j], value[i, j])
-                self._fast.gather(self.pool.keys, self.pool.values, lanes, index[i, j], angles, rope.interleaved, out)
+                out, turn = (key[i, j], value[i, j]), angles if own is None else (own[0][i, j], own[1][i, j])
+                self._fast.gather(self.pool.keys, self.pool.values, lanes, index[i, j], turn, rope.interleaved, out)
         return key.flatten(0, 1), value.flatten(0, 1)
 
     def read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
@@ -473,21 +464,25 @@ class RawSegment:
         if isinstance(tokens.index, range):
             key, value, at = (self._view(p, rows, tokens.index.start, tokens.index.stop) for p in pools)
             return key, value, at[..., 0]
-        (b, q, m), lists = (len(rows), tokens.blocks, len(tokens)), tokens.index.shape[1] if tokens.by_head else 1
+        index = tokens.index if tokens.by_head else tokens.index[:, None]
         # As many heads as there are lists of their own, or else key heads that share one.
-        heads = max(lists, self.heads)
-        flat = tokens.index.reshape(b, lists, q * m).expand(-1, heads, -1)
-        bases = self._bases(rows)
-        if bases is not None:
-            each = torch.tensor(bases, device=flat.device).reshape(b, self.heads, 1)
-            slots = flat + each.repeat_interleave(heads // self.heads, dim=1)
-        else:
-            pages = self._pages(rows).reshape(b, self.heads, -1).repeat_interleave(heads // self.heads, dim=1)
-            slots = pages.gather(2, flat // PAGE) * PAGE + flat % PAGE
-        slots = slots.reshape(b, heads, q, m).transpose(1, 2).reshape(-1)
+        b, heads, q, m = len(rows), max(index.shape[1], self.heads), tokens.blocks, len(tokens)
+        slots = self._slots(rows, index, heads).transpose(1, 2).reshape(-1)
         key, value, at = (p.reshape(-1, p.shape[-1]).index_select(0, slots) for p in pools)
         shape = (b * q, heads, m)
         return key.reshape(*shape, -1), value.reshape(*shape, -1), at.reshape(shape)
+
+    def _slots(self, rows: list[int], index: Tensor, heads: int) -> Tensor:
+        """Where in the pool the tokens ``index`` [b, lists, q, m] lie, for ``heads`` heads: [b, heads, q, m]."""
+        flat = index.flatten(2).expand(-1, heads, -1)
+        bases = self._bases(rows)
+        if bases is not None:
+            each = torch.tensor(bases, device=flat.device).reshape(len(rows), self.heads, 1)
+            slots = flat + each.repeat_interleave(heads // self.heads, dim=1)
+        else:
+            pages = self._pages(rows).reshape(len(rows), self.heads, -1).repeat_interleave(heads // self.heads, dim=1)
+            slots = pages.gather(2, flat // PAGE) * PAGE + flat % PAGE
+        return slots.view(len(rows), heads, *index.shape[2:])
 
 
 def token_bytes(dim: int, value_dim: int, dtype: torch.dtype) -> int:

@@ -41,6 +41,8 @@ def answers(monkeypatch, backend: str, method, columns: int, **options):
         "dense",
         SPEC.format(theta=2.0, sketch="none"),
         SPEC.format(theta=-1.0, sketch="none"),
+        SPEC.format(theta=2.0, sketch="none").replace(")", ", positions='original')"),
+        "tokenselect(top_k=8, sinks=2, window=16, chunk=16, theta=-1.0, published=True)",
         "streamingllm(sinks=2, window=12)",
         "h2o(budget=24)",
     ],

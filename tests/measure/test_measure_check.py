@@ -84,7 +84,7 @@ _LAWFUL = [
     "snapkv(budget=0.5)",
     "tokenselect(top_k=30, sinks=4, window=20)",
     "tokenselect(top_k=30, sinks=4, window=20, positions='original')",
-    "tidaldecode(top_k=20, first=0, correction=0)",
+    "tidaldecode(top_k=20, first=0, reselect=0)",
     "kivi(bits=2, residual=64)",
     "razorattention",
 ]

@@ -65,7 +65,7 @@ def test_a_prefilled_layer_is_one_that_was_fed(spec):
 
 def test_layers_that_share_tokens_are_one_crew():
     key, value = SMALL.tokens(300)
-    first, second = SMALL.prefilled(parse("tidaldecode(top_k=20, first=0, correction=0)"), key, value, layers=2)
+    first, second = SMALL.prefilled(parse("tidaldecode(top_k=20, first=0, reselect=0)"), key, value, layers=2)
     for layer in (first, second):
         layer.attend(SMALL.step(300))
     assert (first.activity.tokens_read, second.activity.tokens_read) == (301, 20)

@@ -359,12 +359,20 @@ def answered(spec: str, samples: int) -> tuple[int, list[list[list[int]]], int]:
 def test_a_needle_is_found_in_two_bits_that_is_lost_where_it_is_dropped():
     samples = 10
     lost, sets, none = answered("h2o(budget=0.1)", samples)
-    found, same_sets, low = answered("mikv(budget=0.1)", samples)
+    found, same_sets, low = answered("mikv(budget=0.1, low_bits=2)", samples)
     assert same_sets == sets
     assert none == 0
     assert low > samples * 4 * 0.85 * 900
     assert found >= 9
     assert lost <= 4
+
+
+def test_four_bits_are_the_default():
+    net, tokens = tiny.model(), tiny.ids(2, 50)
+    default, told, two = (tiny.cache(net, f"mikv(budget=12{bits})") for bits in ("", ", low_bits=4", ", low_bits=2"))
+    for cache in (default, told, two):
+        tiny.feed(net, cache, tokens)
+    assert default.nbytes() == told.nbytes() > two.nbytes()
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ SPEC = f"snapkv(budget={BUDGET}, window={WINDOW}"
 def slow(
     fed: Fed, n: int, row: int = 0, kernel: int = 5, pooling: str = "avg", shared: bool = False
 ) -> list[list[int]]:
-    """The published code's few lines, head by head, with the heads of a group added up."""
+    """The published code's few lines, head by head, with the pooled votes of a group's heads added up."""
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
     query, key = (fed.turned(x, 0, n)[row : row + 1].double() for x in (fed.query, fed.key))
     attention = weights(query, key, DIM**-0.5)[0, :, -WINDOW:, :-WINDOW]
-    votes = attention.sum(1).reshape(kv_heads, groups, -1).sum(1)
-    votes = votes.sum(0, keepdim=True).expand(kv_heads, -1) if shared else votes
     pool = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
-    pooled = pool(votes[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
+    pooled = pool(attention.sum(1)[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
+    pooled = pooled.reshape(kv_heads, groups, -1).sum(1)
+    pooled = pooled.sum(0, keepdim=True).expand(kv_heads, -1) if shared else pooled
     # Equal votes, which pooling by maximum makes, go to the earlier token.
     ranked = pooled.sort(descending=True, stable=True).indices
     chosen = [sorted(head[: BUDGET - WINDOW].tolist()) for head in ranked]
@@ -62,6 +62,17 @@ def test_an_announced_prompt_votes_once_with_its_last_queries(passes):
         assert places == 0
         _feed(fed, count, N - at)
     assert kept(fed) == slow(fed, N)
+
+
+@pytest.mark.parametrize("passes", [[40, 24], [60, 4], [16] * 4], ids=str)
+@pytest.mark.parametrize("per_head", [True, False])
+def test_votes_of_several_passes_are_added_up_before_each_head_pools_them_by_maximum(passes, per_head):
+    fed = Fed(f"{SPEC}, pooling='max', per_head={per_head})", heads=6, kv_heads=2)
+    at = 0
+    for count in passes:
+        at += count
+        _feed(fed, count, N - at)
+    assert kept(fed) == slow(fed, N, pooling="max", shared=not per_head)
 
 
 def _feed(fed: Fed, count: int, ahead: int | None) -> Tensor:

@@ -31,24 +31,24 @@ def run(net: PreTrainedModel, method: str, rows: int = 2) -> tuple[Any, Tensor]:
     return cache, tiny.feed(net, cache, tokens[:, PROMPT:], passes=1)
 
 
-def published(first: int, correction: int) -> Any:
+def published(first: int, reselect: int) -> Any:
     """The published rule: the mask of a selecting layer holds until the next one."""
     held: dict[str, Tensor] = {}
 
     def mask(layer: int, logits: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
-        if layer in (first, correction):
+        if layer in (first, reselect):
             held["mask"] = top(logits, K)
-        return None if layer <= first or layer == correction else held["mask"]
+        return None if layer <= first or layer == reselect else held["mask"]
 
     return mask
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize(("first", "correction"), [(2, 4), (0, 3), (1, 2), (0, 5), (2, 0)])
-def test_logits_are_those_of_the_published_mask(groups, first, correction):
+@pytest.mark.parametrize(("first", "reselect"), [(2, 4), (0, 3), (1, 2), (0, 5), (2, 0)])
+def test_logits_are_those_of_the_published_mask(groups, first, reselect):
     net = model(groups=groups)
-    expected = decoded(net, tiny.ids(2, PROMPT + STEPS), PROMPT, published(first, correction or 99))
-    _, got = run(net, f"tidaldecode(top_k={K}, first={first}, correction={correction})")
+    expected = decoded(net, tiny.ids(2, PROMPT + STEPS), PROMPT, published(first, reselect or 99))
+    _, got = run(net, f"tidaldecode(top_k={K}, first={first}, reselect={reselect})")
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     # The mask matters: whoever reads everything answers something else.
     assert not torch.allclose(run(net, "dense")[1], expected, atol=1e-2, rtol=1e-2)
@@ -90,7 +90,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RawSegment, Tensor, Tok
 
 def test_positions_persist_from_a_selecting_layer_to_the_next(reads):
     net = model(8)
-    cache = tiny.cache(net, f"tidaldecode(top_k={K}, first=1, correction=4)")
+    cache = tiny.cache(net, f"tidaldecode(top_k={K}, first=1, reselect=4)")
     tokens = tiny.ids(2, PROMPT + STEPS)
     tiny.feed(net, cache, tokens[:, :PROMPT])
     for at in range(PROMPT, PROMPT + STEPS):
@@ -109,16 +109,16 @@ def test_positions_persist_from_a_selecting_layer_to_the_next(reads):
 
 
 @pytest.mark.parametrize("layers", [6, 9])
-@pytest.mark.parametrize(("correction", "selections"), [(4, 2), (0, 1)])
-def test_tokens_are_chosen_once_or_twice_per_step_however_deep_the_model(monkeypatch, layers, correction, selections):
+@pytest.mark.parametrize(("reselect", "selections"), [(4, 2), (0, 1)])
+def test_tokens_are_chosen_once_or_twice_per_step_however_deep_the_model(monkeypatch, layers, reselect, selections):
     net, calls, top_k = model(layers), [], kernels.top_k
     monkeypatch.setattr(kernels, "top_k", lambda votes, k: (calls.append(k), top_k(votes, k))[1])
-    run(net, f"tidaldecode(top_k={K}, correction={correction})", rows=1)
+    run(net, f"tidaldecode(top_k={K}, reselect={reselect})", rows=1)
     assert calls == [K] * selections * STEPS
 
 
 def test_the_report_says_what_was_chosen_and_what_was_reused():
-    cache, _ = run(model(), f"tidaldecode(top_k={K}, correction=4)")
+    cache, _ = run(model(), f"tidaldecode(top_k={K}, reselect=4)")
     layers = cache.report().layers
     assert [layer.selections for layer in layers] == [0, 0, 2 * STEPS, 0, 2 * STEPS, 0]
     assert [layer.reused for layer in layers] == [0, 0, 0, 2 * STEPS, 0, 2 * STEPS]
@@ -130,7 +130,7 @@ def test_the_report_says_what_was_chosen_and_what_was_reused():
     ("layers", "selecting"),
     [(4, (2,)), (5, (2,)), (6, (2, 4)), (12, (2, 4)), (16, (2, 6)), (28, (2, 11)), (32, (2, 13)), (80, (2, 32))],
 )
-def test_the_correction_layer_is_as_deep_as_published(layers, selecting):
+def test_the_second_choosing_layer_is_as_deep_as_published(layers, selecting):
     assert parse("tidaldecode").read.selecting(layers) == selecting
 
 
@@ -177,10 +177,22 @@ def test_nothing_is_carried_over_to_a_shorter_text():
     torch.testing.assert_close(short, tiny.feed(net, dense, tokens[:, 5:7], passes=1), atol=1e-4, rtol=1e-4)
 
 
+def test_generated_tokens_fed_again_in_one_pass_correct_the_cache():
+    net, tokens, later = model(), tiny.ids(2, PROMPT + STEPS), tiny.ids(2, 2, seed=1)
+    dense, _ = run(net, "dense")
+    expected = tiny.feed(net, dense, later)
+    drifted, _ = run(net, f"tidaldecode(top_k={K}, reselect=4)")
+    corrected, _ = run(net, f"tidaldecode(top_k={K}, reselect=4)")
+    corrected.crop(-STEPS)
+    tiny.feed(net, corrected, tokens[:, PROMPT:])
+    assert not torch.allclose(tiny.feed(net, drifted, later), expected, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(tiny.feed(net, corrected, later), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_of_a_hybrid_model_only_full_attention_counts_and_shares():
     kinds = ["sliding_attention", "full_attention"] * 4
     net = tiny.model("gemma3", num_hidden_layers=8, layer_types=kinds)
-    cache, _ = run(net, f"tidaldecode(top_k={K}, first=0, correction=2)")
+    cache, _ = run(net, f"tidaldecode(top_k={K}, first=0, reselect=2)")
     layers = cache.report().layers
     assert [layer.layer for layer in layers] == [1, 3, 5, 7]
     assert [layer.selections for layer in layers] == [2 * STEPS, 0, 2 * STEPS, 0]
@@ -210,9 +222,9 @@ def test_layers_that_keep_other_tokens_cannot_share_positions(keep):
     [
         ("tidaldecode(top_k=0)", "top_k must be a whole number of at least 1; got 0"),
         ("tidaldecode(first=-1)", "first must be a whole number of at least 0; got -1"),
-        ("tidaldecode(correction='deep')", "correction must be a whole number of at least 0; got 'deep'"),
-        ("tidaldecode(correction=True)", "correction must be a whole number of at least 0; got True"),
-        ("tidaldecode(first=4, correction=4)", r"a layer after the first selecting one \(4\), or 0 for none; got 4"),
+        ("tidaldecode(reselect='deep')", "reselect must be a whole number of at least 0; got 'deep'"),
+        ("tidaldecode(reselect=True)", "reselect must be a whole number of at least 0; got True"),
+        ("tidaldecode(first=4, reselect=4)", r"a layer after the first selecting one \(4\), or 0 for none; got 4"),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused(spec, sentence):
@@ -224,7 +236,7 @@ def test_parameters_that_make_no_sense_are_refused(spec, sentence):
     ("spec", "sentence"),
     [
         ("tidaldecode", "There are 3 layers with full attention, so none would read what layer 2 chooses"),
-        ("tidaldecode(first=0, correction=3)", "so there is no correction layer 3; give a smaller one"),
+        ("tidaldecode(first=0, reselect=3)", "so there is no layer 3 to choose anew; give a smaller one"),
     ],
 )
 def test_models_with_too_few_layers_are_refused(spec, sentence):

@@ -192,13 +192,24 @@ def test_a_reset_takes_an_announcement_back():
     assert cache.report().layers[0].selections == 6 + 5
 
 
-def test_chunks_fall_alike_however_a_prompt_is_passed():
+def test_passes_that_end_at_multiples_of_the_chunk_select_as_one_pass_does():
     tokens = tiny.ids(1, 64)
     net = tiny.model()
     whole = tiny.feed(net, tiny.cache(net, spec()), tokens)
     for passes in (8, 16, 24):
         got = tiny.feed(net, tiny.cache(net, spec()), tokens, passes=passes)
         torch.testing.assert_close(got, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pass_that_cuts_a_chunk_selects_with_the_average_of_the_queries_it_has(trace):
+    fed = Fed(spec())
+    for count in (27, 10, 27):
+        fed.feed(count)
+    cuts = [(16, 24), (24, 27), (27, 32), (32, 37), (37, 40), (40, 48), (48, 56), (56, 64)]
+    assert len(trace.selected) == len(cuts)
+    for (a, b), votes, index in zip(cuts, trace.votes, trace.selected, strict=True):
+        torch.testing.assert_close(votes.flatten(), fed.votes(a, b, a - 4), atol=1e-4, rtol=1e-3)
+        assert index.flatten().tolist() == [0, 1, *winners(votes.flatten()), *range(a - 4, b)]
 
 
 @pytest.mark.parametrize("backend", sorted({kernels.backend(), "reference"}))

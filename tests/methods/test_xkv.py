@@ -200,6 +200,15 @@ def test_keys_are_taken_before_their_rotation():
         assert torch.linalg.matrix_rank(stack.turned(key, 0, N)[0, 0]) > 2
 
 
+def test_default_ranks_are_the_papers_shares_of_whatever_channels_a_group_has():
+    stack = Stack("xkv", layers=6)
+    stack.feed(N)
+    for number, layers in ((0, 4), (4, 2)):
+        basis = stack.body(number).basis
+        assert basis.key.shape == (N, layers * WIDTH // 8)
+        assert basis.value.shape == (N, layers * WIDTH * 3 // 16)
+
+
 def test_stored_numbers_and_later_tokens():
     stack = Stack("xkv(group=3, key_rank=5, value_rank=0.25)", layers=3)
     stack.feed(N)

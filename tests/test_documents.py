@@ -1,0 +1,97 @@
+"""What README, CONTRIBUTING and docs/ tell people to type is run here."""
+
+import contextlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvote.methods
+from kvote import InputError
+from kvote.cli.arguments import ALL, parser
+from kvote.method import METHODS, parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_PYTHON = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
+_SHELL = re.compile(r"^```\n((?:make|kvote|cat) .*?)^```", re.S | re.M)
+# What a line with this comment prints is the rest of it.
+_TOLD = re.compile(r"#\s*->\s*(.*)$", re.M)
+
+
+def blocks(page: Path) -> list[str]:
+    return _PYTHON.findall(page.read_text())
+
+
+def specs(page: Path) -> list[str]:
+    """Code in the text that is methods with parameters, joined or not; names alone are labels."""
+    quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M))
+    plain = [code.replace("\\|", "|").strip('"') for code in quoted]
+    names = "|".join(METHODS)
+    plain = [code for code in plain if "(" in code and "{" not in code]
+    return [code for code in plain if re.fullmatch(rf"(({names})(\([^()]*\))?)( \| ({names})(\([^()]*\))?)*", code)]
+
+
+def test_snippets_of_the_readme_run_one_after_the_other_and_print_what_they_say(capsys):
+    space: dict[str, Any] = {}
+    told = []
+    for code in blocks(ROOT / "README.md"):
+        exec(compile(code, "README.md", "exec"), space)
+        told += _TOLD.findall(code)
+    assert len(told) == 2
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    places = [said.index(each) for each in told]
+    assert places == sorted(places)
+
+
+def test_no_other_page_has_python_that_is_not_run():
+    """CONTRIBUTING's is followed in test_adding_a_method.py."""
+    assert [page.name for page in PAGES if blocks(page)] == ["README.md", "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize(
+    "line", [line for code in _SHELL.findall((ROOT / "README.md").read_text()) for line in code.splitlines()]
+)
+def test_command_lines_of_the_readme_are_understood(line):
+    words = shlex.split(line.split("|")[-1] if line.startswith("cat ") else line, comments=True)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in "\n" + (ROOT / "Makefile").read_text()
+        return
+    assert words[0] == "kvote"
+    given = parser().parse_args(words[1:])
+    for spec in [getattr(given, "method", None) or "dense", *(getattr(given, "compare", None) or [])]:
+        assert spec == ALL or parse(spec)
+
+
+@pytest.mark.parametrize("spec", sorted({spec for page in PAGES for spec in specs(page)}))
+def test_methods_that_a_page_writes_can_be_built(spec):
+    # Files that the reader has and this test has not: they are looked for, so the rest of the spec was understood.
+    missing = re.search(r"'([\w-]+\.json)'", spec)
+    with pytest.raises(InputError, match=re.escape(missing[1])) if missing else contextlib.nullcontext():
+        parse(spec)
+
+
+def test_specs_are_found_at_all():
+    found = [spec for page in PAGES for spec in specs(page)]
+    assert "tokenselect(published=True)" in found
+    assert "snapkv(per_head=False) | tokenselect" in found
+    assert len(found) > 40
+
+
+def test_the_readme_lists_every_method():
+    told = (ROOT / "README.md").read_text().split("## Methods")[1].split("\n## ")[0]
+    rows = re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in told.splitlines() if line.startswith("| `")))
+    assert sorted(rows) == sorted(kvote.methods.__all__)
+
+
+@pytest.mark.parametrize("name", kvote.methods.__all__)
+def test_a_docstring_explains_every_parameter(name):
+    build = getattr(kvote.methods, name)
+    text = inspect.getdoc(build) or ""
+    if name == "random":
+        text += inspect.getdoc(kvote.methods.tokenselect) or ""
+    for parameter in inspect.signature(build).parameters:
+        assert f"``{parameter}``" in text or f"``{parameter}=" in text, parameter
