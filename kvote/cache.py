@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvote.errors import CropError, InactiveCacheError, InputError, InterruptedPassError, MethodError
 from kvote.heads import HeadGroups, in_groups
 from kvote.hf.cache_layer import CacheLayer, Turn, check_native_crop, columns_of, forget_states, has_states
+from kvote.hf.compiling import uncompiled
 from kvote.hf.facts import facts_of, rope_of_layer
 from kvote.hf.model import native_layers
 from kvote.layer import Crew, Layer
@@ -186,6 +187,7 @@ class Cache(TransformersCache):
         yield
         self.passes.torn = False
 
+    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -197,21 +199,25 @@ class Cache(TransformersCache):
             self._reach(layer_idx, "attention")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    @uncompiled
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """As transformers' ``Cache``. Raises InterruptedPassError and BusyCacheError."""
         self._reach(layer_idx, f"conv {state_idx}")
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
+    @uncompiled
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """As transformers' ``Cache``, for models that write into the state. Raises as ``update_conv_state``."""
         self._reach(layer_idx, f"written conv {state_idx}")
         return super().get_conv_state(layer_idx, state_idx)
 
+    @uncompiled
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """As transformers' ``Cache``, for models that write into the state. Raises as ``update_conv_state``."""
         self._reach(layer_idx, f"written recurrent {state_idx}")
         return super().get_recurrent_state(layer_idx, state_idx)
 
+    @uncompiled
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
@@ -228,6 +234,7 @@ class Cache(TransformersCache):
             self.passes.torn = True
             self.passes.check()
 
+    @uncompiled
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As transformers' ``Cache``. Raises InterruptedPassError for layers that differ, and BusyCacheError."""
         self.passes.claim(self)

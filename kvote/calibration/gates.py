@@ -55,7 +55,6 @@ class Gate:
     method: Method = field(default_factory=Method)
     seen: int = 0
     record_past: bool = False
-    differentiable = True
 
     def attend(self, step: Step) -> Tensor:
         """[b, t, heads, dv]; differentiable."""

@@ -12,6 +12,7 @@ from transformers.utils import output_capturing
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.heads import HeadGroups
 from kvote.hf.cache_layer import CacheLayer, Turn, owner_of
+from kvote.hf.compiling import uncompiled
 from kvote.hf.mask import Padding, padding_of
 from kvote.hf.watch import note_attention
 from kvote.layer import Layer, Step
@@ -24,7 +25,7 @@ _collected: ContextVar[dict[str, Any] | None] = getattr(
 )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def attention(
     native: str,
     module: torch.nn.Module,
@@ -48,15 +49,6 @@ def attention(
         return attend(module, query, key, value, mask, **kwargs)
     owner.pending = False
     _check(module, attention_mask, padding, kwargs)
-    if (
-        torch.is_grad_enabled()
-        and not getattr(owner.layer, "differentiable", False)
-        and any(x.requires_grad for x in (query, key, value))
-    ):
-        raise InputError(
-            "kvote is for inference and passes no gradients on; run the model under torch.no_grad(), or train with "
-            "another cache."
-        )
     # Kernels read rows of channels.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     t, seen = query.shape[2], owner.layer.seen
@@ -78,7 +70,25 @@ def attention(
         sink_logits=kwargs.get("s_aux"),
     )
     # Model files go on with .view(), which needs what transformers' own functions return: contiguous answers.
-    return owner.layer.attend(step).contiguous(), None
+    out = owner.layer.attend(step).contiguous()
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) and not out.requires_grad:
+        out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
+    return out, None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Answers that a caller may use, and through which no gradient is passed on in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise InputError(
+            "kvote is for inference and passes no gradients on; run the model under torch.no_grad(), or train with "
+            "another cache."
+        )
 
 
 def _eager_of(module: torch.nn.Module) -> Any:

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from kvote.errors import CropError, InactiveCacheError, InputError
 from kvote.heads import HeadGroups
+from kvote.hf.compiling import uncompiled
 from kvote.hf.rotary import RotaryPositions
 from kvote.layer import Layer
 
@@ -55,7 +56,7 @@ class CacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     # An attribute set on a tensor does not survive tracing.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
         before = self.previous

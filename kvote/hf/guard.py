@@ -63,7 +63,8 @@ class Guard:
         if ours and inputs.get("past_key_values") is None:
             raise UnsupportedModelError(
                 f"{name_of(self.model())} rotates keys otherwise in texts of more than {self.length} tokens, and would "
-                "throw the cache away here and read the text again; keep texts shorter, or read it as a kvote.Document."
+                "throw the cache away here and read the text again; stay below that length, or read more than that into "
+                "the cache before generate() is called."
             )
         return inputs
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from kvote.errors import InputError
+from kvote.hf.compiling import uncompiled
 
 
 @dataclass
@@ -83,7 +84,7 @@ def mask(native: str, **kwargs: Any) -> Tensor | None:
     return made
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
     if isinstance(kwargs["q_offset"], Tensor):
         # A static cache counts in place, and the native mask is made after it has counted this pass.

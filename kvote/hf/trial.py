@@ -105,6 +105,7 @@ def find_out(model: PreTrainedModel) -> Facts:
         was_attached = is_attached(model)
         detach(model)
         try:
+            runner = _adapted(model, runner, prompt)
             native = _native(model, runner, prompt)
         except UnsupportedModelError:
             raise
@@ -147,6 +148,25 @@ def first_line(error: BaseException) -> str:
 def _runner(model: Any) -> Any:
     """The model below a wrapper of torch.compile, which would compile for the trial."""
     return getattr(model, "_orig_mod", model)
+
+
+def _adapted(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> Any:
+    """The model below a wrapper of adapters, where the wrapper leaves the cache alone: prompt tuning puts tokens of its
+    own before every pass that generate() has not prepared. Raises UnsupportedModelError where it does not."""
+    base = getattr(runner, "get_base_model", None)
+    if base is None:
+        return runner
+    with recording() as record:
+        _forward(runner, prompt.passes()[0], WatchedCache(config=model.config))
+    if not record.updates:
+        raise UnsupportedModelError(_OWN_CACHE.format(name_of(model)))
+    return base()
+
+
+_OWN_CACHE = (
+    "{} does not store keys in the cache that it is given, but in one of its own; kvote manages the cache that a model "
+    "is given."
+)
 
 
 def _prompt(model: PreTrainedModel) -> _Prompt:
@@ -201,10 +221,7 @@ def _native(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> list[Tensor
     with recording() as record:
         logits = _logits(runner, prompt, cache)
     if not record.updates:
-        raise UnsupportedModelError(
-            f"{name_of(model)} does not store keys in the cache that it is given, but in one of its own; kvote manages "
-            "the cache that a model is given."
-        )
+        raise UnsupportedModelError(_OWN_CACHE.format(name_of(model)))
     first, whole = logits[0], torch.ones_like(prompt.mask[:1, :-1])
     if not _agree(first[:1, :-1], first[1:2, :-1], whole):
         raise UnsupportedModelError(

@@ -19,12 +19,13 @@ def xkv(group: int = 4, key_rank: int | float = 0.125, value_rank: int | float =
     at a time. With 32 query heads there that is 67 times the multiplications of dense attention, so this saves memory,
     not time; with a reader that selects (``tokenselect``), votes meet the basis and only the winners' keys are made.
 
-    A prompt for which the factors would not be smaller stays whole, until the end of a later turn has enough tokens.
-    What comes after a prompt that was encoded, further turns too, stays whole (the published code would encode all
-    anew, and writes reconstructed tokens back). Groups are counted among the layers that kvote manages; the last may
-    be smaller. Rolled back into its prompt, a sequence stays approximated as it is. Keepers that let layers or heads
-    hold different tokens are refused. Singular vectors come from a Gram matrix in float32, the same in every run
-    (published: a full singular value decomposition).
+    A prompt for which the factors would not be smaller stays whole, until the end of a later turn has enough tokens;
+    with ranks as shares, also one that they would not halve (the published code takes any). What comes after a prompt
+    that was encoded, further turns too, stays whole (the published code would encode all anew, and writes reconstructed
+    tokens back). Groups are counted among the layers that kvote manages; the last may be smaller. Rolled back into its
+    prompt, a sequence stays approximated as it is. Keepers that let layers or heads hold different tokens are refused.
+    Singular vectors come from a Gram matrix in float32, the same in every run (published: a full singular value
+    decomposition).
 
     Missing: models that cache latents (MLA), whose latents the paper compresses; a choice of the layers that are
     grouped (all are); the later version that aligns singular vectors (which was not read); fused kernels, which the

@@ -19,6 +19,9 @@ from kvote.store.segment import Logits, Segment
 
 # Tokens of which whole keys, or float32 numbers, exist at a time.
 _BLOCK = 2048
+# Where ranks are shares, tokens are approximated only if that takes at most this much of their bytes: in a short prompt
+# it saves little and loses much. Who gives numbers has chosen.
+_WORTH = 0.5
 
 
 @dataclass
@@ -209,7 +212,8 @@ class SharedLowRank:
         return encoded
 
     def encode(self, layers: list[PromptSegment], row: int, n: int) -> Sequence[LowRankBody | None]:
-        """The first ``n`` tokens of a sequence in each of a group's layers; None for each if factors are no smaller."""
+        """The first ``n`` tokens of a sequence in each of a group's layers; None for each if factors would not be
+        smaller by as much as pays."""
         held = [segment.tail.decode([row], 0, n) for segment in layers]
         sides = [[side[0].transpose(0, 1).flatten(1) for side in pair] for pair in zip(*held, strict=True)]
         widths = [sum(part.shape[1] for part in parts) for parts in sides]
@@ -217,7 +221,10 @@ class SharedLowRank:
             min(n, width, rank if isinstance(rank, int) else max(1, int(rank * width)))
             for rank, width in zip((self.key_rank, self.value_rank), widths, strict=True)
         ]
-        if sum(rank * (n + width) for rank, width in zip(ranks, widths, strict=True)) >= n * sum(widths):
+        size = sum(rank * (n + width) for rank, width in zip(ranks, widths, strict=True))
+        shares = isinstance(self.key_rank, float) or isinstance(self.value_rank, float)
+        whole = n * sum(widths)
+        if size >= whole or (shares and size > _WORTH * whole):
             return [None] * len(layers)
         (key_basis, keys), (value_basis, values) = (
             factors(parts, rank) for parts, rank in zip(sides, ranks, strict=True)

@@ -45,8 +45,10 @@ def test_gradients_through_a_kvote_cache_are_refused(method, trained):
     cache = kvote.Cache(net, method)
     embedded = net.get_input_embeddings()(tiny.ids(1, 6)).detach()
     net.requires_grad_(trained == "weights")
+    # Without torch.no_grad() a model answers as with any cache; only who asks for gradients is told.
+    logits = net(inputs_embeds=embedded.requires_grad_(trained == "inputs"), past_key_values=cache).logits
     with pytest.raises(kvote.InputError, match="passes no gradients on"):
-        net(inputs_embeds=embedded.requires_grad_(trained == "inputs"), past_key_values=cache)
+        logits.logsumexp(-1).sum().backward()
 
 
 def test_a_model_that_needs_no_gradients_runs_where_they_are_recorded():
