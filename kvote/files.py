@@ -22,18 +22,21 @@ def read_regular(path: str | Path, largest: int) -> bytes:
     try:
         # Without O_NONBLOCK, opening a pipe waits for somebody who writes.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             held = os.fstat(descriptor)
             if not stat.S_ISREG(held.st_mode):
-                raise InputError(f"Cannot read {path}: it is {_kind(held)}, not a file.")
+                raise InputError(f"Cannot read {_shown(path)}: it is {_kind(held)}, not a file.")
             # A file may grow meanwhile, and those of some file systems say that they are empty.
-            data = file.read(largest + 1) if held.st_size <= largest else None
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read(largest + 1) if held.st_size <= largest else None
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"Cannot read {_shown(path)}: {_reason(error)}.") from error
     if data is None or len(data) > largest:
-        raise InputError(f"{path} is larger than the {largest // 2**20} MiB that are read; is it the right file?")
+        raise InputError(f"{_shown(path)} is larger than the {largest // 2**20} MiB that are read.")
     return data
 
 
@@ -76,11 +79,11 @@ def _target(path: str | Path) -> Path:
         held = None
     target = Path(os.path.realpath(path))
     if held is not None and not stat.S_ISREG(held.st_mode):
-        raise InputError(f"Cannot write {path}: it is {_kind(held)}{_instead(held)}.")
+        raise InputError(f"Cannot write {_shown(path)}: it is {_kind(held)}{_instead(held)}.")
     if not target.parent.is_dir():
         # The folder as it was named, unless a link leads elsewhere.
         folder = target.parent if Path(path).is_symlink() else Path(path).parent
-        raise InputError(f"Cannot write {path}: there is no folder {folder}.")
+        raise InputError(f"Cannot write {_shown(path)}: there is no folder {folder}.")
     return target
 
 
@@ -110,4 +113,4 @@ def _reason(error: OSError | ValueError) -> str:
 def _shown(path: str | Path) -> str:
     """The name without what a terminal cannot show."""
     text = str(path)
-    return text if text.isprintable() else ascii(text)
+    return text if text.isprintable() and text.strip() else ascii(text)

@@ -5,12 +5,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from kvote.calibration import Calibration, save
 from kvote.calibration.channels import KIND as CHANNELS
-from kvote.calibration.gates import STEPS, train_duo
+from kvote.calibration.gates import SINKS, STEPS, WINDOW, train_duo
 from kvote.calibration.heads import DUO, RAZOR
 from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels
 from kvote.calibration.retrieval import TIMES, measure_razor
@@ -18,7 +19,8 @@ from kvote.calibration.texts import LONGEST, phrases, world_texts
 from kvote.cli.load import Loaded, load
 from kvote.cli.progress import progress
 from kvote.cli.subject import name_of, read_text
-from kvote.errors import InputError
+from kvote.errors import InputError, KvoteError
+from kvote.files import check_writable
 from kvote.models import embedded, world
 
 # Texts of the embedded model's language are drawn from here on: other numbers than any test or benchmark asks about.
@@ -26,6 +28,8 @@ _FIRST_SEED = 10**6
 _FACTS = 4
 # Tokens of a block left to questions and answers.
 _ROOM = 64
+# Tokens or steps that nobody has the time for.
+_MOST = 10**9
 # Its gates part within so many texts.
 _EMBEDDED_STEPS = 200
 
@@ -35,16 +39,23 @@ Measured = tuple[Calibration, int]
 
 def run(args: argparse.Namespace) -> None:
     """Measures and writes; says what was measured, and on how many tokens."""
-    out = Path(args.out)
-    if out.is_dir() or not out.parent.is_dir():
-        why = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise InputError(f"Cannot write {out}: {why}.")
+    check_writable(args.out)
+    for name in ("tokens", "steps"):
+        if (getattr(args, name) or 0) > _MOST:
+            raise InputError(f"--{name} is at most {_MOST:,}.")
     if args.steps is not None and args.what != DUO:
         raise InputError(f"--steps is for --what {DUO}; leave it out.")
     text = _text(args)
     loaded = load(args.model)
-    with progress("texts" if args.what == DUO else "tokens") as bar:
-        calibration, tokens = _MEASURES[args.what](loaded, text, args, bar)
+    try:
+        with progress("texts" if args.what == DUO else "tokens") as bar:
+            calibration, tokens = _MEASURES[args.what](loaded, text, args, bar)
+    except KvoteError:
+        raise
+    # What a model of the user's does with these texts is not known before.
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, MemoryError) as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"{loaded.name} cannot be calibrated: {why}") from error
     save(calibration, args.out)
     layers = len(calibration.data["layers"])
     if args.json:
@@ -85,6 +96,10 @@ def _razor(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Prog
 
 def _duo(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
     longest = min(args.tokens or LONGEST, loaded.trained or LONGEST)
+    if text is None and longest <= SINKS + WINDOW:
+        raise InputError(
+            f"No text is longer than the {SINKS + WINDOW} tokens that streaming heads see; allow longer ones."
+        )
     texts = world_texts(longest, _FIRST_SEED) if text is None else phrases(loaded.tokenizer, text, longest)
     steps = args.steps or (_EMBEDDED_STEPS if loaded.is_embedded else STEPS)
     task = bar.add_task(args.what, total=steps)
@@ -100,7 +115,7 @@ _MEASURES: dict[str, Callable[[Loaded, str | None, argparse.Namespace, Progress]
 
 
 def _blocks(loaded: Loaded, text: str, limit: int) -> list[Tensor]:
-    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[0]
+    ids = torch.tensor(loaded.tokenizer(text).input_ids, dtype=torch.long)
     return blocks_of(ids[:limit])
 
 
