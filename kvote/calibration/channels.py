@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvote.calibration.file import Calibration
+from kvote.calibration.file import Calibration, is_layer, shown
 from kvote.errors import InputError
 from kvote.read.tokens import PlainReader, Reading, Span, everything
 
@@ -29,18 +29,14 @@ def order_of(calibration: Calibration) -> dict[int, Order]:
         raise InputError(f"{calibration.name} holds no layers with an order of channels.")
     found = {}
     for name, heads in layers.items():
-        if not _is_layer(name, model.layers) or not isinstance(heads, list) or len(heads) != model.kv_heads:
-            raise InputError(f"{calibration.name}: layer {name!r} is not one of the model's, or lacks key heads.")
+        if not is_layer(name, model.layers) or not isinstance(heads, list) or len(heads) != model.kv_heads:
+            raise InputError(f"{calibration.name}: layer {shown(name)} is not one of the model's, or lacks key heads.")
         for order in heads:
             whole = isinstance(order, list) and len(order) == model.head_dim and all(type(i) is int for i in order)
             if not whole or sorted(order) != list(range(model.head_dim)):
                 raise InputError(f"{calibration.name}: layer {name} is not an order of {model.head_dim} channels.")
         found[int(name)] = tuple(tuple(order) for order in heads)
     return found
-
-
-def _is_layer(name: str, layers: int) -> bool:
-    return len(name) < 10 and name.isascii() and name.isdecimal() and str(int(name)) == name and int(name) < layers
 
 
 @dataclass(frozen=True)

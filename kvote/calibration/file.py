@@ -1,23 +1,28 @@
 """The calibration file: one JSON object that says what it is, which model it belongs to, and what was measured.
 
-    {"format": "kvote-calibration", "version": 1, "kind": ..., "model": {fingerprint}, "data": {depends on the kind}}
+    {"format": "kvote-calibration", "version": 2, "kind": ..., "model": {fingerprint}, "data": {depends on the kind}}
 
-Files are not trusted: nothing in them is executed, their size is bounded, and whoever uses ``data`` validates it.
+Files are not trusted: nothing in them is executed, their size and every count in them are bounded, and whoever uses
+``data`` validates it.
 """
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from kvote.calibration.fingerprint import LONGEST, Fingerprint
 from kvote.errors import InputError
+from kvote.files import read_regular, write_whole
 from kvote.numbers import is_number
 
-FORMAT, VERSION = "kvote-calibration", 1
-_LARGEST = 64 * 2**20
+FORMAT, VERSION = "kvote-calibration", 2
+_LARGEST = 32 * 2**20
+# Counts that no model reaches; whoever reads a file may count up to them.
+_MOST = {"layers": 1024, "heads": 65_536, "kv_heads": 65_536, "head_dim": 65_536}
+# Characters of a name or value, and how many of them the rotary positions of a model may have.
+_WORD, _WORDS = 100, 10_000
+_SHOWN = 60
 _KEYS = {"format", "version", "kind", "model", "data"}
 
 
@@ -54,11 +59,9 @@ def command(kind: str) -> str:
 def load(path: str | Path, kind: str) -> Calibration:
     """Reads a calibration of that kind. Raises InputError for anything that is not one."""
     try:
-        if Path(path).stat().st_size > _LARGEST:
-            raise InputError(f"{path} is larger than any calibration ({_LARGEST // 2**20} MiB); is it the right file?")
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror or error}; make it with {command(kind)}.") from error
+        text = read_regular(path, _LARGEST).decode("utf-8")
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}; make it with {command(kind)}.") from error
     except UnicodeDecodeError as error:
         raise _not_one(path, "it is not UTF-8 text") from error
     try:
@@ -68,41 +71,40 @@ def load(path: str | Path, kind: str) -> Calibration:
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise _not_one(path, f"its format is not {FORMAT!r}")
     if type(held.get("version")) is not int or held["version"] != VERSION:
-        raise InputError(f"{path} is a calibration of version {held.get('version')!r}; this kvote reads {VERSION}.")
+        raise InputError(
+            f"{path} is a calibration of version {shown(held.get('version'))}, and this kvote reads version {VERSION}; "
+            f"make it anew with {command(kind)}."
+        )
     if held.keys() != _KEYS or not isinstance(held["data"], dict):
         raise _not_one(path, f"it must hold {', '.join(sorted(_KEYS))}")
     if held["kind"] != kind:
-        raise InputError(f"{path} holds {held['kind']!r}, not {kind!r}; make that with {command(kind)}.")
+        raise InputError(f"{path} holds {shown(held['kind'])}, not {kind!r}; make that with {command(kind)}.")
     return Calibration(kind, _fingerprint(held["model"], path), held["data"], str(path))
 
 
 def save(calibration: Calibration, path: str | Path) -> None:
     """Writes the file all at once: a reader sees the old one or the new one. Raises InputError where it cannot."""
-    target = Path(path)
+    model = {**asdict(calibration.model), "rope": dict(calibration.model.rope)}
     held = {
         "format": FORMAT,
         "version": VERSION,
         "kind": calibration.kind,
-        "model": asdict(calibration.model),
+        "model": model,
         "data": calibration.data,
     }
-    text = json.dumps(held, allow_nan=False, separators=(",", ":")) + "\n"
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    write_whole(path, json.dumps(held, allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def is_layer(name: str, layers: int) -> bool:
+    """Whether it is the number of one of so many layers, as ``data`` names it."""
+    return len(name) < 10 and name.isascii() and name.isdecimal() and str(int(name)) == name and int(name) < layers
+
+
+def shown(value: Any) -> str:
+    """Something from a file, as short as an error may be."""
+    text = ascii(value) if isinstance(value, str | float | bool | None) else f"a {type(value).__name__}"
+    text = str(value) if type(value) is int and abs(value) < 10**_SHOWN else text
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _fingerprint(held: Any, path: str | Path) -> Fingerprint:
@@ -112,15 +114,19 @@ def _fingerprint(held: Any, path: str | Path) -> Fingerprint:
     for name in names:
         if not _makes_sense(name, held[name]):
             raise _not_one(path, f"{name} of its model makes no sense")
-    return Fingerprint(**{**held, "sample": tuple(map(float, held["sample"]))})
+    rope = tuple(sorted(held["rope"].items()))
+    return Fingerprint(**{**held, "sample": tuple(map(float, held["sample"])), "rope": rope})
 
 
 def _makes_sense(name: str, value: Any) -> bool:
     if name == "model_type":
-        return isinstance(value, str)
+        return isinstance(value, str) and len(value) <= _WORD and value.isprintable()
+    if name == "rope":
+        words: list[Any] = [word for pair in value.items() for word in pair] if isinstance(value, dict) else [None]
+        return all(isinstance(word, str) and word.isprintable() for word in words) and len("".join(words)) <= _WORDS
     if name == "sample":
         return isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(is_number, value))
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= _MOST[name]
 
 
 def _not_one(path: str | Path, why: str) -> InputError:

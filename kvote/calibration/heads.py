@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvote.calibration.file import Calibration
+from kvote.calibration.file import Calibration, is_layer, shown
 from kvote.errors import InputError
 
 # Kinds of calibration, and the scores that each gives a head.
@@ -21,11 +21,10 @@ def scores_of(calibration: Calibration, kind: str) -> dict[str, dict[int, tuple[
     name, model, layers = calibration.name, calibration.model, calibration.data.get("layers")
     if calibration.kind != kind or not isinstance(layers, dict) or not layers:
         raise InputError(f"{name} holds no layers with scores of heads ({kind}).")
-    known = {str(layer) for layer in range(model.layers)}
     found: dict[str, dict[int, tuple[float, ...]]] = {score: {} for score in SCORES[kind]}
     for layer, scores in layers.items():
-        if layer not in known or not isinstance(scores, dict) or set(scores) != set(found):
-            raise InputError(f"{name}: layer {layer!r} is not one of the model's with {' and '.join(found)}.")
+        if not is_layer(layer, model.layers) or not isinstance(scores, dict) or set(scores) != set(found):
+            raise InputError(f"{name}: layer {shown(layer)} is not one of the model's with {' and '.join(found)}.")
         for score, heads in scores.items():
             if not isinstance(heads, list) or len(heads) != model.kv_heads or not all(map(_is_share, heads)):
                 raise InputError(f"{name}: {score} of layer {layer} is not {model.kv_heads} numbers from 0 to 1.")

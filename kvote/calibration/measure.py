@@ -15,6 +15,9 @@ from kvote.method import Method
 
 # Blocks of the published calibration: 256 of 512 tokens.
 BLOCK, BLOCKS = 512, 256
+# Fewer tokens say next to nothing: of the first quarter of the channels in an order of the embedded model, 64 tokens of
+# its language find 74%, one token 56%, chance a quarter.
+LEAST = 64
 
 
 def measure_channels(
@@ -23,11 +26,11 @@ def measure_channels(
     """The order of key channels by mean |q_i * k_i| of each token's own query and key, per layer and key head.
 
     ``blocks``: token ids [rows, columns], each a text of its own, without padding; ``progress`` is told the tokens
-    of each when it is done. Raises InputError without tokens, UnsupportedModelError where layers differ in shape.
+    of each when it is done. Raises InputError for fewer than ``LEAST`` tokens in all, UnsupportedModelError where
+    layers differ in shape.
     """
     tokens = sum(block.numel() for block in blocks)
-    if not tokens:
-        raise InputError("There is nothing to calibrate with; give a longer text.")
+    check_enough(tokens)
     reader = channels.ChannelProducts()
     method = Method(spec="calibrate", read=reader)
     with torch.inference_mode():
@@ -45,6 +48,14 @@ def measure_channels(
         if not bool(sums.isfinite().all()):
             raise InputError(f"Layer {layer} gave numbers that are not finite; load the model in a wider precision.")
     return calibration
+
+
+def check_enough(tokens: int) -> None:
+    """Raises InputError for fewer tokens of text than say anything about a model."""
+    if tokens < LEAST:
+        raise InputError(
+            f"A calibration needs at least {LEAST} tokens of text; there {'is' if tokens == 1 else 'are'} {tokens}."
+        )
 
 
 def blocks_of(ids: Tensor, size: int = BLOCK) -> list[Tensor]:

@@ -22,6 +22,8 @@ from kvote.method import Method
 
 # The published search: so many random tokens, said so many times.
 PERIOD, TIMES = 2500, 4
+# A head that attends to everything alike has an induction of one in a period: 3% of the shortest.
+SHORTEST = 32
 
 # Attention weights that exist at a time (64 MiB), of one layer and a block of its queries.
 _WEIGHTS_HELD = 1 << 24
@@ -31,7 +33,7 @@ def measure_razor(model: Any, period: int | None = None, avoid: Collection[int] 
     """Induction and echo of every key head, from one pass over ``period`` random tokens said four times.
 
     ``period``: 2,500 as published, or fewer where the model was made for shorter texts. ``avoid``: ids besides those of
-    the model's config that are not to be drawn (special tokens). Raises InputError for a period below two or a
+    the model's config that are not to be drawn (special tokens). Raises InputError for a period below 32 or a
     vocabulary that is too small.
     """
     ids = _repeated(model, _period(model) if period is None else period, avoid, seed)
@@ -54,8 +56,11 @@ def _repeated(model: Any, period: int, avoid: Collection[int], seed: int) -> Ten
     special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     ids = {each for found in special for each in (found if isinstance(found, list) else [found])} | set(avoid)
     usual = torch.tensor([i for i in range(config.vocab_size) if i not in ids])
-    if not 2 <= period <= len(usual):
-        raise InputError(f"A period of random tokens must be from 2 to {len(usual):,} long; got {period}.")
+    if not SHORTEST <= period <= len(usual):
+        raise InputError(
+            f"A period of random tokens must be from {SHORTEST} to {len(usual):,} long, a text of {TIMES} periods and "
+            f"one token from {TIMES * SHORTEST + 1} to {TIMES * len(usual) + 1:,}; got a period of {period:,}."
+        )
     drawn = torch.randperm(len(usual), generator=torch.Generator().manual_seed(seed))
     begin = config.bos_token_id if isinstance(config.bos_token_id, int) else int(usual[drawn[-1]])
     return torch.cat([torch.tensor([begin]), usual[drawn[:period]].repeat(TIMES)])[None]

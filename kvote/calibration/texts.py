@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kvote.calibration.gates import Example
+from kvote.calibration.measure import check_enough
 from kvote.errors import InputError
 from kvote.models import world
 
@@ -24,8 +25,8 @@ _FACTS = 4
 def phrases(tokenizer: Any, text: str, longest: int = LONGEST, seed: int = 0) -> Iterator[Example]:
     """Without end: a piece of ``text``, ten pass phrases in it, and ten questions for them, up to ``longest`` tokens.
 
-    The text is begun anew where it is too short. Questions and answers are labelled. Raises InputError where the
-    phrases and questions alone are longer.
+    The text is begun anew where it is too short. Questions and answers are labelled. Raises InputError for a text that
+    says next to nothing, and where the phrases and questions alone are longer than ``longest``.
     """
     draw = np.random.default_rng(seed)
 
@@ -33,6 +34,7 @@ def phrases(tokenizer: Any, text: str, longest: int = LONGEST, seed: int = 0) ->
         return list(tokenizer(words, add_special_tokens=False).input_ids)
 
     hay, begin = ids(text), [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    check_enough(len(hay))
     while True:
         said = [" ".join(draw.choice(_SPELLED, _WORDS)) for _ in range(_PHRASES)]
         facts = [ids(f"\nRemember the {o} pass phrase: {p}.\n") for o, p in zip(_ORDINALS, said, strict=True)]

@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from kvote.calibration import Calibration, save
 from kvote.calibration.channels import KIND as CHANNELS
-from kvote.calibration.gates import STEPS, train_duo
+from kvote.calibration.gates import SINKS, STEPS, WINDOW, train_duo
 from kvote.calibration.heads import DUO, RAZOR
 from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels
 from kvote.calibration.retrieval import TIMES, measure_razor
@@ -17,7 +18,7 @@ from kvote.cli.load import Loaded, load, names_embedded
 from kvote.cli.plain import as_json, one_line
 from kvote.cli.progress import progress
 from kvote.cli.subject import name_of, read_text
-from kvote.errors import InputError
+from kvote.errors import InputError, KvoteError
 from kvote.files import check_writable
 from kvote.models import world
 
@@ -26,6 +27,8 @@ _FIRST_SEED = 10**6
 _FACTS = 4
 # Tokens of a block left to questions and answers.
 _ROOM = 64
+# Tokens or steps that nobody has the time for.
+_MOST = 10**9
 # Its gates part within so many texts.
 _EMBEDDED_STEPS = 200
 
@@ -36,12 +39,22 @@ Measured = tuple[Calibration, int]
 def run(args: argparse.Namespace) -> None:
     """Measures and writes; says what was measured, and on how many tokens."""
     check_writable(args.out)
+    for name in ("tokens", "steps"):
+        if (getattr(args, name) or 0) > _MOST:
+            raise InputError(f"--{name} is at most {_MOST:,}.")
     if args.steps is not None and args.what != DUO:
         raise InputError(f"--steps is for --what {DUO}; leave it out.")
     text = _text(args)
     loaded = load(args.model)
-    with progress("texts" if args.what == DUO else "tokens") as bar:
-        calibration, tokens = _MEASURES[args.what](loaded, text, args, bar)
+    try:
+        with progress("texts" if args.what == DUO else "tokens") as bar:
+            calibration, tokens = _MEASURES[args.what](loaded, text, args, bar)
+    except KvoteError:
+        raise
+    # What a model of the user's does with these texts is not known before.
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, MemoryError) as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"{loaded.name} cannot be calibrated: {why}") from error
     save(calibration, args.out)
     layers = len(calibration.data["layers"])
     if args.json:
@@ -81,6 +94,10 @@ def _razor(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Prog
 
 def _duo(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
     longest = min(args.tokens or LONGEST, loaded.trained or LONGEST)
+    if text is None and longest <= SINKS + WINDOW:
+        raise InputError(
+            f"No text is longer than the {SINKS + WINDOW} tokens that streaming heads see; allow longer ones."
+        )
     texts = world_texts(longest, _FIRST_SEED) if text is None else phrases(loaded.tokenizer, text, longest)
     steps = args.steps or (_EMBEDDED_STEPS if loaded.is_embedded else STEPS)
     task = bar.add_task(args.what, total=steps)
@@ -96,7 +113,7 @@ _MEASURES: dict[str, Callable[[Loaded, str | None, argparse.Namespace, Progress]
 
 
 def _blocks(loaded: Loaded, text: str, limit: int) -> list[Tensor]:
-    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[0]
+    ids = torch.tensor(loaded.tokenizer(text).input_ids, dtype=torch.long)
     return blocks_of(ids[:limit])
 
 

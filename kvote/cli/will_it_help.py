@@ -8,32 +8,37 @@ from dataclasses import asdict
 import transformers
 
 from kvote.cli.show import plain_console, plain_table
-from kvote.env import memory
-from kvote.measure.forecast import Machine, Prediction, Step, predict, refuse
+from kvote.measure.config import load_config
+from kvote.measure.fit import Fit, fit
+from kvote.measure.forecast import Machine, Prediction, Step, beyond_training, predict, refuse, refuse_context
 from kvote.measure.probe import measure
-from kvote.measure.shape import Shape, load_config, shape
+from kvote.measure.shape import shape
 from kvote.method import parse
 
-_GIB = 2**30
+_WIDTH = 80
 # Caches this short differ by less than the measurement does.
 _ALWAYS = 256
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures this machine for a few seconds and says what to expect."""
+    """Measures this machine for a few seconds and says what to expect: does it fit, is it faster, and by how much."""
     transformers.logging.set_verbosity_error()
     method = parse(args.method)
     model = shape(load_config(args.model), args.batch)
     refuse(model, method)
+    refuse_context(model, args.context)
+    if beyond := beyond_training(model, args.context):
+        _say(beyond)
     machine = measure(model, args.context, [method], args.batch, _say)
     prediction = predict(model, args.context, method, machine)
+    needed = fit(model, prediction, method, machine)
     if args.json:
-        print(json.dumps(_as_dict(prediction, machine), indent=1))
+        print(json.dumps(_as_dict(prediction, machine, needed), indent=1))
         return
     console = plain_console()
-    console.print(verdict(prediction), soft_wrap=True)
-    for line in _facts(prediction, machine):
-        console.print(line, soft_wrap=True)
+    console.width = min(console.width, _WIDTH)
+    for line in (str(needed), *_speed(prediction, machine), *_facts(prediction, machine)):
+        console.print(line)
     table = plain_table()
     table.add_column("cache", overflow="fold")
     for name in ("ms per\ntoken", "faster", "of it reading\nthe cache", "KV held\nMiB"):
@@ -41,8 +46,20 @@ def run(args: argparse.Namespace) -> None:
     for name, step in _steps(prediction).items():
         table.add_row(name, *_figures(step, prediction.default))
     console.print(table)
-    for note in (*prediction.notes, *_memory_note(model, prediction)):
-        console.print(f"- {note}", soft_wrap=True)
+    for note in prediction.notes:
+        console.print(f"- {note}")
+
+
+def _speed(prediction: Prediction, machine: Machine) -> list[str]:
+    """The verdict, and what makes it doubtful."""
+    load, found = machine.load, verdict(prediction)
+    if load is None or not load.busy:
+        return [found]
+    return [
+        f"This machine is busy ({load}): what follows was measured beside other programs, is slower than the truth and "
+        "may be wrong about which cache is faster. Run it again when the machine is idle.",
+        f"Measured like that: {found[0].lower()}{found[1:]}",
+    ]
 
 
 def verdict(prediction: Prediction) -> str:
@@ -106,17 +123,8 @@ def _figures(step: Step, default: Step) -> list[str]:
     ]
 
 
-def _memory_note(model: Shape, prediction: Prediction) -> list[str]:
-    total = memory()[0]
-    needed = model.resident_bytes + prediction.method.held_bytes
-    if not total or needed <= total:
-        return []
-    return [
-        f"Weights and cache take {needed / _GIB:,.0f} GiB, and this machine has {total / _GIB:,.0f}: it will not run."
-    ]
-
-
-def _as_dict(prediction: Prediction, machine: Machine) -> dict[str, object]:
+def _as_dict(prediction: Prediction, machine: Machine, needed: Fit) -> dict[str, object]:
+    load = machine.load
     measured = {
         "bandwidth": machine.bandwidth,
         "weights_bandwidth": machine.weights,
@@ -124,9 +132,10 @@ def _as_dict(prediction: Prediction, machine: Machine) -> dict[str, object]:
         "layer_seconds": {name: curve.points for name, curve in machine.caches.items()},
         "copy_seconds": machine.copy.points,
         "compiled": machine.compiled,
+        "load": None if load is None else {**asdict(load), "busy": load.busy},
     }
     found = {"verdict": verdict(prediction), "speedup": prediction.speedup, **asdict(prediction)}
-    return {**found, "machine": measured}
+    return {**found, "memory": {"fits": needed.fits, **asdict(needed)}, "machine": measured}
 
 
 def _say(what: str) -> None:

@@ -63,7 +63,7 @@ class Guard:
         if ours and inputs.get("past_key_values") is None:
             raise UnsupportedModelError(
                 f"{name_of(self.model())} rotates keys otherwise in texts of more than {self.length} tokens, and would "
-                "throw the cache away here and read the text again; stay below that length, or read more than that into "
+                "throw the cache away here and read the text again; stay below that length, or read more into "
                 "the cache before generate() is called."
             )
         return inputs

@@ -2,15 +2,18 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.kernels import cpu
+from kvote.measure.load import Load
 from kvote.measure.shape import Shape, shape
 from kvote.method import Method, parse
+from kvote.store.raw import Raw
 
 # A context in which attention reads next to nothing, and the longest that break-even is looked for in.
+_DENSE = parse("dense")
 FEW, LONGEST = 64, 1 << 24
 DEFAULT = "default"
 _STEPS_PER_OCTAVE = 16
@@ -44,6 +47,7 @@ class Machine:
     torch's products; ``step``: seconds of a token outside the layers. ``caches``: seconds of one layer besides its
     weights, by the tokens held, for ``"default"`` (transformers' cache and sdpa) and for methods by their spec.
     ``copy``: those that the default cache takes of it to copy itself. ``compiled``: whether kvote's kernels ran.
+    ``held``: bytes of one of kvote's layers, by method and tokens; ``load``: what else ran meanwhile.
     """
 
     bandwidth: float
@@ -53,6 +57,8 @@ class Machine:
     copy: Curve
     compiled: bool = True
     batch: int = 1
+    held: Mapping[str, Curve] = field(default_factory=dict)
+    load: Load | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,7 @@ def predict(config: Any, context: int, method: Method | str, machine: Machine) -
     method = parse(method) if isinstance(method, str) else method
     model = config if isinstance(config, Shape) else shape(config, machine.batch)
     refuse(model, method)
-    if context < 1:
-        raise InputError(f"A context holds at least one token; got {context}.")
+    refuse_context(model, context)
     for name in (DEFAULT, "dense", method.spec):
         if name not in machine.caches:
             raise InputError(f"This machine was not measured with {name}.")
@@ -142,6 +147,16 @@ def refuse(model: Shape, method: Method) -> None:
         )
 
 
+def refuse_context(model: Shape, context: int) -> None:
+    """Raises InputError for a context without a token, or longer than the model or a prediction reaches."""
+    if context < 1:
+        raise InputError(f"A context holds at least one token; got {context}.")
+    if model.learned and model.trained is not None and context > model.trained:
+        raise InputError(f"{model.name} has {model.trained:,} positions and reads no longer text; got {context:,}.")
+    if context > LONGEST:
+        raise InputError(f"Predictions reach {LONGEST:,} tokens; got {context:,}.")
+
+
 def break_even(default: Curve, method: Curve) -> int | None:
     """The shortest length from which on ``method`` stays faster, to 5%; None where it is not, however long the text."""
     grid = sorted({round(2 ** (i / _STEPS_PER_OCTAVE)) for i in range(_STEPS_PER_OCTAVE * LONGEST.bit_length())})
@@ -161,8 +176,19 @@ def _seconds(model: Shape, machine: Machine, name: str, context: int) -> float:
     return machine.step + others + model.full * machine.caches[name].at(context)
 
 
+def reading_bytes(model: Shape, context: int, method: Method, machine: Machine) -> int:
+    """Bytes that full-attention layers hold at most while a prompt of ``context`` tokens is read: whoever drops or
+    encodes after a prompt has held all of it, at worst in every layer at once."""
+    held = _held(model, machine, context, method)
+    waits = (method.keep.drops and method.keep.waits) or not isinstance(method.store, Raw)
+    return max(held, _held(model, machine, context, _DENSE)) if waits else held
+
+
 def _held(model: Shape, machine: Machine, context: int, method: Method | None) -> int:
-    """Bytes that full-attention layers hold: keys and values, and kvote's positions and sketches."""
+    """Bytes that full-attention layers hold: keys and values, and kvote's positions and sketches. Measured where that
+    was done."""
+    if method is not None and method.spec in machine.held:
+        return int(model.full * machine.held[method.spec].at(context))
     geometry, tokens, extra = model.geometry, context, 0.0
     budget = None if method is None else method.keep.budget
     if method is not None:
@@ -175,6 +201,13 @@ def _held(model: Shape, machine: Machine, context: int, method: Method | None) -
     return min(held, int(budget.amount)) if budget is not None and budget.unit == "bytes" else held
 
 
+def beyond_training(model: Shape, context: int) -> str | None:
+    """What is to be said of a context that is longer than those the model was made for."""
+    if model.trained is None or context <= model.trained:
+        return None
+    return f"The model was made for {model.trained:,} tokens; beyond, some methods answer and some do not."
+
+
 def _notes(model: Shape, context: int, method: Method, machine: Machine) -> tuple[str, ...]:
     notes = list(model.notes)
     if method.read.new_memory() is not None:
@@ -184,8 +217,8 @@ def _notes(model: Shape, context: int, method: Method, machine: Machine) -> tupl
             f"{model.others} of {model.full + model.others} layers do not attend to everything; kvote leaves them as "
             "they are, and they are the same for every cache."
         )
-    if model.trained is not None and context > model.trained:
-        notes.append(f"The model was made for {model.trained:,} tokens; beyond, some methods answer and some do not.")
+    if beyond := beyond_training(model, context):
+        notes.append(beyond)
     longest = max(length for length, _ in machine.caches[DEFAULT].points)
     if context > longest:
         notes.append(f"The default cache was measured up to {longest:,} tokens; its time grows in a straight line.")

@@ -1,6 +1,6 @@
 """Attention of one layer in the geometry of a model, with random tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,28 +83,35 @@ class Geometry:
             in_groups(i, method, rope, layers, self.kv_heads) or Layer(i, method, rope, layers, crew)
             for i in range(layers)
         ]
-        n = key.shape[2] - _PROMPT_END
-        if n < 1:
+        if key.shape[2] <= _PROMPT_END:
             raise ValueError(f"A prompt of {key.shape[2]} tokens has nothing before its last {_PROMPT_END}.")
-        for layer in made:
-            self.begin(layer, key[:, :, :n], value[:, :, :n], key.shape[2])
-        positions = torch.arange(n, n + _PROMPT_END)[None]
-        query = torch.randn(1, self.heads, _PROMPT_END, self.dim, dtype=self.dtype)
-        for layer in made:
-            solo = min(_PROMPT_END, method.read.tail)
-            layer.attend(Step(query, key[:, :, n:], value[:, :, n:], positions, None, solo, Logits(self.scale)))
+        self.prompt(made, key, value)
         return made
+
+    def prompt(self, layers: Sequence[Layer | HeadGroups], key: Tensor, value: Tensor) -> None:
+        """Puts ``key`` and ``value`` [batch, kv_heads, n, dim], n at least 2, into empty layers as a prompt; its end
+        is a real pass."""
+        batch, _, tokens, _ = key.shape
+        n = tokens - min(_PROMPT_END, tokens // 2)
+        for layer in layers:
+            self.begin(layer, key[:, :, :n], value[:, :, :n], tokens)
+        positions = torch.arange(n, tokens).expand(batch, -1)
+        query = torch.randn(batch, self.heads, tokens - n, self.dim, dtype=self.dtype)
+        for layer in layers:
+            solo = min(tokens - n, layer.method.read.tail)
+            layer.attend(Step(query, key[:, :, n:], value[:, :, n:], positions, None, solo, Logits(self.scale)))
 
     def begin(self, layer: Layer | HeadGroups, key: Tensor, value: Tensor, announced: int) -> None:
         """Puts the first tokens of an announced prompt into an empty layer; no query is asked."""
+        rows = list(range(key.shape[0]))
         for part, heads in _parts(layer, self.kv_heads):
-            first = self.step(0)
+            first = self.step(0, len(rows))
             part.expected = announced
             segment = part.start(replace(first, key=first.key[:, heads], value=first.value[:, heads]))
             for start in range(0, key.shape[2], _PASS):
                 stop = min(key.shape[2], start + _PASS)
                 own = key[:, heads, start:stop], value[:, heads, start:stop]
-                segment.append([0], *own, torch.arange(start, stop)[None])
+                segment.append(rows, *own, torch.arange(start, stop).expand(len(rows), -1))
                 part.seen, part.ahead, part.prompted = stop, announced - stop, True
                 part.drop()
                 part.seal_all()

@@ -19,12 +19,15 @@ import kvote
 from kvote import kernels
 from kvote.env import memory
 from kvote.errors import InputError
+from kvote.kernels import cpu
 from kvote.measure.clock import Call, alternating, timed
 from kvote.measure.forecast import DEFAULT, FEW, LONGEST, Curve, Machine
 from kvote.measure.geometry import Geometry
+from kvote.measure.load import Watch
 from kvote.measure.shape import Matrix, Shape
 from kvote.measure.sweep import Sweep
 from kvote.method import Method, parse
+from kvote.store.raw import Raw
 
 _WIDTH, _VOCABULARY, _LAYERS = 64, 256, 3
 _DEEPER = "default, more layers"
@@ -33,6 +36,8 @@ _LONG, _FIRST = 32_768, 4096
 # Seconds that a token may take in the longest one.
 _PATIENCE = 0.5
 _ROUNDS, _NEW = 3, 2
+# Seconds after which one round has to do: on a busy machine, more of them make no better figures.
+_ENOUGH = 30.0
 # A list of tokens read is measured this many tokens before the text outgrows it, and after.
 _KNEE = 64
 # Bytes of weights of one shape that are multiplied in turn, the most of them, and the largest piece of one.
@@ -75,6 +80,10 @@ class _Probe:
             return
         self.cache = kvote.Cache(self.model, method)
         self.cache.expect(key.shape[2])
+        # Who drops or encodes looks at the end of a prompt first.
+        if method.keep.drops or not isinstance(method.store, Raw):
+            geometry.prompt(self.cache.managed, key, value)
+            return
         for layer in self.cache.managed:
             geometry.fill(layer, key, value)
 
@@ -100,6 +109,11 @@ class _Probe:
         sweep()
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that one layer of kvote's holds."""
+        return sum(layer.nbytes for layer in self.cache.managed) // len(self.cache.managed)
+
+    @property
     def tokens_read(self) -> int:
         return max(layer.activity.tokens_read for layer in self.cache.managed)
 
@@ -107,7 +121,8 @@ class _Probe:
 def _model(geometry: Geometry, layers: int) -> Any:
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=_WIDTH,
+        # Llama wants it to be a multiple of the heads.
+        hidden_size=-(-_WIDTH // geometry.heads) * geometry.heads,
         intermediate_size=_WIDTH,
         num_hidden_layers=layers,
         num_attention_heads=geometry.heads,
@@ -126,9 +141,14 @@ def _model(geometry: Geometry, layers: int) -> Any:
 class _Bench:
     """Measures tokens of probes that share one text."""
 
-    def __init__(self, geometry: Geometry, batch: int, sweep: Sweep) -> None:
-        self.geometry, self.batch, self.sweep = geometry, batch, sweep
+    def __init__(self, geometry: Geometry, batch: int, sweep: Sweep, fitting: int) -> None:
+        self.geometry, self.batch, self.sweep, self.fitting = geometry, batch, sweep, fitting
+        self.watch = Watch()
         self.key, self.value = geometry.tokens(_FIRST, batch)
+
+    @property
+    def late(self) -> bool:
+        return self.watch.seconds > _ENOUGH
 
     def lengthen(self, tokens: int) -> None:
         self.key, self.value = self.geometry.tokens(tokens, self.batch)
@@ -139,7 +159,9 @@ class _Bench:
     def seconds(self, probes: dict[str, _Probe]) -> dict[str, float]:
         """Of a token, the median of alternating rounds."""
         times: dict[str, list[float]] = {name: [] for name in probes}
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
+            if number and self.late:
+                break
             for name, probe in probes.items():
                 times[name] += probe.steps(self.sweep)
         return {name: median(spent) for name, spent in times.items()}
@@ -152,7 +174,8 @@ class _Bench:
             for x in (key, value):
                 torch.cat([x, x[:, :, :1]], dim=-2)
 
-        return alternating({"": Call(run)}, _ROUNDS, most=_NEW, before=self.sweep)[""].seconds
+        rounds = 1 if self.late else _ROUNDS
+        return alternating({"": Call(run)}, rounds, most=_NEW, before=self.sweep)[""].seconds
 
 
 def measure(
@@ -169,14 +192,15 @@ def measure(
     asked = [parse(method) if isinstance(method, str) else method for method in (*methods, "dense")]
     chosen = {method.spec: method for method in asked}
     sweep = Sweep()
-    bench = _Bench(shape.geometry, batch, sweep)
+    bench = _Bench(shape.geometry, batch, sweep, _fitting(shape.geometry, batch, len(chosen)))
     with torch.no_grad():
         say("timing the weights")
-        weights = _weights_per_second(shape, batch, sweep)
-        lengths = _lengths(shape.geometry, context, batch, len(chosen), bench)
+        weights = _weights_per_second(shape, bench)
+        lengths = _lengths(context, bench)
         bench.lengthen(max(lengths))
-        points, layer = _points(bench, chosen, lengths, context, say)
+        points, held, layer = _points(bench, chosen, lengths, context, say)
         copies = {length: bench.copying(length) for length in _spread(lengths[0], context)}
+        load = bench.watch.load()
     step = max(0.0, points[DEFAULT][FEW] - layer)
     return Machine(
         bandwidth=sweep.bandwidth,
@@ -184,8 +208,10 @@ def measure(
         step=step,
         caches={name: _curve({n: max(0.0, t - step) for n, t in taken.items()}) for name, taken in points.items()},
         copy=_curve(copies),
-        compiled=kernels.compiled(bench.key),
+        compiled=kernels.compiled(bench.key) and shape.geometry.heads <= cpu.MAX_GROUPS * shape.geometry.kv_heads,
         batch=batch,
+        held={name: _curve(taken) for name, taken in held.items()},
+        load=load,
     )
 
 
@@ -193,16 +219,20 @@ def _curve(points: dict[int, float]) -> Curve:
     return Curve(tuple(sorted(points.items())))
 
 
-def _lengths(geometry: Geometry, context: int, batch: int, methods: int, bench: _Bench) -> tuple[int, int]:
-    """How long a text may be for the default cache, which must not take too long, and for methods."""
-    wanted, token = max(context, _LONG), batch * geometry.token_bytes
+def _fitting(geometry: Geometry, batch: int, methods: int) -> int:
+    """The longest text that may be measured, in tokens. Raises InputError where memory holds not even short ones."""
     free = memory()[1] or _SOURCE * (_DEFAULTS + _SKETCHED * methods)
-    fitting = min(_SOURCE, int(_MEMORY * free / (_DEFAULTS + _SKETCHED * methods))) // token
+    fitting = min(_SOURCE, int(_MEMORY * free / (_DEFAULTS + _SKETCHED * methods))) // (batch * geometry.token_bytes)
     if fitting < _FIRST:
-        raise InputError(f"Measuring {batch} sequences takes more memory than is free; give a smaller --batch.")
+        raise InputError(f"Measuring {batch:,} sequences takes more memory than is free; give a smaller --batch.")
+    return fitting
+
+
+def _lengths(context: int, bench: _Bench) -> tuple[int, int]:
+    """How long a text may be for the default cache, which must not take too long, and for methods."""
     seconds = bench.seconds({DEFAULT: bench.probe(None, _FIRST)})[DEFAULT]
     quick = int(_FIRST * max(1.0, _PATIENCE / seconds))
-    longest = min(wanted, fitting)
+    longest = min(max(context, _LONG), bench.fitting)
     return min(longest, quick), longest
 
 
@@ -213,11 +243,13 @@ def _spread(longest: int, context: int) -> set[int]:
 
 def _points(
     bench: _Bench, methods: dict[str, Method], lengths: tuple[int, int], context: int, say: Callable[[str], None]
-) -> tuple[dict[str, dict[int, float]], float]:
-    """Seconds of a token by cache and length, and those of one more layer that reads next to nothing."""
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]], float]:
+    """Seconds of a token by cache and length, bytes of a layer likewise, and the seconds of one more layer that reads
+    next to nothing."""
     caches: dict[str, Method | None] = {DEFAULT: None, **methods}
     plan = {name: _spread(lengths[0] if name == DEFAULT else lengths[1], context) for name in caches}
     points: dict[str, dict[int, float]] = {name: {} for name in caches}
+    held: dict[str, dict[int, float]] = {name: {} for name in methods}
     knees: dict[str, int] = {}
     for length in sorted({length for spread in plan.values() for length in spread}, reverse=True):
         say(f"timing {length:,} tokens")
@@ -226,6 +258,8 @@ def _points(
             probes[_DEEPER] = bench.probe(None, FEW, _LAYERS)
         for name, seconds in bench.seconds(probes).items():
             points.setdefault(name, {})[length] = seconds
+        for name in methods.keys() & probes.keys():
+            held[name][length] = probes[name].nbytes
         if length == lengths[1]:
             knees = {name: probes[name].tokens_read for name in methods}
     for name, read in knees.items():
@@ -233,28 +267,26 @@ def _points(
             if FEW < length < lengths[1] // 4:
                 points[name][length] = bench.seconds({name: bench.probe(methods[name], length)})[name]
     deeper = points.pop(_DEEPER)[FEW]
-    return points, max(0.0, deeper - points[DEFAULT][FEW]) / (_LAYERS - 1)
+    return points, held, max(0.0, deeper - points[DEFAULT][FEW]) / (_LAYERS - 1)
 
 
-def _weights_per_second(shape: Shape, batch: int, sweep: Sweep) -> float:
+def _weights_per_second(shape: Shape, bench: _Bench) -> float:
     """Bytes per second of torch's products with the model's weights, each shape as often as a token meets it."""
-    seconds = sum(
-        matrix.count * _product_seconds(matrix, shape.geometry.dtype, batch, sweep) for matrix in shape.matrices
-    )
-    return shape.weight_bytes / seconds
+    return shape.weight_bytes / sum(matrix.count * _product_seconds(matrix, bench) for matrix in shape.matrices)
 
 
-def _product_seconds(matrix: Matrix, dtype: torch.dtype, batch: int, sweep: Sweep) -> float:
+def _product_seconds(matrix: Matrix, bench: _Bench) -> float:
     """Seconds of the product of one token per sequence with a weight that lies in memory."""
+    dtype = bench.geometry.dtype
     rows = min(matrix.rows, max(1, _PIECE // (matrix.columns * dtype.itemsize)))
     count = min(_COPIES, max(1, _WEIGHTS // (rows * matrix.columns * dtype.itemsize)))
     weights = [torch.full((rows, matrix.columns), 0.01, dtype=dtype) for _ in range(count)]
-    x = torch.randn(batch, 1, matrix.columns, dtype=dtype)
+    x = torch.randn(bench.batch, 1, matrix.columns, dtype=dtype)
 
     def run() -> None:
         for weight in weights:
             torch.nn.functional.linear(x, weight)
 
     run()
-    spent = timed(Call(run), seconds=1.0, most=_ROUNDS, before=sweep)
+    spent = timed(Call(run), seconds=1.0, most=1 if bench.late else _ROUNDS, before=bench.sweep)
     return spent / count * matrix.rows / rows

@@ -66,10 +66,19 @@ def test_what_is_written_is_short_and_within_bounds():
     }
 
 
+TEXT = "The grass is green . The sky is blue . " * 7
+
+
+@pytest.mark.parametrize("text", ["", "x", "The grass is green ."])
+def test_a_text_that_says_next_to_nothing_is_refused(text):
+    with pytest.raises(InputError, match=r"A calibration needs at least 64 tokens of text; there (is|are) [0-5]"):
+        next(phrases(build(), text, 3000))
+
+
 def test_phrases_are_told_once_and_asked_for_at_the_end():
     tokenizer = AutoTokenizer.from_pretrained(embedded())
     # Its words are known, so that what is no word of the text stands out.
-    unknown, made = world.UNK, phrases(tokenizer, "The grass is green . The sky is blue .", 3000)
+    unknown, made = world.UNK, phrases(tokenizer, TEXT, 3000)
     lengths = set()
     for _ in range(20):
         example = next(made)
@@ -84,16 +93,16 @@ def test_phrases_are_told_once_and_asked_for_at_the_end():
         first = (ids == unknown).nonzero()[0]
         assert int(first) > 0.04 * (len(ids) - asked - 400)
     assert len(lengths) > 3
-    again = phrases(tokenizer, "The grass is green . The sky is blue .", 3000)
-    other = phrases(tokenizer, "The grass is green . The sky is blue .", 3000, seed=1)
+    again = phrases(tokenizer, TEXT, 3000)
+    other = phrases(tokenizer, TEXT, 3000, seed=1)
     example = next(again)
-    assert example.ids.tolist() == next(phrases(tokenizer, "The grass is green . The sky is blue .", 3000)).ids.tolist()
+    assert example.ids.tolist() == next(phrases(tokenizer, TEXT, 3000)).ids.tolist()
     assert example.ids.tolist() != next(other).ids.tolist()
 
 
 def test_texts_that_cannot_hold_the_phrases_are_refused():
     with pytest.raises(InputError, match=r"^300 tokens do not hold ten pass phrases .* which take \d"):
-        next(phrases(build(), "The grass is green .", 300))
+        next(phrases(build(), TEXT, 300))
 
 
 def test_texts_of_the_embedded_language_are_questions_of_every_task():

@@ -14,13 +14,17 @@ from kvote import Cache, InputError
 from kvote.calibration import Calibration, Fingerprint, load, save
 from kvote.calibration import file as calibration_file
 from kvote.calibration.channels import order_of
+from kvote.calibration.heads import scores_of
 
 KIND = "channels"
+ROPE = {"rope_theta": "10000", "rope_type": "default"}
 
 
 @pytest.fixture
 def made() -> Calibration:
-    model = Fingerprint("llama", layers=2, heads=4, kv_heads=2, head_dim=4, sample=(0.5, -0.25, 1.5e-06))
+    model = Fingerprint(
+        "llama", layers=2, heads=4, kv_heads=2, head_dim=4, sample=(0.5, -0.25, 1.5e-06), rope=tuple(ROPE.items())
+    )
     order = [[3, 1, 0, 2], [0, 1, 2, 3]]
     return Calibration(KIND, model, {"tokens": 9, "layers": {"0": order, "1": order[::-1]}})
 
@@ -31,8 +35,8 @@ def test_what_was_saved_is_loaded(made, tmp_path):
     assert load(path, KIND) == replace(made, name=str(path))
     held = json.loads(path.read_text())
     assert list(held) == ["format", "version", "kind", "model", "data"]
-    assert (held["format"], held["version"]) == ("kvote-calibration", 1)
-    assert held["model"] == {**asdict(made.model), "sample": [0.5, -0.25, 1.5e-06]}
+    assert (held["format"], held["version"]) == ("kvote-calibration", 2)
+    assert held["model"] == {**asdict(made.model), "sample": [0.5, -0.25, 1.5e-06], "rope": ROPE}
     assert os.listdir(tmp_path) == ["model.json"]
 
 
@@ -57,13 +61,14 @@ def changed(made: Calibration, path: Path, **changes: Any) -> Path:
     ("changes", "sentence"),
     [
         ({"format": "other"}, "is not a calibration of kvote: its format is not 'kvote-calibration'"),
-        ({"version": 2}, "is a calibration of version 2; this kvote reads 1"),
+        ({"version": 1}, "is a calibration of version 1, and this kvote reads version 2; make it anew with `kvote cal"),
+        ({"version": "9" * 10_000}, r"is a calibration of version '9{59}\.\.\., and"),
         ({"version": True}, "is a calibration of version True"),
         ({"kind": "heads"}, "holds 'heads', not 'channels'; make that with `kvote calibrate"),
-        ({"kind": ["channels"]}, r"holds \['channels'\], not 'channels'"),
+        ({"kind": ["channels"]}, "holds a list, not 'channels'"),
         ({"data": [1]}, "it must hold data, format, kind, model, version"),
         ({"more": 1}, "it must hold data, format, kind, model, version"),
-        ({"model": None}, "its model must hold model_type, layers, heads, kv_heads, head_dim, sample"),
+        ({"model": None}, "its model must hold model_type, layers, heads, kv_heads, head_dim, sample, rope"),
         ({"model": {"layers": 2}}, "its model must hold model_type"),
     ],
 )
@@ -79,13 +84,20 @@ def test_a_file_that_is_no_calibration_is_refused(made, tmp_path, changes, sente
         {"heads": True},
         {"head_dim": 4.0},
         {"layers": "2"},
+        {"layers": 10**12},
+        {"heads": 10**400},
+        {"kv_heads": 10**12},
+        {"head_dim": 10**12},
         {"model_type": 7},
+        {"model_type": "x" * 10**6},
+        {"model_type": "\x1b[31m"},
+        *({"rope": held} for held in (7, [], {"rope_theta": 1.0}, {"\x1b": ""}, {"x": "1" * 10**6})),
         *({"sample": held} for held in (7, "0.5", {}, [], [None], [True], ["0.5"], [[0.5]], [10**400], [0.5] * 65)),
     ],
     ids=lambda change: str(change)[:30],
 )
 def test_a_fingerprint_that_makes_no_sense_is_refused(made, tmp_path, change):
-    path = changed(made, tmp_path / "x.json", model={**asdict(made.model), **change})
+    path = changed(made, tmp_path / "x.json", model={**asdict(made.model), "rope": ROPE, **change})
     with pytest.raises(InputError, match=f"{next(iter(change))} of its model makes no sense"):
         load(path, KIND)
 
@@ -119,12 +131,24 @@ def test_bytes_that_are_no_calibration_are_refused(tmp_path, content, sentence):
         load(path, KIND)
 
 
-def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(InputError, match=r"it is a pipe, not a file; make it with `kvote calibrate"):
+        load(tmp_path / "x.json", KIND)
+
+
+def test_layers_are_not_counted_up_to_what_a_fingerprint_says(made):
+    """A billion of them would take minutes."""
+    layers = {"0": {"gate": [0.5, 0.5]}}
+    many = Calibration("duo", replace(made.model, layers=10**12), {"tokens": 9, "layers": layers})
+    assert scores_of(many, "duo") == {"gate": {0: (0.5, 0.5)}}
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "x.json"
     with path.open("wb") as file:
         file.truncate(calibration_file._LARGEST + 1)
-    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("it was read"))
-    with pytest.raises(InputError, match="is larger than any calibration"):
+    with pytest.raises(InputError, match="is larger than the 32 MiB that are read; make it with"):
         load(path, KIND)
 
 
@@ -183,7 +207,7 @@ def test_a_model_is_recognised_in_any_precision_and_no_other_model_is(seed, size
         weight.data *= size
     found = [Fingerprint.of(loaded(loaded(net, stored), dtype)) for stored in DTYPES for dtype in DTYPES]
     assert (found[0].model_type, found[0].layers, found[0].heads) == ("llama", 2, 4)
-    assert (found[0].kv_heads, found[0].head_dim, len(found[0].sample)) == (2, 16, 64)
+    assert (found[0].kv_heads, found[0].head_dim, len(found[0].sample)) == (2, 16, 56)
     assert all(one.difference(other) is None for one in found for other in found)
     others = [loaded(net, torch.float32), loaded(tiny.model(seed=seed + 1), torch.float32)]
     generator = torch.Generator().manual_seed(seed)
@@ -204,7 +228,7 @@ def test_a_layer_more_makes_another_model():
 def test_every_matrix_looked_at_counts():
     net = tiny.model(num_hidden_layers=1)
     before = Fingerprint.of(net)
-    for weight in [weight for weight in net.parameters() if weight.dim() > 1]:
+    for weight in [weight for weight in net.model.layers.parameters() if weight.dim() > 1]:
         kept = weight.data.clone()
         for changed in (kept + 1, kept * 1.05):
             weight.data = changed

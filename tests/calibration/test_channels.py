@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvote import InputError
 from kvote.calibration.channels import ChannelProducts, order_of
-from kvote.calibration.measure import blocks_of, measure_channels
+from kvote.calibration.measure import LEAST, blocks_of, measure_channels
 from kvote.read.tokens import Activity, Queries, Reading
 from kvote.store.raw import RawSegment
 
@@ -35,7 +35,7 @@ def rotated(net, block: Tensor) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("gqa", [1, 4])
 def test_the_order_is_that_of_the_mean_product_over_all_texts(gqa):
     net = tiny.model(hidden_size=32 * gqa, head_dim=16, num_attention_heads=2 * gqa, num_key_value_heads=2)
-    blocks = [tiny.ids(1, 40, seed=1), tiny.ids(2, 23, seed=2), tiny.ids(1, 9, seed=3)]
+    blocks = [tiny.ids(1, 40, seed=1), tiny.ids(2, 23, seed=2), tiny.ids(1, LEAST, seed=3)]
     sums = [torch.zeros(2, 16, dtype=torch.float64) for _ in range(2)]
     for block in blocks:
         for layer, (query, key) in enumerate(rotated(net, block)):
@@ -44,7 +44,7 @@ def test_the_order_is_that_of_the_mean_product_over_all_texts(gqa):
                 sums[layer][head // gqa] += product.sum(dim=(0, 1))
     made = measure_channels(net, blocks)
     order = order_of(made)
-    assert made.data["tokens"] == 40 + 46 + 9
+    assert made.data["tokens"] == 40 + 46 + LEAST
     for layer in range(2):
         assert torch.equal(torch.tensor(order[layer]), sums[layer].argsort(dim=1, descending=True))
     # The last text alone ranks otherwise: all of them count.
@@ -53,7 +53,7 @@ def test_the_order_is_that_of_the_mean_product_over_all_texts(gqa):
 
 def test_texts_count_whatever_their_order():
     net = tiny.model()
-    blocks = [tiny.ids(1, 40, seed=1), tiny.ids(1, 23, seed=2)]
+    blocks = [tiny.ids(1, 40, seed=1), tiny.ids(1, 24, seed=2)]
     assert measure_channels(net, blocks).data == measure_channels(net, blocks[::-1]).data
 
 
@@ -80,11 +80,12 @@ def test_a_text_is_cut_into_blocks_and_all_of_it_counts():
     assert [b.shape[1] for b in blocks_of(torch.arange(512), 512)] == [512]
 
 
-def test_nothing_to_measure_with_is_refused():
-    with pytest.raises(InputError, match="give a longer text"):
-        measure_channels(tiny.model(), blocks_of(torch.arange(0)))
+@pytest.mark.parametrize("count", [0, 1, LEAST - 1])
+def test_too_little_to_measure_with_is_refused(count):
+    with pytest.raises(InputError, match=rf"needs at least 64 tokens of text; there (is|are) {count}\."):
+        measure_channels(tiny.model(), blocks_of(torch.arange(count)))
 
 
 def test_layers_that_are_not_managed_are_left_out():
-    made = measure_channels(tiny.model("gemma3"), [tiny.ids(1, 30)])
+    made = measure_channels(tiny.model("gemma3"), [tiny.ids(1, LEAST)])
     assert list(made.data["layers"]) == ["1"]

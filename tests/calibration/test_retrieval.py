@@ -8,7 +8,7 @@ from torch import Tensor
 from kvote import InputError
 from kvote.calibration import retrieval
 from kvote.calibration.heads import RAZOR, scores_of
-from kvote.calibration.retrieval import measure_razor, scores
+from kvote.calibration.retrieval import SHORTEST, measure_razor, scores
 
 PERIOD, TIMES = 12, 4
 
@@ -89,17 +89,17 @@ def test_a_soft_cap_is_respected():
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt-oss"])
 def test_a_model_is_searched_as_its_own_attention_weights_say(family):
     net = tiny.model(family)
-    made = measure_razor(net, PERIOD)
-    assert made.data["tokens"] == 1 + 4 * PERIOD
+    made = measure_razor(net, SHORTEST)
+    assert made.data["tokens"] == 1 + 4 * SHORTEST
     found = scores_of(made, RAZOR)
     full = [1] if family in ("gemma3", "gpt-oss") else [0, 1]
     assert list(found["echo"]) == list(found["induction"]) == full
     eager = tiny.model(family, native="eager")
     with torch.no_grad():
-        ids = retrieval._repeated(eager, PERIOD, (), 0)
+        ids = retrieval._repeated(eager, SHORTEST, (), 0)
         weights = eager(ids, output_attentions=True).attentions
     for layer in full:
-        echo, induction = written_out(weights[layer][0], PERIOD)
+        echo, induction = written_out(weights[layer][0], SHORTEST)
         for mine, expected in ((found["echo"][layer], echo), (found["induction"][layer], induction)):
             torch.testing.assert_close(torch.tensor(mine), expected.reshape(2, -1).amax(1), atol=2e-5, rtol=1e-4)
 
@@ -122,9 +122,11 @@ def test_the_text_is_not_longer_than_the_model_was_made_for(monkeypatch):
     assert retrieval._period(net) == 2500
 
 
-@pytest.mark.parametrize("period", [0, 1, 255])
+@pytest.mark.parametrize("period", [0, 1, 31, 255])
 def test_a_period_that_cannot_be_is_refused(period):
-    with pytest.raises(InputError, match=rf"must be from 2 to 25\d long; got {period}"):
+    with pytest.raises(
+        InputError, match=rf"must be from 32 to 25\d long, .*from 129 to 1,0\d\d; got a period of {period}\."
+    ):
         measure_razor(tiny.model(), period)
 
 
@@ -132,4 +134,4 @@ def test_numbers_that_are_not_finite_are_refused():
     net = type(tiny.model())(tiny.model().config)
     net.model.layers[1].self_attn.k_proj.weight.data[:] = float("nan")
     with pytest.raises(InputError, match=r"Layer 1 gave numbers that are not finite"):
-        measure_razor(net.eval(), PERIOD)
+        measure_razor(net.eval(), SHORTEST)

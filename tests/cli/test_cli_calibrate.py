@@ -1,10 +1,12 @@
 import json
+import os
 
 import pytest
 
 from kvote.calibration import load
 from kvote.calibration.channels import order_of
 from kvote.calibration.heads import scores_of
+from kvote.cli import calibrate as calibrate_command
 from kvote.cli import main
 from kvote.method import parse
 
@@ -74,10 +76,27 @@ def test_gates_are_trained(capsys, tmp_path):
         (["--what", "channels", "--out", "x", "--text", "gone.txt"], "Cannot read gone.txt"),
         (["--what", "channels", "--out", "x", "--text", "empty.txt"], "empty.txt is empty; give a text to calibrate"),
         (["--what", "channels", "--out", ".", "--tokens", "64"], "Cannot write .: it is a folder."),
+        (["--what", "channels", "--out", ""], "Cannot write '': Is a directory"),
+        (["--what", "channels", "--out", "pipe"], "Cannot write pipe: it is a pipe, not a file."),
+        (["--what", "channels", "--out", "/dev/full"], "Cannot write /dev/full: it is a device, not a file."),
+        (["--what", "channels", "--out", "loop"], "Cannot write loop: Too many levels of symbolic links."),
+        (
+            ["--what", "channels", "--out", "x", "--text", "x.txt"],
+            "A calibration needs at least 64 tokens of text; there",
+        ),
+        (
+            ["--what", "channels", "--out", "x", "--tokens", "1"],
+            "A calibration needs at least 64 tokens of text; there is",
+        ),
+        (
+            ["--what", "duo", "--out", "x", "--text", "x.txt"],
+            "A calibration needs at least 64 tokens of text; there is 1",
+        ),
+        (["--what", "channels", "--out", "x", "--tokens", "9" * 30], "--tokens is at most 1,000,000,000."),
         (["--what", "channels", "--out", "x", "--tokens", "0"], "--tokens: must be a whole number of at least 1"),
         (["--what", "channels", "--out", "x", "--steps", "2"], "--steps is for --what duo; leave it out"),
         (["--what", "razor", "--out", "x", "--text", "t.txt"], "razor reads random tokens; leave out --text"),
-        (["--what", "razor", "--out", "x", "--tokens", "5"], "A period of random tokens must be from 2 to 3,4"),
+        (["--what", "razor", "--out", "x", "--tokens", "5"], "A period of random tokens must be from 32 to 3,4"),
         (["--what", "duo", "--out", "x", "--model", "./mine"], "A model of your own needs a text to calibrate with"),
         (["--what", "duo", "--out", "x", "--text", "t.txt", "--tokens", "9"], "9 tokens do not hold ten pass phrases"),
         (["--what", "duo", "--out", "x", "--steps", "1", "--tokens", "380"], "No text is longer than the 384 tokens"),
@@ -85,10 +104,29 @@ def test_gates_are_trained(capsys, tmp_path):
 )
 def test_what_cannot_be_calibrated_is_refused_in_one_sentence(capsys, monkeypatch, tmp_path, argv, sentence):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "t.txt").write_text("text")
+    (tmp_path / "t.txt").write_text("text " * 100)
+    (tmp_path / "x.txt").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty.txt").write_text("\n")
     assert main(["calibrate", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"kvote: {sentence}")
     assert err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "loop", "pipe", "t.txt", "x.txt"]
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(calibrate_command, "load", lambda name: pytest.fail("a model was loaded"))
+    assert main(["calibrate", "--what", "channels", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(": it is a folder.\n")
+
+
+def test_what_a_model_does_on_the_way_is_one_sentence(capsys, monkeypatch, tmp_path):
+    def fails(*given):
+        raise RuntimeError("shapes do not match\nat all")
+
+    monkeypatch.setitem(calibrate_command._MEASURES, "channels", fails)
+    assert main(["calibrate", "--what", "channels", "--out", str(tmp_path / "x.json")]) == 2
+    assert capsys.readouterr().err == "kvote: embedded cannot be calibrated: shapes do not match.\n"

@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 
 from kvote.cli import main, will_it_help
+from kvote.measure import fit
 from kvote.measure.forecast import DEFAULT, FEW, Curve, Machine
+from kvote.measure.load import Load
 from kvote.method import parse
 from kvote.models import embedded
 
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
 ASK = ["will-it-help", "--model", embedded()]
 
 
@@ -35,13 +38,14 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Curve]:
 def said(capsys, *argv: str) -> str:
     assert main([*ASK, *argv]) == 0
     out, err = capsys.readouterr()
-    assert err == "kvote: timing\n"
+    assert err.endswith("kvote: timing\n")
     return " ".join(out.split())
 
 
-def test_the_verdict_comes_first(capsys):
+def test_what_decides_comes_first(capsys):
     said_first = said(capsys, "--context", "131072")
-    assert said_first.startswith("At 131,072 tokens a token takes 22 ms with tokenselect(sketch='int8') instead of 5")
+    assert said_first.startswith("It fits: weights of ")
+    assert "GiB. At 131,072 tokens a token takes 22 ms with tokenselect(sketch='int8') instead of 5" in said_first
     assert "x faster; below about 4," in said_first
     assert "transformers' default" in said_first
     assert "kvote dense" in said_first
@@ -82,8 +86,54 @@ def test_the_json_object_is_the_prediction(capsys):
 
 
 def test_a_model_that_does_not_fit_is_called_so(capsys, monkeypatch):
-    monkeypatch.setattr(will_it_help, "memory", lambda: (2**20, 2**20))
-    assert "this machine has 0: it will not run" in said(capsys, "--context", "131072")
+    monkeypatch.setattr(fit, "memory", lambda: (2**20, 2**20))
+    words = said(capsys, "--context", "131072")
+    assert words.startswith("It does not fit: weights of ")
+    assert "this machine has 1.0 MiB." in words
+    assert main([*ASK, "--context", "131072", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["fits"] is False
+
+
+def test_a_busy_machine_is_called_so_before_its_figures(capsys, monkeypatch):
+    idle = will_it_help.measure
+    load = Load(wall=10.0, waited=6.0, average=7.5, threads=2, cores=2)
+    monkeypatch.setattr(will_it_help, "measure", lambda *given: replace(idle(*given), load=load))
+    words = said(capsys, "--context", "131072")
+    assert "This machine is busy (60% of the time waiting for a processor, load average 7.5 before, 2 cores)" in words
+    assert words.index("is busy") < words.index("Measured like that: at 131,072 tokens a token takes")
+    assert main([*ASK, "--context", "131072", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["machine"]["load"]
+    assert (told["busy"], told["waited"], told["average"]) == (True, 6.0, 7.5)
+
+
+@pytest.mark.parametrize("method", ["tokenselect(sketch='int8')", "streamingllm(sinks=4, window=100000)"])
+def test_all_fits_into_80_columns(capsys, method):
+    assert main([*ASK, "--context", "16000000", "--method", method]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_a_context_beyond_the_models_is_called_so_before_anything_is_measured(capsys):
+    assert main([*ASK, "--context", "131072"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("kvote: The model was made for 1,024 tokens; beyond, some methods answer")
+    assert "- The model was made for 1,024 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "sentence"),
+    [
+        (LLAMA, 10**15, "Predictions reach 16,777,216 tokens; got 1,000,000,000,000,000."),
+        ({"model_type": "gpt2"}, 1025, "GPT2LMHeadModel has 1,024 positions and reads no longer text; got 1,025."),
+        ({**LLAMA, "num_hidden_layers": 10**12}, 9, "The config's num_hidden_layers of some 2 to the 39 is more than"),
+    ],
+    ids=range(3),
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(capsys, tmp_path, config, context, sentence):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    argv = ["will-it-help", "--model", str(path), "--context", str(context), "--method", "dense"]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"kvote: {sentence}")
 
 
 @pytest.mark.parametrize(

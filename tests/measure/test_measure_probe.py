@@ -8,7 +8,7 @@ import torch
 from kvote import InputError
 from kvote.kernels import cpu
 from kvote.measure import Geometry, probe, sweep
-from kvote.measure.forecast import DEFAULT, FEW, predict
+from kvote.measure.forecast import DEFAULT, FEW, predict, reading_bytes
 from kvote.measure.shape import Matrix, Shape
 from kvote.method import parse
 
@@ -74,7 +74,7 @@ def test_a_text_is_at_least_so_long_that_a_selection_leaves_something_out():
 
 
 def test_every_step_selects_anew():
-    bench = probe._Bench(MODEL.geometry, 1, sweep.Sweep())
+    bench = probe._Bench(MODEL.geometry, 1, sweep.Sweep(), 500)
     bench.lengthen(500)
     probed = bench.probe(parse(METHODS[0]), 500)
     assert len(probed.steps(bench.sweep)) == 1
@@ -104,3 +104,53 @@ def test_what_does_not_fit_into_memory_is_refused(monkeypatch):
         InputError, match=r"Measuring 8 sequences takes more memory than is free; give a smaller --batch\."
     ):
         probe.measure(replace(MODEL), 1600, [], 8)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [
+        (9, 3, 64),
+        (14, 2, 64),
+        (12, 2, 128),
+        (28, 4, 128),
+        (40, 8, 128),
+        (24, 8, 128),
+        (71, 1, 64),
+        (25, 5, 40),
+        (3, 1, 2),
+    ],
+)
+def test_any_heads_are_measured(heads, kv_heads, dim):
+    model = replace(MODEL, geometry=Geometry(heads, kv_heads, dim))
+    machine = probe.measure(model, 300, METHODS)
+    assert machine.caches.keys() == {DEFAULT, *(parse(method).spec for method in (*METHODS, "dense"))}
+    # The C++ kernels read heads of a multiple of 16 channels, and for at most 16 query heads each.
+    assert machine.compiled == (cpu.why_not() is None and dim % 16 == 0 and heads <= 16 * kv_heads)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("method", ["h2o(budget=128)", "snapkv(budget=128)", "kivi", "mikv"])
+def test_a_prompt_ends_before_its_tokens_are_measured(method, batch):
+    """Else nothing would have been dropped or encoded, or there would be nothing to drop by."""
+    machine = probe.measure(MODEL, 1600, [method], batch)
+    spec = parse(method).spec
+    assert machine.held[spec].at(1600) < 0.5 * machine.held["dense"].at(1600)
+    made = predict(MODEL, 1600, method, machine)
+    assert made.method.held_bytes == int(MODEL.full * machine.held[spec].at(1600))
+    assert reading_bytes(MODEL, 1600, parse(method), machine) == made.dense.held_bytes
+
+
+def test_what_takes_too_long_is_measured_once(monkeypatch):
+    monkeypatch.setattr(probe, "_ROUNDS", 50)
+    monkeypatch.setattr(probe, "_ENOUGH", 0.0)
+    bench = probe._Bench(MODEL.geometry, 1, sweep.Sweep(), 500)
+    probed = bench.probe(None, 100)
+    bench.seconds({DEFAULT: probed})
+    # One step for the token of the prompt, and one more.
+    assert probed.cache.get_seq_length() == 102
+
+
+def test_what_else_ran_is_noted():
+    load = probe.measure(MODEL, 200, []).load
+    assert load is not None
+    assert 0 <= load.waited <= load.wall
