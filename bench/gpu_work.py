@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvote.kernels import packing, reference
 from kvote.kernels import triton as fast
-from kvote.kernels.cpu import Lanes
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import PACKED, Packing
 
 PAGE = 64

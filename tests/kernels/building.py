@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from kvote.kernels.cpu import Lanes
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import Packing
 from kvote.kernels.triton import common
 

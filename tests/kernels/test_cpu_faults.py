@@ -12,6 +12,7 @@ from paged import compiled
 from torch import Tensor
 
 from kvote.kernels import cpu
+from kvote.kernels.lanes import Lanes
 
 pytestmark = compiled
 Call = dict[str, Any]
@@ -63,11 +64,11 @@ def pages_swapped(call: Call) -> None:
     """Two entries of the first lane's page table have changed places."""
     lanes = page_table(call)
     lanes[0][:2] = lanes[0][1::-1]
-    call["lanes"] = cpu.Lanes(lanes)
+    call["lanes"] = Lanes(lanes)
 
 
 def lanes_swapped(call: Call) -> None:
-    call["lanes"] = cpu.Lanes(page_table(call)[::-1])
+    call["lanes"] = Lanes(page_table(call)[::-1])
 
 
 def stale_sketch_of_a_token(call: Call) -> None:

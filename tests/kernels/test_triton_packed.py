@@ -20,7 +20,7 @@ from packs import PackCase
 from paged import Case
 
 from kvote.kernels import packing
-from kvote.kernels.cpu import Lanes
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import PACKED, Packing
 
 pytestmark = runs

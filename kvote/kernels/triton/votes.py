@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
+from kvote.kernels import checks
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.triton.common import (
     PAGE,
     at_home,
-    check,
     fetched,
     integers,
     padded,
@@ -269,10 +269,10 @@ class _Ballot:
         skip: Tensor | None,
     ) -> None:
         batch, heads, selections, dim = query.shape
-        device, stop = query.device, max(limits)
-        check(keys.is_contiguous() and keys.shape[1:] == (PAGE, dim), "keys must be contiguous pages of the head size")
-        check(0 <= start < stop and len(limits) == selections, "there must be candidates, and a limit per query")
-        check(lanes.count % batch == 0 and heads % (lanes.count // batch) == 0, "heads must share the lanes evenly")
+        device, stop = query.device, checks.limits_of(limits, selections, start)
+        checks.pool_of_keys(keys, dim)
+        checks.check(lanes.count % batch == 0, "there must be as many lanes of each sequence")
+        checks.groups_of(batch * heads, lanes, heads)
         self.query, self.keys, self.lanes, self.start = query.float().contiguous(), keys, lanes, start
         self.shape, self.count, self.skip = (batch, selections, heads), stop - start, skip
         self.kv_heads = lanes.count // batch
@@ -375,8 +375,10 @@ class _Ballot:
 
 @at_home
 def scores(query: Tensor, keys: Tensor, lanes: Lanes, start: int, stop: int) -> Tensor:
-    """As ``cpu.scores``: q.k [b, r, heads, n] in float32 of ``query`` [b, heads, r, d] with tokens ``start`` to
-    ``stop``."""
+    """q.k [b, r, heads, n] in float32 of ``query`` [b, heads, r, d] with tokens ``start`` to ``stop``."""
+    checks.scoring(query, keys, keys.shape[2], lanes, start, stop)
+    if stop == start:
+        return query.new_empty(*query.shape[:3], 0, dtype=torch.float32).transpose(1, 2)
     return _Ballot(query, keys, lanes, None, 0, start, [stop] * query.shape[2], None).logits
 
 
@@ -386,7 +388,7 @@ def votes(
 ) -> Tensor:
     """Soft votes [r, n] of one sequence for tokens ``start`` to ``max(limits)``, or [b, r, n] of a batch.
 
-    As ``cpu.votes``, with ``query`` [heads, r, d] float32, or [b, heads, r, d] with the lanes of all sequences. A
+    As in the contract, with ``query`` [heads, r, d] float32, or [b, heads, r, d] with the lanes of all sequences. A
     sketch is met with the query as it is, not with 8 bits of it.
     """
     alone = query.dim() == 3
@@ -409,12 +411,11 @@ def select(
 ) -> Tensor:
     """The ``k`` tokens [r, k] (or [b, r, k]) with the most ``votes``, ascending; arguments as there.
 
-    As ``cpu.select``, but which of equally many votes win is torch's choice (``top_k``). ``skip``: see the head of
+    As in the contract; which of equally many votes win is torch's choice (``top_k``). ``skip``: see the head of
     this file.
     """
     alone = query.dim() == 3
-    fewest = min(limits) - start
-    check(0 < k <= fewest, f"cannot take {k} of {fewest} candidates")
+    fewest = checks.winners_of(k, start, limits)
     ballot = _Ballot(query[None] if alone else query, keys, lanes, sketch, bits, start, limits, skip)
     counted = ballot.votes(forbid=True)
     if nominate and sketch is not None:
@@ -433,6 +434,5 @@ def top_k(votes: Tensor, k: int) -> Tensor:
     torch's own selection by digits on the device, which waits for nobody. Which of equal votes at the edge win is
     left to it; on NVIDIA GPUs torch 2.13 takes the lower indices, but does not promise to.
     """
-    n = votes.shape[-1]
-    check(0 < k <= n, f"cannot take {k} of {n} votes")
+    checks.winners_of(k, 0, [votes.shape[-1]])
     return votes.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
