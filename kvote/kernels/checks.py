@@ -22,26 +22,29 @@ def check(holds: bool, what: str) -> None:
 def groups_of(query_heads: int, lanes: Lanes, most: int) -> int:
     """Query heads per lane, ``most`` of them at most, of ``query_heads`` of all sequences."""
     groups = query_heads // lanes.count
-    check(groups * lanes.count == query_heads, "every key head must have as many query heads")
-    if groups > most:
+    if groups > most or groups * lanes.count != query_heads:
+        check(groups * lanes.count == query_heads, "every key head must have as many query heads")
         check(False, f"more than {most} query heads share a key head")
     return groups
 
 
 def tokens_of(tokens: Tensor | range, sequences: int) -> tuple[int, int]:
     """Where a range begins, or 0 for lists [sequences, m]; and how many tokens each sequence reads."""
-    if isinstance(tokens, Tensor):
-        check(tokens.dtype == torch.int64 and tokens.is_contiguous(), "tokens must be contiguous int64")
-        check(tokens.shape[0] == sequences, "there must be one list per sequence")
-        return 0, tokens.shape[1]
-    check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
-    return tokens.start, len(tokens)
+    if isinstance(tokens, range):
+        check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
+        return tokens.start, len(tokens)
+    check(tokens.dtype == torch.int64 and tokens.is_contiguous(), "tokens must be contiguous int64")
+    check(tokens.shape[0] == sequences, "there must be one list per sequence")
+    return 0, tokens.shape[1]
 
 
 def pair_of_pools(keys: Tensor, values: Tensor, dim: int) -> None:
     """Keys and values are pools of pages, both with the head size ``dim``."""
-    check(keys.shape == values.shape and keys.shape[-1] == dim, "keys and values must be pools of the same head size")
-    check(keys.is_contiguous() and values.is_contiguous() and keys.shape[1] == PAGE, "pools must be contiguous pages")
+    shape = keys.shape
+    if values.shape != shape or shape[2] != dim:
+        check(False, "keys and values must be pools of the same head size")
+    if shape[1] != PAGE or not keys.is_contiguous() or not values.is_contiguous():
+        check(False, "pools must be contiguous pages")
 
 
 def pool_of_keys(keys: Tensor, dim: int) -> None:
@@ -54,8 +57,9 @@ def pool_of_keys(keys: Tensor, dim: int) -> None:
 def angles_fit(angles: Angles, places: int, dim: int) -> None:
     """There are angles for as many ``places``, of no more pairs than ``dim`` channels have."""
     cos, sin = angles
-    check(cos.shape == sin.shape and cos.shape[-2] >= places, "angles must fit the tokens")
-    check(2 * cos.shape[-1] <= dim, "angles must fit the channels")
+    rows, pairs = cos.shape[-2:]
+    if rows < places or 2 * pairs > dim or sin.shape != cos.shape:
+        check(False, "angles must fit the tokens and their channels")
 
 
 def turning(x: Tensor, angles: Angles) -> None:

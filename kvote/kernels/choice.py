@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, cast
@@ -13,7 +14,7 @@ from kvote.kernels import gpu
 from kvote.kernels.contract import Backend
 from kvote.kernels.cpu import library
 
-# Where each is, fastest first, and those that are faster than the law with what can be asked before they are loaded.
+# Where each is; and of those that are faster than the law, what can be asked before they are loaded.
 _MODULES = {"cpu": "kvote.kernels.cpu", "triton": "kvote.kernels.triton", "reference": "kvote.kernels.law"}
 _FAST = {"cpu": library.why_not, "triton": gpu.why_not}
 
@@ -54,13 +55,20 @@ def chosen(*tensors: Tensor) -> Backend:
 
     Raises InputError as ``backend``.
     """
-    names = list(_FAST) if forced() is None else [backend()]
-    for name in names:
+    if forced() is None:
+        if _reads(library.why_not, tensors):
+            return named("cpu")
         # The interpreter of GPU kernels is there for tests, which ask for it.
-        asked = len(names) == 1 or name != "triton" or not gpu.interpreted()
-        if name in _FAST and asked and all(_FAST[name](tensor) is None for tensor in tensors):
-            return named(name)
-    return named("reference")
+        return named("reference" if gpu.interpreted() or not _reads(gpu.why_not, tensors) else "triton")
+    name = backend()
+    return named(name if name in _FAST and _reads(_FAST[name], tensors) else "reference")
+
+
+def _reads(why_not: Callable[[Tensor], str | None], tensors: tuple[Tensor, ...]) -> bool:
+    for tensor in tensors:  # noqa: SIM110, a call less in every step
+        if why_not(tensor) is not None:
+            return False
+    return True
 
 
 def why_not_compiled(tensor: Tensor) -> str | None:
