@@ -1,7 +1,6 @@
 """What every bench script shares: the embedded model, the machine's name, tables, results on disk."""
 
 import json
-import platform
 import sys
 import time
 from itertools import pairwise
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-import kvote
+from kvote.env import environment
 from kvote.files import write_whole
 from kvote.kernels import backend
 from kvote.models import embedded
@@ -32,23 +31,8 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 def machine() -> dict[str, Any]:
     """Where the figures were measured."""
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "backend": backend(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvote": kvote.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = environment()
+    return {"cpu": found.cpu, "threads": found.threads, "backend": backend(), **found.versions}
 
 
 def command() -> str:

@@ -14,8 +14,8 @@ hit repeats the last selecting query, a miss is a new one.
 
 import argparse
 import json
-import time
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -26,6 +26,7 @@ import torch
 from common import RESULTS, save, table
 
 from kvote.layer import Layer
+from kvote.measure.clock import once
 from kvote.measure.geometry import Geometry
 from kvote.measure.kernels import Table, measure
 from kvote.measure.sweep import Sweep
@@ -93,15 +94,9 @@ def replayed(geometry: Geometry, tokens: int, decisions: str, sketch: str, sweep
         turned = layer.segment.rope.apply(raw, (cos[:, None], sin[:, None]))
         again = type(step)(**{**vars(step), "query": turned})
         reused = layer.activity.reused
-        sweep()
-        begin = time.perf_counter()
-        layer.attend(again)
-        (hits if layer.activity.reused > reused else misses).append(time.perf_counter() - begin)
-        sdpa = geometry.packed(step.query, key, value)
-        sweep()
-        begin = time.perf_counter()
-        sdpa()
-        base.append(time.perf_counter() - begin)
+        seconds = once(partial(layer.attend, again), sweep)
+        (hits if layer.activity.reused > reused else misses).append(seconds)
+        base.append(once(geometry.packed(step.query, key, value), sweep))
     spent = mean(hits + misses)
     return {
         "sketch": sketch,

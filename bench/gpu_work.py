@@ -13,8 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvote.kernels import packing, reference
 from kvote.kernels import triton as fast
-from kvote.kernels.cpu import Lanes
+from kvote.kernels.contract import PackedPool
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import PACKED, Packing
+from kvote.measure.check import law_of
 
 PAGE = 64
 BASE = 1e6
@@ -85,7 +87,7 @@ class Work:
 
     # Packed tokens.
 
-    def packed(self, bits: int) -> tuple[fast.packed.Packed, fast.packed.Packed]:
+    def packed(self, bits: int) -> tuple[PackedPool, PackedPool]:
         """Keys and values in ``bits``, written by the law. A multiple of 128 tokens."""
         pages, lanes = self.tokens // PACKED, self.batch * self.sizes.kv_heads
         table = Lanes([[(i * pages, pages)] for i in range(lanes)])
@@ -102,19 +104,19 @@ class Work:
         """All tokens, lane after lane, some at a time."""
         return torch.arange(len(self.keys) * PAGE, device=self.device).split(_AT_ONCE)
 
-    def decoded(self, packed: fast.packed.Packed) -> Tensor:
+    def decoded(self, packed: PackedPool) -> Tensor:
         """Packed tokens as the law decodes them: [batch, kv_heads, tokens, dim]."""
         pages, form, _ = packed
         return self.plain(torch.cat([packing.unpack(pages, form, slots) for slots in self._slots()]))
 
-    def read_packed(self, query: Tensor, packed: tuple[fast.packed.Packed, fast.packed.Packed]) -> Tensor:
+    def read_packed(self, query: Tensor, packed: tuple[PackedPool, PackedPool]) -> Tensor:
         out, _ = fast.packed.attend(query[:, :, 0], *packed, range(self.tokens), scale=self.sizes.scale, softcap=None)
         return out
 
     def turned(self, query: Tensor, first: int) -> Tensor:
         """Queries [batch, heads, rows, dim] at positions from ``first`` on."""
         places = slice(first, first + query.shape[2])
-        return fast.turn(query, (self.cos[None, places], self.sin[None, places]), False)
+        return fast.rotate(query, (self.cos[None, places], self.sin[None, places]), False)
 
     def select(self, query: Tensor, edge: int, bits: int = 0) -> Tensor:
         """Winners [batch, 1, top_k] among the tokens up to ``edge``."""
@@ -250,7 +252,7 @@ def _check_votes(work: Work) -> Iterator[tuple[str, float]]:
 def _check_decoding(work: Work) -> Iterator[tuple[str, float]]:
     sizes, key, value = work.sizes, work.plain(work.keys), work.plain(work.values)
     edge, query = work.tokens - sizes.window, work.query(1)
-    yield "dense decode", _off(work.dense(query), _law(query, key, value, sizes.scale)[:, :, 0])
+    yield "dense decode", _off(work.dense(query), law_of(query, key, value, sizes.scale)[:, :, 0])
     channels = slice(0, max(1, sizes.dim // 16))
     labels = work.keys[..., channels].transpose(1, 2).contiguous()
     scored = fast.label_scores(query[..., channels], labels, work.lanes, sizes.sinks, edge)
@@ -262,14 +264,14 @@ def _check_packed(work: Work) -> Iterator[tuple[str, float]]:
     for bits in PACKED_BITS:
         query, packed = work.query(1), work.packed(bits)
         decoded = [work.decoded(each) for each in packed]
-        law = _law(query, *decoded, work.sizes.scale)[:, :, 0]
+        law = law_of(query, *decoded, work.sizes.scale)[:, :, 0]
         yield f"packed decode, {bits} bits", _off(work.read_packed(query, packed), law)
         law = reference.scores(query, decoded[0]).transpose(1, 2)
         yield f"packed scores, {bits} bits", _off(fast.packed.scores(query, packed[0], range(work.tokens)), law)
         yield f"wrong bytes, packed and unpacked, {bits} bits", _written(work, packed)
 
 
-def _written(work: Work, packed: tuple[fast.packed.Packed, fast.packed.Packed]) -> float:
+def _written(work: Work, packed: tuple[PackedPool, PackedPool]) -> float:
     """How many bytes of pages are not the law's, or numbers decoded from them; the last tokens are packed apart."""
     wrong = 0
     for (law, form, lanes), raw in zip(packed, (work.keys, work.values), strict=True):
@@ -291,7 +293,7 @@ def _check_lists(work: Work) -> Iterator[tuple[str, float]]:
         index = work.listed(work.select(query, edge, bits), edge)
         placed, values = _listed(work, index)
         turned = work.turned(query, index.shape[-1] - 1)
-        law = _law(turned, placed, values, sizes.scale)[:, :, 0]
+        law = law_of(turned, placed, values, sizes.scale)[:, :, 0]
         yield f"list decode, {bits or 16} bits", _off(work.read_list(query, index), law)
     query = work.query(sizes.chunk)
     index = work.chunk_list(query, sizes.chunk)
@@ -305,7 +307,7 @@ def _check_lists(work: Work) -> Iterator[tuple[str, float]]:
 def _check_torch(work: Work) -> Iterator[tuple[str, float]]:
     key, value, query = work.plain(work.keys), work.plain(work.values), work.query(1)
     for name, call in work.baselines(query).items():
-        yield f"torch, {name}", _off(call(), _law(query, key, value, work.sizes.scale))
+        yield f"torch, {name}", _off(call(), law_of(query, key, value, work.sizes.scale))
 
 
 def _listed(work: Work, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,18 +316,6 @@ def _listed(work: Work, index: Tensor) -> tuple[Tensor, Tensor]:
     places = index[:, :, :, None].expand(-1, work.sizes.kv_heads, -1, work.sizes.dim)
     key = reference.rotate(work.plain(work.keys).gather(2, places), work.cos[:m], work.sin[:m])
     return key.float(), work.plain(work.values).gather(2, places).float()
-
-
-def _law(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The law one key head at a time, to save memory."""
-    groups = query.shape[1] // key.shape[1]
-    parts = [
-        reference.attend(
-            query[:, h * groups : (h + 1) * groups].float(), key[:, h : h + 1], value[:, h : h + 1], scale=scale
-        )[0]
-        for h in range(key.shape[1])
-    ]
-    return torch.cat(parts, dim=1)
 
 
 def _off(mine: Tensor, law: Tensor) -> float:

@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,7 @@ from subjects import MadeUp, Subject, built, known
 from kvote.heads import HeadGroups
 from kvote.layer import Layer
 from kvote.measure import check
+from kvote.measure.clock import once
 from kvote.measure.geometry import Geometry
 from kvote.measure.sweep import Sweep
 from kvote.method import Method, parse
@@ -60,11 +62,7 @@ def stepping(layers: list[Layer | HeadGroups], weights: tuple[float, ...], geome
     def seconds(before: Callable[[], object]) -> float:
         total = 0.0
         for layer, weight in zip(layers, weights, strict=True):
-            step = geometry.step(layer.seen)
-            before()
-            begin = time.perf_counter()
-            layer.attend(step)
-            total += weight * (time.perf_counter() - begin)
+            total += weight * once(partial(layer.attend, geometry.step(layer.seen)), before)
         return total
 
     return seconds
@@ -72,15 +70,7 @@ def stepping(layers: list[Layer | HeadGroups], weights: tuple[float, ...], geome
 
 def calling(make: Callable[..., Callable[[], torch.Tensor]], held: Held) -> Callable[..., float]:
     """The same for torch's own attention."""
-    run = make(held.geometry.query(), held.key, held.value)
-
-    def seconds(before: Callable[[], object]) -> float:
-        before()
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-
-    return seconds
+    return partial(once, make(held.geometry.query(), held.key, held.value))
 
 
 def dropped(layers: list[Layer | HeadGroups]) -> int:

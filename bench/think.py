@@ -5,12 +5,13 @@ values is 80% of the bytes.
 """
 
 import argparse
-import time
+from functools import partial
 from statistics import median
 
 import torch
 
 from kvote.layer import Layer, Step
+from kvote.measure.clock import once
 from kvote.method import parse
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
@@ -52,10 +53,7 @@ def main() -> None:
             for _ in range(args.rounds):
                 for name, layer in layers.items():
                     made = step(1, layer.seen, None)
-                    evicted.add_(1)
-                    begin = time.perf_counter()
-                    layer.attend(made)
-                    times[name].append(1000 * (time.perf_counter() - begin))
+                    times[name].append(1000 * once(partial(layer.attend, made), partial(evicted.add_, 1)))
             dense, think = (median(times[name]) for name in layers)
             share = layers["think"].nbytes / layers["dense"].nbytes
             print(f"| {tokens:,} | {dense:.2f} | {think:.2f} | {dense / think:.2f} | {share:.2f} |")

@@ -2,30 +2,19 @@
 
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from kvote import __version__, kernels
-from kvote.kernels import cpu, fused, gpu
+from kvote import __version__
+from kvote.kernels.available import State, states
 
 _SIMD = frozenset(
     "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 "
     "amx_bf16 asimd asimddp asimdhp sve sve2 i8mm bf16".split()
 )
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of the kernels. ``missing`` is the reason why it cannot run here, None if it can."""
-
-    name: str
-    computes: str
-    in_use: bool
-    missing: str | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,7 @@ class Environment:
     threads: int
     memory_total: int
     memory_available: int
-    backends: list[Backend]
+    backends: list[State]
 
 
 def environment() -> Environment:
@@ -59,7 +48,7 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         memory_total=total,
         memory_available=available,
-        backends=_backends(),
+        backends=states(),
     )
 
 
@@ -89,41 +78,3 @@ def _fields(path: str) -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in reversed(lines))
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _reference() -> str | None:
-    return None
-
-
-def _fused() -> str | None:
-    query, key = torch.zeros(1, 2, 3, 32), torch.zeros(1, 1, 5, 32)
-    try:
-        fused.attend(query, key, key, scale=1.0, causal=True, window=None)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        return f"this torch has no fused CPU attention that kvote can call ({str(error).splitlines()[0]})"
-    return None
-
-
-# What each implementation computes, and a probe that gives the reason why it cannot run here.
-_BACKENDS: dict[str, tuple[str, Callable[[], str | None]]] = {
-    "reference": ("everything, in plain torch", _reference),
-    "fused": ("attention, torch's fused CPU kernel", _fused),
-    "cpu": ("votes, top-k, gathering and sketches, C++", cpu.why_not),
-    "triton": ("everything, on a GPU", gpu.why_not),
-}
-# What goes on answering for the rest where one is forced.
-_BESIDE = {"fused": ("cpu", "triton")}
-
-
-def _backends() -> list[Backend]:
-    found, forced = [], os.environ.get("KVOTE_BACKEND") and kernels.backend()
-    for name, (computes, probe) in _BACKENDS.items():
-        missing = probe()
-        if name == "cpu" and missing is None:
-            computes = f"{computes} with {cpu.instruction_set()}"
-        # The reference does whatever the others cannot; the interpreter of GPU kernels only what it is asked for.
-        in_use = name == "reference" or (missing is None and forced in (None, name, *_BESIDE.get(name, ())))
-        if name == "triton" and missing is None and gpu.interpreted():
-            computes, in_use = f"{computes}; here interpreted on the CPU", forced == name
-        found.append(Backend(name, computes, in_use, missing))
-    return found

@@ -13,7 +13,7 @@ import kvote
 from kvote import kernels
 from kvote.errors import InputError
 from kvote.hf.facts import find_rope
-from kvote.kernels import cpu, reference
+from kvote.kernels import cpu, law, masks, reference
 
 SELECTING = "tokenselect(top_k=6, sinks=2, window=4, chunk=8, tail=4, theta=2.0)"
 compiled = pytest.mark.skipif(cpu.why_not() is not None, reason="not compiled")
@@ -120,7 +120,7 @@ def test_rejected_drafts_do_not_change_what_came_before_them():
 
 
 def test_the_reference_never_holds_all_logits_at_once(monkeypatch):
-    monkeypatch.setattr(kernels, "_LOGITS_HELD", 1000)
+    monkeypatch.setattr(law.attention, "LOGITS_HELD", 1000)
     sizes = []
     attend = reference.attend
 
@@ -133,7 +133,7 @@ def test_the_reference_never_holds_all_logits_at_once(monkeypatch):
     out, lse = kernels.attend(query, key, key, scale=0.25, softcap=5.0)
     assert len(sizes) > 10
     assert max(sizes) <= 1000
-    mask = kernels.end_aligned(50, 60, None, query.device)
+    mask = masks.end_aligned(50, 60, None, query.device)
     expected = attend(query, key, key, scale=0.25, softcap=5.0, mask=mask)
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(lse, expected[1])

@@ -10,7 +10,7 @@ import torch
 
 from kvote.cli.show import plain_console, plain_table
 from kvote.env import environment
-from kvote.kernels import cpu
+from kvote.kernels import instruction_set
 from kvote.measure.geometry import Geometry
 from kvote.measure.kernels import Row, Table, default_tokens, measure, refuse
 from kvote.measure.sweep import Sweep
@@ -52,7 +52,7 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": found.cpu,
         "threads": found.threads,
-        "instruction_set": cpu.instruction_set(),
+        "instruction_set": instruction_set(),
         "versions": found.versions,
     }
 

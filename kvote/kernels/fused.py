@@ -24,9 +24,17 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) ->
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    softcap: None = None,
+    causal: bool = True,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``kernels.attend``. Query heads of one key head are packed as rows, so keys are never repeated."""
+    """As ``kernels.attend``, without a ``softcap``. Query heads of a key head are packed as rows, so keys are never
+    repeated."""
     b, heads, t, d = query.shape
     if causal and window is not None:
         # Before the first row's window, no row sees anything.

@@ -89,6 +89,12 @@ def soft_votes(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=-1).sum(dim=-2)
 
 
+def votes_within(logits: Tensor, start: int, limits: list[int]) -> Tensor:
+    """Soft votes [b, r, n] from ``logits`` [b, r, heads, n] of tokens from ``start`` on; query j votes on those before
+    ``limits[j]``."""
+    return soft_votes(forbid(logits, start, limits))
+
+
 def sketched(x: Tensor, bits: int) -> Tensor:
     """What an 8- or 4-bit sketch keeps of ``x`` [..., d]: codes with one half-precision scale per row, in float32.
 

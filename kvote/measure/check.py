@@ -49,8 +49,9 @@ class Watched:
             yield span
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The law's answer [heads, dim] to ``query`` [1, heads, 1, dim], one key head at a time to save memory."""
+def law_of(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The law's answer [b, heads, t, dim] in float32 to ``query`` [b, heads, t, dim], one key head at a time to save
+    memory."""
     groups = query.shape[1] // key.shape[1]
     parts = [
         reference.attend(
@@ -58,7 +59,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
         )[0]
         for h in range(key.shape[1])
     ]
-    return torch.cat(parts, dim=1)[0, :, 0]
+    return torch.cat(parts, dim=1)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The law's answer [heads, dim] to one query [1, heads, 1, dim]."""
+    return law_of(query, key, value, scale)[0, :, 0]
 
 
 def votes(query: Tensor, key: Tensor, bits: int) -> Tensor:

@@ -32,14 +32,19 @@ class Timing:
         return cls(median(rounds), min(rounds), max(rounds))
 
 
+def once(run: Callable[[], Any], before: Callable[[], Any] = nothing) -> float:
+    """Seconds of one call, behind ``before``."""
+    before()
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
 def timed(call: Call, *, seconds: float = 0.3, most: int = 200, before: Callable[[], Any] = nothing) -> float:
     """Seconds of one call, the median of as many as fit into ``seconds``; ``before`` runs before each."""
     times: list[float] = []
     while not times or (sum(times) < seconds and len(times) < most):
-        before()
-        begin = time.perf_counter()
-        call.run()
-        times.append(time.perf_counter() - begin)
+        times.append(once(call.run, before))
         call.undo()
     return median(times)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvote.errors import InputError, UnsupportedModelError
-from kvote.kernels import cpu
 from kvote.measure.load import Load
 from kvote.measure.shape import Shape, shape
+from kvote.measure.workload import sketch_bytes
 from kvote.method import Method, parse
 from kvote.store.raw import Raw
 
@@ -195,8 +195,7 @@ def _held(model: Shape, machine: Machine, context: int, method: Method | None) -
         if budget is not None and budget.unit != "bytes":
             tokens = min(context, budget.tokens(context))
         bits = method.read.sketch_bits if machine.compiled else 0
-        sketch = cpu.sketch_bytes(geometry.dim, bits) / cpu.SKETCH_TOKENS if bits else 0.0
-        extra = geometry.kv_heads * (4 + sketch)
+        extra = 4.0 * geometry.kv_heads + (sketch_bytes(geometry, 1, bits) if bits else 0)
     held = int(model.full * machine.batch * tokens * (geometry.token_bytes + extra))
     return min(held, int(budget.amount)) if budget is not None and budget.unit == "bytes" else held
 

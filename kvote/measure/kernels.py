@@ -9,11 +9,10 @@ import torch
 from kvote import kernels
 from kvote.env import memory
 from kvote.errors import InputError
-from kvote.kernels import cpu
 from kvote.measure.clock import timed
 from kvote.measure.geometry import Geometry
 from kvote.measure.sweep import Sweep
-from kvote.measure.workload import BASELINE, SKETCHES, TOP_K, Kernel, Workload, sketch_bytes
+from kvote.measure.workload import BASELINE, SKETCHES, TOP_K, Kernel, Workload, reads, sketch_bytes
 
 TOKENS = 131_072
 # With fewer, a selection would not leave out what it is there to leave out.
@@ -81,13 +80,14 @@ def refuse(geometry: Geometry, tokens: int) -> None:
     """Raises InputError for what cannot be measured here."""
     if geometry.heads % geometry.kv_heads:
         raise InputError(f"{geometry.heads} query heads cannot share {geometry.kv_heads} key heads evenly.")
-    if geometry.heads > geometry.kv_heads * cpu.MAX_GROUPS:
-        raise InputError(f"kvote's kernels read for at most {cpu.MAX_GROUPS} query heads per key head.")
-    missing = cpu.why_not(torch.empty(0, geometry.dim, dtype=geometry.dtype))
+    missing, most = (
+        kernels.why_not_compiled(torch.empty(0, geometry.dim, dtype=geometry.dtype)),
+        reads(geometry).MAX_GROUPS,
+    )
     if missing is not None:
         raise InputError(f"There are no compiled kernels to measure here: {missing}.")
-    if kernels.backend() != "cpu":
-        raise InputError("KVOTE_BACKEND switches the compiled kernels off; unset it to measure them.")
+    if geometry.heads > geometry.kv_heads * most:
+        raise InputError(f"kvote's kernels read for at most {most} query heads per key head.")
     if tokens < FEWEST:
         raise InputError(f"{tokens:,} tokens are too few to select {TOP_K:,} from; give at least {FEWEST:,}.")
     free, gib = memory()[1], 2**30

@@ -19,7 +19,6 @@ import kvote
 from kvote import kernels
 from kvote.env import memory
 from kvote.errors import InputError
-from kvote.kernels import cpu
 from kvote.measure.clock import Call, alternating, timed
 from kvote.measure.forecast import DEFAULT, FEW, LONGEST, Curve, Machine
 from kvote.measure.geometry import Geometry
@@ -208,7 +207,7 @@ def measure(
         step=step,
         caches={name: _curve({n: max(0.0, t - step) for n, t in taken.items()}) for name, taken in points.items()},
         copy=_curve(copies),
-        compiled=kernels.compiled(bench.key) and shape.geometry.heads <= cpu.MAX_GROUPS * shape.geometry.kv_heads,
+        compiled=shape.geometry.heads <= kernels.chosen(bench.key).MAX_GROUPS * shape.geometry.kv_heads,
         batch=batch,
         held={name: _curve(taken) for name, taken in held.items()},
         load=load,

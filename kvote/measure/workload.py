@@ -7,7 +7,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from kvote.kernels import cpu
+from kvote import kernels
+from kvote.kernels.contract import Angles, Backend
+from kvote.kernels.lanes import Lanes
 from kvote.layer import Layer
 from kvote.measure import check
 from kvote.measure.clock import Call
@@ -37,9 +39,16 @@ def stepping(layer: Layer, geometry: Geometry) -> Call:
     return Call(lambda: layer.attend(step), lambda: layer.crop(1))
 
 
+def reads(geometry: Geometry) -> Backend:
+    """The kernels that read keys of a geometry."""
+    return kernels.chosen(torch.empty(0, geometry.dim, dtype=geometry.dtype))
+
+
 def sketch_bytes(geometry: Geometry, tokens: int, bits: int) -> int:
     """Bytes of the sketches of ``tokens`` tokens in all key heads."""
-    return geometry.kv_heads * tokens * cpu.sketch_bytes(geometry.dim, bits) // cpu.SKETCH_TOKENS
+    return (
+        geometry.kv_heads * tokens * reads(geometry).sketch_bytes(geometry.dim, bits) // reads(geometry).SKETCH_TOKENS
+    )
 
 
 class Workload:
@@ -81,7 +90,7 @@ class Workload:
         assert isinstance(segment, RawSegment)
         return segment
 
-    def _lanes(self, segment: RawSegment) -> cpu.Lanes:
+    def _lanes(self, segment: RawSegment) -> Lanes:
         return segment.pool.table(tuple(range(self.geometry.kv_heads)))
 
     def _attention(
@@ -104,7 +113,7 @@ class Workload:
         return torch.cat([torch.arange(SINKS), chosen, torch.arange(edge, self.tokens)])
 
     @cached_property
-    def _angles(self) -> cpu.Angles:
+    def _angles(self) -> Angles:
         rope = self._segment().rope
         assert rope is not None
         return rope.contiguous(len(self._list), self._list.device)
@@ -116,9 +125,9 @@ class Workload:
         placed = check.turned(self.key[:, :, self._list].float(), self._angles, slice(None))
         return check.attention(query, placed, self.value[:, :, self._list], self.geometry.scale)
 
-    def _decode(self, query: Tensor, tokens: Tensor | range, angles: cpu.Angles | None) -> Tensor:
+    def _decode(self, query: Tensor, tokens: Tensor | range, angles: Angles | None) -> Tensor:
         segment = self._segment()
-        return cpu.decode(
+        return segment.kernels.decode(
             query[:, :, 0],
             segment.pool.keys,
             segment.pool.values,
@@ -134,7 +143,7 @@ class Workload:
         segment, bits = self._segment(name), SKETCHES[name]
         sketch = segment.pool.sketch if bits else None
         limits = [self.tokens - WINDOW]
-        return cpu.votes(query[0], segment.pool.keys, self._lanes(segment), sketch, bits, SINKS, limits)[0]
+        return segment.kernels.votes(query[0], segment.pool.keys, self._lanes(segment), sketch, bits, SINKS, limits)[0]
 
     def _scored_bytes(self, bits: int) -> int:
         candidates = self.tokens - WINDOW - SINKS
@@ -162,13 +171,13 @@ class Workload:
 
     def _top_k(self) -> Kernel:
         name = f"top-k, {TOP_K:,}"
-        votes = self._voted("none", self.query)
+        votes, top_k = self._voted("none", self.query), self._segment().kernels.top_k
 
         def checked() -> None:
-            cpu.top_k(votes.flip(0), TOP_K)
-            check.largest(name, cpu.top_k(votes, TOP_K), votes)
+            top_k(votes.flip(0), TOP_K)
+            check.largest(name, top_k(votes, TOP_K), votes)
 
-        return Kernel(name, Call(lambda: cpu.top_k(votes, TOP_K)), votes.nbytes, checked)
+        return Kernel(name, Call(lambda: top_k(votes, TOP_K)), votes.nbytes, checked)
 
     def _step(self, name: str) -> Kernel:
         layer, bits = self.layers[name], SKETCHES[name]

@@ -176,7 +176,7 @@ class HeadVotes:
         memory = reading.memory
         if reading.decode and isinstance(memory, SelectionMemory):
             # A GPU decides by itself: asking it would mean to wait for it in every layer.
-            ahead = kernels.chosen(query) == "triton"
+            ahead = kernels.chosen(query).ASKING_WAITS
             reuse = self._select_or_reuse_unasked if ahead else self._select_or_reuse
             index = reuse(reading, query, edges[0], memory)
         else:

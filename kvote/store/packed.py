@@ -1,14 +1,12 @@
 """Packed lanes: keys, or values, in a few bits, in pages of their own."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.kernels import cpu, packing
-from kvote.kernels.cpu import packed
+from kvote.kernels.contract import Backend, Recent
 from kvote.kernels.packing import PACKED, Packing
 from kvote.store.pages import Lane, PagePool
 
@@ -20,10 +18,10 @@ _ROOM = 64
 class PackedLanes:
     """Keys or values [tokens, d] of each lane in the form of a ``Packing``; lanes are (sequence, key head).
 
-    ``backend``: the kernels that write and read them, as ``kernels.chosen`` names them.
+    ``backend``: the kernels that write and read them.
     """
 
-    def __init__(self, heads: int, form: Packing, device: torch.device, *, backend: str) -> None:
+    def __init__(self, heads: int, form: Packing, device: torch.device, *, backend: Backend) -> None:
         self.heads, self.form, self.backend = heads, form, backend
         pages = torch.empty(0, form.page_bytes, dtype=torch.uint8, device=device)
         self.pool = PagePool({"pages": pages}, page=PACKED, room=_ROOM)
@@ -48,9 +46,6 @@ class PackedLanes:
             return tuple(range(rows[0] * self.heads, (rows[0] + 1) * self.heads))
         return tuple(row * self.heads + head for row in rows for head in range(self.heads))
 
-    def _slots(self, rows: Sequence[int], start: int, stop: int) -> Tensor:
-        return torch.stack([self.pool.slots(self.pool.lanes[i], start, stop) for i in self._lanes(rows)])
-
     def reserve(self, rows: Sequence[int], tokens: int) -> None:
         """Makes room for ``tokens`` more of some sequences, in one piece where they are empty."""
         chosen = self._lanes(rows)
@@ -65,11 +60,7 @@ class PackedLanes:
         self.reserve(rows, x.shape[2])
         chosen, first = self._lanes(rows), self.length(rows[0])
         pages, flat = self.pool.parts["pages"], x.flatten(0, 1)
-        if self.fast is not None:
-            self.fast.pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
-        else:
-            slots = self._slots(rows, first, first + x.shape[2])
-            packing.pack(flat.flatten(0, 1), pages, self.form, slots.flatten())
+        self.backend.packed.pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
         for i in chosen:
             self.pool.lanes[i].length += x.shape[2]
 
@@ -83,24 +74,16 @@ class PackedLanes:
             # A head with a list of its own is a sequence of one head.
             lanes = tuple(lane for lane in lanes for _ in range(tokens.shape[1] // heads))
             sequences, heads, tokens = len(lanes), tokens.shape[1], tokens.reshape(-1, m)
-        if self.fast is not None:
-            out = torch.empty(len(lanes), m, form.dim, dtype=form.dtype, device=pages.device)
-            self.fast.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
-        else:
-            start, stop = (tokens.start, tokens.stop) if isinstance(tokens, range) else (0, self.length(rows[0]))
-            slots = torch.stack([self.pool.slots(self.pool.lanes[i], start, stop) for i in lanes])
-            if isinstance(tokens, Tensor):
-                slots = slots.gather(1, tokens.repeat_interleave(len(lanes) // sequences, 0))
-            out = packing.unpack(pages, form, slots.flatten())
+        out = torch.empty(len(lanes), m, form.dim, dtype=form.dtype, device=pages.device)
+        self.backend.packed.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
         return out.view(len(rows), heads, m, form.dim)
 
-    @property
-    def fast(self) -> Any:
-        """The kernels that write codes and read them in place, or None where the law does."""
-        return None if self.backend == "reference" else kernels.named(self.backend).packed
+    def reads(self, groups: int) -> bool:
+        """Whether queries of so many heads per key head read codes in place; else, tokens are decoded first."""
+        return groups <= self.backend.MAX_GROUPS
 
-    def held(self, rows: list[int]) -> tuple[Tensor, Packing, cpu.Lanes]:
-        """As these kernels read them."""
+    def held(self, rows: list[int]) -> tuple[Tensor, Packing, kernels.Lanes]:
+        """As kernels read them."""
         return self.pool.parts["pages"], self.form, self.pool.table(self._lanes(rows))
 
     def truncate(self, row: int, length: int) -> None:
@@ -118,22 +101,17 @@ def attend(
     rows: list[int],
     tokens: range,
     *,
-    recent: packed.Recent | None = None,
+    recent: Recent | None = None,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Attention [b, heads, t, dv] of a few queries [b, heads, t, d] straight from the codes, and its log-sum-exp; None
     where no kernel can do that. All queries see the ``recent`` tokens, too, which are not packed."""
     t = query.shape[2]
-    groups = query.shape[1] // keys.heads
-    if keys.fast is None or keys.form.dim != values.form.dim or t > _STREAMED:
+    if t > _STREAMED or keys.form.dim != values.form.dim or not keys.reads(query.shape[1] // keys.heads):
         return None
-    if groups > kernels.named(keys.backend).MAX_GROUPS:
-        return None
-    held = keys.held(rows), values.held(rows)
-    answers = [
-        keys.fast.attend(query[:, :, i], *held, tokens, recent=recent, scale=scale, softcap=softcap) for i in range(t)
-    ]
+    held, read = (keys.held(rows), values.held(rows)), keys.backend.packed.attend
+    answers = [read(query[:, :, i], *held, tokens, recent=recent, scale=scale, softcap=softcap) for i in range(t)]
     if t == 1:
         return answers[0][0][:, :, None], answers[0][1][:, :, None]
     return torch.stack([out for out, _ in answers], dim=2), torch.stack([lse for _, lse in answers], dim=2)
@@ -141,11 +119,7 @@ def attend(
 
 def scores(query: Tensor, keys: PackedLanes, rows: list[int], tokens: range) -> Tensor:
     """q.k [b, r, heads, n] of ``query`` [b, heads, r, d] with packed keys."""
-    if keys.fast is not None:
-        scored: Tensor = keys.fast.scores(query, keys.held(rows), tokens)
-        return scored.transpose(1, 2)
-    blocks = [range(i, min(i + BLOCK, tokens.stop)) for i in range(tokens.start, tokens.stop, BLOCK)]
-    return torch.cat([kernels.scores(query, keys.unpack(rows, block)) for block in blocks], dim=-1)
+    return keys.backend.packed.scores(query, keys.held(rows), tokens).transpose(1, 2)
 
 
 # Tokens that are decoded at a time.

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvote.kernels import cpu
+from kvote import kernels
+from kvote.kernels.lanes import PAGE as PAGE
 
-PAGE = 64
 # Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
 _ROOM = 8
 # Pages per lane that may lie unused besides that room.
@@ -67,7 +67,7 @@ class PagePool:
         # Whether some parts are laid out anew and others not yet: true for good where that was interrupted.
         self.moving = False
         # Tables for the kernels, until a page changes hands.
-        self._tables: dict[tuple[int, ...], cpu.Lanes] = {}
+        self._tables: dict[tuple[int, ...], kernels.Lanes] = {}
 
     @property
     def device(self) -> torch.device:
@@ -79,10 +79,10 @@ class PagePool:
         tables += sum(table.nbytes for lanes in self._tables.values() for table in lanes.tables.values())
         return tables + sum(part.untyped_storage().nbytes() for part in self.parts.values())
 
-    def table(self, lanes: tuple[int, ...]) -> cpu.Lanes:
+    def table(self, lanes: tuple[int, ...]) -> kernels.Lanes:
         """Where some lanes lie, as the compiled kernels read it."""
         if lanes not in self._tables:
-            self._tables[lanes] = cpu.Lanes([self.lanes[i].runs for i in lanes])
+            self._tables[lanes] = kernels.Lanes([self.lanes[i].runs for i in lanes])
         return self._tables[lanes]
 
     def has_room(self, lanes: tuple[int, ...], tokens: int) -> bool:
@@ -167,7 +167,7 @@ class PagePool:
     def _laid_out(self, part: Tensor, old: np.ndarray, new: np.ndarray, pages: int) -> Tensor:
         """A copy with room for ``pages``, in which the pages ``old`` are ``new`` ones."""
         fresh = torch.empty(pages, *part.shape[1:], dtype=part.dtype, device=part.device)
-        cpu.use_large_pages(fresh)
+        kernels.use_large_pages(fresh)
         for source, target, count in _runs(old, new):
             fresh[target : target + count] = part[source : source + count]
         return fresh
@@ -319,7 +319,7 @@ class RawPool(PagePool):
     def set_labels(self, channels: int) -> None:
         """Makes room, not yet written, for labels of so many channels."""
         self.parts["labels"] = self.keys.new_empty(len(self.keys), channels, PAGE)
-        cpu.use_large_pages(self.labels)
+        kernels.use_large_pages(self.labels)
 
 
 def _runs(old: np.ndarray, new: np.ndarray) -> list[tuple[int, int, int]]:

@@ -333,14 +333,14 @@ class PromptSegment:
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         if not any(self.encoded(row) for row in rows):
             return self.tail.votes(query, rows, start, limits)
-        return kernels.soft_votes(kernels.forbid(self.scores(query, rows, start, limits[-1]), start, limits))
+        return kernels.votes_within(self.scores(query, rows, start, max(limits)), start, limits)
 
     def winners(
         self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
     ) -> Tensor:
         if not any(self.encoded(row) for row in rows):
             return self.tail.winners(query, rows, start, limits, k, nominate)
-        return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
+        return kernels.winners_within(self.votes(query, rows, start, limits), start, limits, k)
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         each = [self._gather(row, torch.arange(start, stop, device=self.device)) for row in rows]

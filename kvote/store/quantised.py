@@ -377,14 +377,14 @@ class QuantisedSegment:
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         if self._is_raw(rows):
             return self.raw.votes(query, rows, start, limits)
-        return kernels.soft_votes(kernels.forbid(self.scores(query, rows, start, max(limits)), start, limits))
+        return kernels.votes_within(self.scores(query, rows, start, max(limits)), start, limits)
 
     def winners(
         self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
     ) -> Tensor:
         if self._is_raw(rows):
             return self.raw.winners(query, rows, start, limits, k, nominate)
-        return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
+        return kernels.winners_within(self.votes(query, rows, start, limits), start, limits, k)
 
     def _is_raw(self, rows: list[int]) -> bool:
         """Whether nothing of these sequences is packed."""

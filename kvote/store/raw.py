@@ -1,15 +1,12 @@
 """Raw pages: keys and values as the model made them, in the model's dtype."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.kernels import cpu
-from kvote.kernels.cpu import Lanes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
@@ -41,25 +38,17 @@ class RawSegment:
         self.heads, self.rope = heads, rope
         # Whether all key heads of a sequence hold the same tokens.
         self.alike = True
-        # Whether the compiled kernels read this segment; asked once, because a decode step is short.
-        self._backend = kernels.chosen(like)
-        self._compiled = self._backend != "reference"
-        self.sketch_bits = sketch_bits if self._compiled else 0
+        # What reads this segment; asked once, because a decode step is short.
+        self.kernels = kernels.chosen(like)
         sketch_bytes = 0
-        if self.sketch_bits:
-            sketch_bytes = PAGE // self._fast.SKETCH_TOKENS * self._fast.sketch_bytes(dim, sketch_bits)
+        if sketch_bits:
+            sketch_bytes = PAGE // self.kernels.SKETCH_TOKENS * self.kernels.sketch_bytes(dim, sketch_bits)
+        self.sketch_bits = sketch_bits if sketch_bytes else 0
         self.labels: Tensor | None = None
         self.pool = RawPool(dim, value_dim, like.dtype, like.device, sketch_bytes)
 
-    @property
-    def _fast(self) -> Any:
-        """The kernels that read this segment, where it is not the law."""
-        return kernels.named(self._backend)
-
-    @property
-    def skips(self) -> bool:
-        """Whether ``winners`` takes flags on the device that say whom it need not answer."""
-        return self._backend == "triton"
+    # Whether ``winners`` takes flags that say whom it need not answer.
+    skips = True
 
     @property
     def sequences(self) -> int:
@@ -104,17 +93,10 @@ class RawSegment:
         pools = (pool.keys, pool.values, pool.positions)
         key, value = key.to(pool.keys.dtype), value.to(pool.values.dtype)
         positions = positions.to(torch.int64)
-        if self._compiled:
-            key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-            lengths = [pool.lanes[i].length for i in chosen]
-            table = pool.table(chosen)
-            self._fast.append(key, value, positions, pools, table, lengths, self._sketch, self.sketch_bits)
-        else:
-            lanes = [pool.lanes[i] for i in chosen]
-            slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
-            per_lane = positions[:, None].expand(-1, self.heads, -1).to(torch.int32)
-            for held, new in zip(pools, (key, value, per_lane[..., None]), strict=True):
-                held.view(PAGE * held.shape[0], -1).index_copy_(0, slots, new.reshape(-1, new.shape[-1]))
+        key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+        lengths = [pool.lanes[i].length for i in chosen]
+        table = pool.table(chosen)
+        self.kernels.append(key, value, positions, pools, table, lengths, self._sketch, self.sketch_bits)
         if self.labels is not None:
             self._label([pool.lanes[i] for i in chosen], key)
         for i in chosen:
@@ -182,8 +164,8 @@ class RawSegment:
         return placed if q == 1 else placed.reshape(b, heads, t, d)
 
     def _streams(self, tokens: TokenSet, heads: int) -> bool:
-        """Whether a fast kernel can read ``tokens`` for single queries straight from the pages."""
-        if not self._compiled or (heads > self.heads * self._fast.MAX_GROUPS and not tokens.by_head):
+        """Whether a kernel can read ``tokens`` for single queries straight from the pages."""
+        if (1 if tokens.by_head else heads // self.heads) > self.kernels.MAX_GROUPS:
             return False
         placed = self.rope is None or tokens.positions == "contiguous" or (self.alike and not tokens.by_head)
         window = tokens.window is None or tokens.window >= len(tokens)
@@ -203,7 +185,7 @@ class RawSegment:
             return torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])
         outs, lses = [], []
         for j in range(query.shape[2]):
-            out, lse = self._fast.decode(
+            out, lse = self.kernels.decode(
                 query[:, :, j].reshape(-1, 1, d) if tokens.by_head else query[:, :, j],
                 self.pool.keys,
                 self.pool.values,
@@ -231,16 +213,17 @@ class RawSegment:
             limits = [start + (m - t + i + 1 if tokens.causal else m) for i in range(t)]
             chosen = self.pool.table(self._lanes(rows))
             scale, softcap, keys = logits.scale, logits.softcap, self.pool.keys
-            mass = self._fast.attention_mass(
+            mass = self.kernels.attention_mass(
                 queries.rotated, lse, keys, chosen, start, limits, scale=scale, softcap=softcap
             )
             return mass[:, :, None]
         return received(self.place_queries(queries, tokens), lse, self._place(rows, tokens)[0], tokens, logits)
 
     def _counts(self, tokens: TokenSet, query_rows: int) -> bool:
-        """Whether a fast kernel adds up the attention on a range faster than products of matrices: for few rows."""
+        """Whether a kernel adds up the attention on a range from the pages; for many rows, products of matrices are
+        faster."""
         few = query_rows <= _COUNTED * self.heads
-        return few and self.rope is None and tokens.window is None and len(tokens) > 0 and self._compiled
+        return few and self.rope is None and tokens.window is None and len(tokens) > 0
 
     def angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
         """Angles [m, r] of the places that the tokens of a set take when they stand side by side."""
@@ -263,34 +246,16 @@ class RawSegment:
         return angles_at(self.rope, places)
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
-        if self._compiled and stop > start:
-            return self._fast.scores(query, self.pool.keys, self.pool.table(self._lanes(rows)), start, stop)
-        return kernels.scores(query, self._view(self.pool.keys, rows, start, stop))
+        return self.kernels.scores(query, self.pool.keys, self.pool.table(self._lanes(rows)), start, stop)
 
     def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
-        query = self._labelled(query)
-        if self._compiled and stop > start:
-            return self._fast.label_scores(query, self.pool.labels, self.pool.table(self._lanes(rows)), start, stop)
-        pages = self.pool.labels[self._pages(rows)]
-        labels = pages.transpose(2, 3).reshape(len(rows), self.heads, -1, pages.shape[2])
-        return kernels.scores(query, labels[:, :, start:stop])
+        table = self.pool.table(self._lanes(rows))
+        return self.kernels.label_scores(self._labelled(query), self.pool.labels, table, start, stop)
 
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         """Soft votes [b, r, n] on tokens ``start`` to ``limits[-1]``; query j votes on those before ``limits[j]``."""
-        if self._compiled:
-            votes = self._fast.votes
-            return self._each(
-                query, rows, lambda q, t: votes(q, self.pool.keys, t, self._sketch, self.sketch_bits, start, limits)
-            )
-        logits = self.scores(query, rows, start, limits[-1])
-        return kernels.soft_votes(kernels.forbid(logits, start, limits))
-
-    def _each(self, query: Tensor, rows: list[int], call: Callable[[Tensor, Lanes], Tensor]) -> Tensor:
-        """What a kernel answers [b, ...] to ``query`` [b, heads, r, d]: the CPU's one sequence after the other."""
-        if self._backend == "triton":
-            return call(query, self.pool.table(self._lanes(rows)))
-        each = [call(query[i], self.pool.table(self._lanes([row]))) for i, row in enumerate(rows)]
-        return torch.stack(each) if len(each) > 1 else each[0][None]
+        table = self.pool.table(self._lanes(rows))
+        return self.kernels.votes(query, self.pool.keys, table, self._sketch, self.sketch_bits, start, limits)
 
     def winners(
         self,
@@ -305,21 +270,17 @@ class RawSegment:
         """The ``k`` tokens [b, r, k] with the most votes, ascending; arguments as ``votes``.
 
         ``nominate``: how many tokens a sketch only nominates, to be scored again with their keys; 0 trusts it.
-        ``skip`` bool [b], where ``skips``: sequences whose answer nobody will look at.
+        ``skip`` bool [b]: sequences whose answer nobody will look at.
         """
-        if not self._compiled:
-            return kernels.top_k(kernels.forbid(self.votes(query, rows, start, limits), start, limits), k) + start
         nominate = nominate if self.sketch_bits else 0
         # Where half of all candidates would be nominated, reading their keys at once costs less.
         helps = 2 * nominate < min(limits) - start
         sketch, bits, nominate = (self._sketch, self.sketch_bits, nominate) if helps else (None, 0, 0)
-        select, keys, more = self._fast.select, self.pool.keys, {} if skip is None else {"skip": skip}
-        return self._each(
-            query, rows, lambda q, t: select(q, keys, t, sketch, bits, start, limits, k, nominate, **more)
-        )
+        table = self.pool.table(self._lanes(rows))
+        return self.kernels.select(query, self.pool.keys, table, sketch, bits, start, limits, k, nominate, skip)
 
-    def held(self, rows: list[int]) -> tuple[Tensor, Tensor, cpu.Lanes]:
-        """As the compiled kernels read them."""
+    def held(self, rows: list[int]) -> tuple[Tensor, Tensor, kernels.Lanes]:
+        """As kernels read them."""
         return self.pool.keys, self.pool.values, self.pool.table(self._lanes(rows))
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -375,7 +336,7 @@ class RawSegment:
             self._label(lanes, held[0].reshape(1, self.heads, t, -1))
         if self.sketch_bits:
             slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
-            self._fast.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
+            self.kernels.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
         for lane in lanes:
             lane.length += t
 
@@ -424,9 +385,8 @@ class RawSegment:
         if rope is None:
             return self.read(rows, tokens)[:2]
         own, contiguous = self._own_angles(rows, tokens), tokens.positions == "contiguous"
-        placed = contiguous or (own is not None and self._backend == "cpu")
-        listed = not tokens.by_head and self._same_shape() and self._compiled
-        if isinstance(tokens.index, Tensor) and listed and placed:
+        listed = not tokens.by_head and self._same_shape() and (contiguous or own is not None)
+        if isinstance(tokens.index, Tensor) and listed:
             return self._gather(rows, tokens.index, rope, own)
         key, value, positions = self.read(rows, tokens)
         if own is not None:
@@ -446,16 +406,9 @@ class RawSegment:
         key = self.pool.keys.new_empty(b, q, self.heads, m, self.pool.keys.shape[-1])
         value = torch.empty_like(key)
         angles = rope.contiguous(m, key.device) if own is None else own
-        if self._backend == "triton":
-            lanes = self.pool.table(self._lanes(rows))
-            gather = self._fast.gather
-            gather(self.pool.keys, self.pool.values, lanes, index.contiguous(), angles, rope.interleaved, (key, value))
-            return key.flatten(0, 1), value.flatten(0, 1)
-        for i, row in enumerate(rows):
-            lanes = self.pool.table(self._lanes([row]))
-            for j in range(q):
-                out, turn = (key[i, j], value[i, j]), angles if own is None else (own[0][i, j], own[1][i, j])
-                self._fast.gather(self.pool.keys, self.pool.values, lanes, index[i, j], turn, rope.interleaved, out)
+        lanes, out = self.pool.table(self._lanes(rows)), (key, value)
+        gather, index = self.kernels.gather, index.contiguous()
+        gather(self.pool.keys, self.pool.values, lanes, index, angles, rope.interleaved, out)
         return key.flatten(0, 1), value.flatten(0, 1)
 
     def read(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor, Tensor]:

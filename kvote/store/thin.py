@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from kvote import kernels
 from kvote.errors import MethodError
-from kvote.kernels import cpu
 from kvote.numbers import check_whole
 from kvote.rope import Angles, Rope
 from kvote.store.pages import PAGE
@@ -72,7 +71,7 @@ class ThinBody:
         assert angles is None
         if query.shape[1] == 1 and self._streams(slots, len(query)):
             narrow = self._narrow(query)
-            out, lse = cpu.thin_decode(
+            out, lse = kernels.chosen(self.values).thin_decode(
                 narrow, self.keys, self.values, len(slots), scale=logits.scale, softcap=logits.softcap
             )
             return out.to(query.dtype).reshape(len(query), 1, -1), lse.reshape(-1, 1)
@@ -84,10 +83,10 @@ class ThinBody:
         return out[0], lse[0]
 
     def _streams(self, slots: Slots, heads: int) -> bool:
-        """Whether the C++ kernel can read ``slots`` straight from the pages."""
+        """Whether a kernel can read ``slots`` straight from the pages."""
         whole = isinstance(slots, range) and slots.start == 0 and len(slots) > 0
-        few = heads <= len(self.keys) * cpu.MAX_GROUPS and self.dim <= 256
-        return whole and few and kernels.compiled(self.values)
+        h, kept = self.channels.shape
+        return whole and kernels.chosen(self.values).why_not_thin(self.values, heads // h, kept) is None
 
     def scores(self, query: Tensor, start: int, stop: int) -> Tensor:
         heads, r, _ = query.shape
@@ -112,7 +111,7 @@ def _body(dim: int, channels: Tensor, thin: Tensor, values: Tensor, positions: T
     keys = thin.new_empty(h, pages, kept, PAGE)
     held = values.new_empty(values.shape)
     for fresh in (keys, held):
-        cpu.use_large_pages(fresh)
+        kernels.use_large_pages(fresh)
     whole = n // PAGE
     keys[:, :whole] = thin[:, : whole * PAGE].reshape(h, whole, PAGE, kept).transpose(2, 3)
     if whole < pages:

@@ -198,10 +198,10 @@ class TwoPrecisionSegment(RawSegment):
             balanced = (query.float().reshape(b, self.heads, -1, d) / factor[:, :, None]).view(b, heads, t, d)
         scale, softcap = logits.scale, logits.softcap
         few = heads // self.heads * t <= _STREAMED
-        if few and self.keys.fast is not None and self.keys.form.dim == self.values.form.dim:
+        if few and self.keys.reads(1) and self.keys.form.dim == self.values.form.dim:
             # None of these tokens is later than any query, so all positions of a sequence read them like more heads.
             held = self.keys.held(rows), self.values.held(rows)
-            out, lse = self.keys.fast.attend(
+            out, lse = self.keys.backend.packed.attend(
                 balanced.reshape(b, heads * t, d), *held, range(count), scale=scale, softcap=softcap
             )
             return out.view(b, heads, t, d).to(query.dtype), lse.view(b, heads, t)

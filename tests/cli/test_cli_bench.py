@@ -119,7 +119,7 @@ def test_what_cannot_be_measured_is_refused(capsys, monkeypatch, argv, sentence)
 
 
 def test_without_compiled_kernels_it_says_why(capsys, monkeypatch):
-    monkeypatch.setattr(cpu, "_missing", "the compiled module cannot be loaded (no such file)")
+    monkeypatch.setattr(cpu.library, "_missing", "the compiled module cannot be loaded (no such file)")
     test_what_makes_no_sense_is_refused(
         capsys,
         [],
@@ -130,7 +130,8 @@ def test_without_compiled_kernels_it_says_why(capsys, monkeypatch):
 @compiled
 def test_kernels_that_are_switched_off_are_not_measured(capsys, monkeypatch):
     monkeypatch.setenv("KVOTE_BACKEND", "reference")
-    test_what_makes_no_sense_is_refused(capsys, [], "KVOTE_BACKEND switches the compiled kernels off; unset it")
+    sentence = "There are no compiled kernels to measure here: KVOTE_BACKEND switches them off; unset it"
+    test_what_makes_no_sense_is_refused(capsys, [], sentence)
 
 
 @pytest.mark.parametrize(("free", "tokens"), [(0, 131_072), (2**40, 131_072), (2**31, 65_536), (1, 4096)])

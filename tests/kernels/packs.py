@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvote.kernels import cpu, packing, reference
 from kvote.kernels.cpu import packed
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import BITS, GROUPS, PACKED, Packing
 
 LENGTHS = [1, 31, 32, 127, 128, 129, 300, 1000]
@@ -92,10 +93,10 @@ class Packs:
         shape = (self.case.sequences, self.case.heads, n, self.case.d)
         return tuple(part.view(shape) for part in each)  # type: ignore[return-value]
 
-    def of_keys(self) -> tuple[Tensor, Packing, cpu.Lanes]:
+    def of_keys(self) -> tuple[Tensor, Packing, Lanes]:
         return self.law(self.key_form), self.key_form, self.table
 
-    def of_values(self) -> tuple[Tensor, Packing, cpu.Lanes]:
+    def of_values(self) -> tuple[Tensor, Packing, Lanes]:
         return self.law(self.value_form), self.value_form, self.table
 
     @property

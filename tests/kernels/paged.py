@@ -1,6 +1,7 @@
 """Lanes laid out over a pool of pages, the same tokens as plain tensors, and outputs that show a write beside them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvote.kernels import cpu
-from kvote.kernels.cpu import packed
+from kvote.kernels.cpu import attention, packed, scoring
+from kvote.kernels.cpu import tokens as rows_of_tokens
+from kvote.kernels.lanes import Lanes
 from kvote.store.pages import PAGE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -116,10 +119,10 @@ class Paged:
         pages = [first + i for first, count in self.runs[lane] for i in range(count)]
         return torch.tensor([pages[token // PAGE] * PAGE + token % PAGE for token in tokens], dtype=torch.int64)
 
-    def table(self, sequence: int | None = None) -> cpu.Lanes:
+    def table(self, sequence: int | None = None) -> Lanes:
         """Lanes of one sequence, or of all."""
         h = self.case.heads
-        return cpu.Lanes(self.runs if sequence is None else self.runs[sequence * h : (sequence + 1) * h])
+        return Lanes(self.runs if sequence is None else self.runs[sequence * h : (sequence + 1) * h])
 
     def query(self, *rows: int) -> Tensor:
         """Queries [sequences, heads, *rows, d] that prefer some tokens to others, in the dtype of the keys."""
@@ -174,7 +177,9 @@ def guarding(comparison: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
     @wraps(comparison)
     def call(*args: Any, **kwargs: Any) -> list[Tensor]:
         seen = _GuardedTorch()
-        with mock.patch.object(cpu, "torch", seen), mock.patch.object(packed, "torch", seen):
+        with ExitStack() as patches:
+            for module in (attention, packed, scoring, rows_of_tokens):
+                patches.enter_context(mock.patch.object(module, "torch", seen))
             answers = comparison(*args, **kwargs)
         assert all(intact(tensor) for tensor in seen.made), "something was written beside an output"
         return answers

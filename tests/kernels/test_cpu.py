@@ -12,6 +12,7 @@ from paged import DTYPES, LENGTHS, Case, Paged, cases, compiled
 
 from kvote import kernels
 from kvote.kernels import cpu, reference
+from kvote.kernels.lanes import Lanes
 
 pytestmark = compiled
 given_cases = settings(max_examples=100, deadline=None)
@@ -218,7 +219,7 @@ def test_nothing_in_gives_nothing_out():
     empty = Case(n=1)
     comparisons.gather_fetches_and_turns(empty, 0)
     comparisons.append_stores_and_sketches(empty, 0, bits=8)
-    assert cpu.turn(torch.empty(1, 2, 0, 32), (torch.empty(1, 0, 16), torch.empty(1, 0, 16)), False).shape[2] == 0
+    assert cpu.rotate(torch.empty(1, 2, 0, 32), (torch.empty(1, 0, 16), torch.empty(1, 0, 16)), False).shape[2] == 0
     assert cpu.top_k(torch.empty(0, 5), 3).shape == (0, 3)
 
 
@@ -242,13 +243,13 @@ def test_sketches_of_tiny_and_huge_numbers_invent_no_nan(bits, size, of_query):
 
 
 def test_lanes_are_never_copied_and_keep_their_addresses():
-    lanes = cpu.Lanes([[(3, 2), (9, 1)], [], [(0, 1)]])
+    lanes = Lanes([[(3, 2), (9, 1)], [], [(0, 1)]])
     assert copy.deepcopy(lanes) is lanes
     assert lanes.count == 3
     assert lanes.begins.tolist() == [0, 2, 2, 3]
     assert lanes.runs.tolist() == [[3, 2], [9, 1], [0, 1]]
     assert lanes.address == (lanes.runs.ctypes.data, lanes.begins.ctypes.data, 3)
-    assert cpu.Lanes([]).runs.shape == (0, 2)
+    assert Lanes([]).runs.shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def refusals() -> dict[str, Any]:
     return {
         "candidates": lambda: cpu.votes(query, keys, lanes, None, 0, 5, [5]),
         "query's head size": lambda: cpu.votes(query[..., :16], keys, lanes, None, 0, 0, [5]),
-        "one limit per selecting": lambda: cpu.votes(query, keys, lanes, None, 0, 0, [5, 6]),
+        "one limit per query row, and candidates": lambda: cpu.votes(query, keys, lanes, None, 0, 0, [5, 6]),
         "cannot take 6 of 5 candidates": lambda: cpu.select(query, keys, lanes, None, 0, 0, [5], 6),
         "cannot take 4 of 3": lambda: cpu.top_k(torch.zeros(1, 3), 4),
         "cannot take 0 of 3": lambda: cpu.top_k(torch.zeros(1, 3), 0),
@@ -286,8 +287,8 @@ def refusals() -> dict[str, Any]:
         "one list per sequence": lambda: cpu.decode(query[None, :, 0], keys, values, lanes, at.repeat(2, 1), **kwargs),
         "same head size": lambda: cpu.decode(query[None, :, 0], keys, values[..., :16], lanes, range(9), **kwargs),
         "more than 16": lambda: cpu.decode(query.repeat(9, 1, 1)[None, :, 0], keys, values, lanes, range(9), **kwargs),
-        "angles must fit": lambda: cpu.turn(token, angles, False),
-        "angles must be float32": lambda: cpu.turn(pool.key, (angles[0].double(), angles[1].double()), False),
+        "angles must fit": lambda: cpu.rotate(token, angles, False),
+        "angles must be float32": lambda: cpu.rotate(pool.key, (angles[0].double(), angles[1].double()), False),
         "channels must be contiguous": lambda: cpu.append(
             token.transpose(-1, -2).expand(-1, -1, -1, 32), token, at, pools, lanes, [0, 0], None, 0
         ),
@@ -296,7 +297,7 @@ def refusals() -> dict[str, Any]:
         "one lane per sequence": lambda: cpu.append(token, token, at, pools, lanes, [0], None, 0),
         "the query's channels": lambda: cpu.scores(query[None, ..., :16], keys, lanes, 0, 9),
         "of the query's channels": lambda: cpu.label_scores(query[None], keys.transpose(1, 2), lanes, 0, 9),
-        "there must be tokens": lambda: cpu.scores(query[None], keys, lanes, 9, 9),
+        "there must be tokens": lambda: cpu.scores(query[None], keys, lanes, 9, 8),
         "a lane for each head": lambda: cpu.scores(query[None, :3], keys, lanes, 0, 9),
         "one limit per query row": lambda: cpu.attention_mass(
             query[None], torch.zeros(1, 4, 1), keys, lanes, 0, [3, 4], scale=1.0, softcap=None

@@ -12,6 +12,7 @@ from paged import compiled
 from torch import Tensor
 
 from kvote.kernels import cpu
+from kvote.kernels.lanes import Lanes
 
 pytestmark = compiled
 Call = dict[str, Any]
@@ -63,11 +64,11 @@ def pages_swapped(call: Call) -> None:
     """Two entries of the first lane's page table have changed places."""
     lanes = page_table(call)
     lanes[0][:2] = lanes[0][1::-1]
-    call["lanes"] = cpu.Lanes(lanes)
+    call["lanes"] = Lanes(lanes)
 
 
 def lanes_swapped(call: Call) -> None:
-    call["lanes"] = cpu.Lanes(page_table(call)[::-1])
+    call["lanes"] = Lanes(page_table(call)[::-1])
 
 
 def stale_sketch_of_a_token(call: Call) -> None:
@@ -121,7 +122,7 @@ FAULTS: list[tuple[Callable[[Call], None], str, list[str]]] = [
     (heads_permuted, "label_scores", ["label scores"]),
     (one_place_later, "decode", ["decode turned", "decode capped"]),
     (one_place_later, "gather", ["gather", "gather interleaved"]),
-    (one_place_later, "turn", ["turn", "turn strided"]),
+    (one_place_later, "rotate", ["turn", "turn strided"]),
     (one_place_later, "append", ["append", "append and sketch"]),
     (one_token_fewer, "votes", ["votes", "votes of 8 bits", "votes of 4 bits"]),
     (one_token_fewer, "decode", ["decode", "decode turned", "decode capped"]),
@@ -156,7 +157,7 @@ FAULTS: list[tuple[Callable[[Call], None], str, list[str]]] = [
     (a_vote_lost, "top_k", ["top_k"]),
     (pairs_mistaken, "decode", ["decode turned", "decode capped"]),
     (pairs_mistaken, "gather", ["gather", "gather interleaved"]),
-    (pairs_mistaken, "turn", ["turn", "turn strided"]),
+    (pairs_mistaken, "rotate", ["turn", "turn strided"]),
     (cap_forgotten, "decode", ["decode capped"]),
     (cap_forgotten, "attention_mass", ["mass capped"]),
     (scale_forgotten, "decode", ["decode", "decode turned", "decode capped"]),

@@ -14,6 +14,7 @@ from paged import DTYPES, Case, Paged, compiled
 
 from kvote.kernels import cpu, packing
 from kvote.kernels.cpu import packed
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import PACKED, Packing
 
 given_cases = settings(max_examples=60, deadline=None)
@@ -253,7 +254,7 @@ def refusals() -> dict[str, Any]:
         "recent tokens must have the head size": lambda: beside(raw.keys[..., :16], raw.values[..., :16]),
         "recent tokens must be of the dtype": lambda: beside(raw.keys.half(), raw.values.half()),
         "in contiguous pools": lambda: beside(raw.keys, raw.values.transpose(0, 1).contiguous().transpose(0, 1)),
-        "of as many lanes": lambda: beside(raw.keys, raw.values, cpu.Lanes(raw.runs[:1])),
+        "of as many lanes": lambda: beside(raw.keys, raw.values, Lanes(raw.runs[:1])),
         "keys must be keys of": lambda: packed.scores(query[:, :, None], value, range(9)),
         "as many query heads": lambda: packed.attend(query[:, :3], key, value, range(9), **rule),
         "alike": lambda: packed.attend(query, key, (value[0], replace(value[1], bits=4), value[2]), range(9), **rule),

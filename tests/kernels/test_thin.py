@@ -82,7 +82,7 @@ def test_a_wrong_channel_or_token_shows():
         ({"stop": 0}, "cannot read 0"),
         ({"query": torch.zeros(1, 17, 9)}, "more than 16 query heads"),
         ({"query": torch.zeros(1, 2, 8)}, "pages of the query's channels"),
-        ({"values": torch.zeros(1, 64, 24)}, "of values by 16"),
+        ({"values": torch.zeros(1, 64, 24)}, "multiple of 16"),
         ({"values": torch.zeros(1, 64, 16).double()}, "one known dtype"),
         ({"values": torch.zeros(1, 16, 64).transpose(1, 2)}, "must be contiguous"),
     ],

@@ -20,7 +20,7 @@ from packs import PackCase
 from paged import Case
 
 from kvote.kernels import packing
-from kvote.kernels.cpu import Lanes
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import PACKED, Packing
 
 pytestmark = runs
@@ -235,7 +235,7 @@ def refusals() -> dict[str, Any]:
         "keys must be keys and": lambda: attend(query, value, key, range(9), **rule),
         "recent tokens must have the head size": lambda: beside(raw.keys[..., :16], raw.values[..., :16]),
         "recent tokens must be of the dtype": lambda: beside(raw.keys.half(), raw.values.half()),
-        "contiguous pages": lambda: beside(raw.keys, raw.values.transpose(0, 1).contiguous().transpose(0, 1)),
+        "in contiguous pools": lambda: beside(raw.keys, raw.values.transpose(0, 1).contiguous().transpose(0, 1)),
         "of as many lanes": lambda: beside(raw.keys, raw.values, Lanes(raw.runs[:1])),
         "keys must be keys of": lambda: kernels().packed.scores(query[:, :, None], value, range(9)),
         "as many query heads": lambda: attend(query[:, :3], key, value, range(9), **rule),

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.triton.common import at_home, capped, check, padded, product, scarce
+from kvote.kernels.checks import check
+from kvote.kernels.triton.common import at_home, capped, padded, product, scarce
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -160,7 +161,7 @@ def _attend(
     )
 
 
-def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def why_not(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> str | None:
     """The reason this kernel cannot answer, or None."""
     if key.shape[-1] != value.shape[-1]:
         return "keys and values differ in head size"
@@ -182,7 +183,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """As ``kernels.attend``: ``query`` [b, heads, t, d], ``key`` and ``value`` [b, h, m, d], rows at the end of the
     list if ``causal``. Out [b, heads, t, d] in the query's dtype, lse [b, heads, t] in float32."""
-    reason = why_not(query, key, value)
+    reason = why_not(query, key, value, softcap)
     check(reason is None, str(reason))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     b, heads, t, dim = query.shape

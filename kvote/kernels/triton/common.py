@@ -21,11 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvote.kernels import gpu
-from kvote.kernels.cpu import Lanes
+from kvote.kernels.checks import check
+from kvote.kernels.lanes import PAGE as PAGE
+from kvote.kernels.lanes import Lanes
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PAGE = 64
 # The interpreter multiplies bfloat16 numbers as if their bits were integers; there, products are in float32.
 WIDE = tl.constexpr(gpu.interpreted())
 _PAGE = tl.constexpr(PAGE)
@@ -33,12 +34,6 @@ _PAGE = tl.constexpr(PAGE)
 _WAVES = 4
 # Multiprocessors where there is none to ask (the interpreter): few, so that tests split work in several parts.
 _FEW = 2
-
-
-def check(holds: bool, what: str) -> None:
-    """Kernels trust their arguments; what would make them read elsewhere is refused here, as ValueError."""
-    if not holds:
-        raise ValueError(f"kvote.kernels.triton: {what}.")
 
 
 def at_home(function: Callable[P, R]) -> Callable[P, R]:
@@ -89,10 +84,7 @@ def split(units: int, others: int, device: torch.device, least: int = 1) -> tupl
 def table(lanes: Lanes, device: torch.device) -> Tensor:
     """Pages [lanes, pages] of each lane in token order, int32 on ``device``; shorter lanes end in page 0."""
     if device not in lanes.tables:
-        ids = [
-            np.concatenate([np.arange(first, first + count) for first, count in lane.tolist()] or [np.zeros(0)])
-            for lane in np.split(lanes.runs, lanes.begins[1:-1])
-        ]
+        ids = lanes.pages()
         pages = np.zeros((lanes.count, max(1, *(len(row) for row in ids))), np.int32)
         for row, own in zip(pages, ids, strict=True):
             row[: len(own)] = own

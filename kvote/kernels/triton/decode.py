@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
+from kvote.kernels import checks
+from kvote.kernels.contract import Angles
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.triton.common import (
     PAGE,
     at_home,
     capped,
-    check,
     fetched,
     padded,
     partners,
@@ -28,7 +29,6 @@ from kvote.kernels.triton.common import (
 from kvote.kernels.triton.merge import merge_parts
 
 MAX_GROUPS = 64
-Angles = tuple[Tensor, Tensor]
 
 
 @triton.jit(do_not_specialize=("kv_heads", "table_width", "start", "count", "each", "ahead", "slots", "pairs"))
@@ -115,7 +115,7 @@ def decode(
     softcap: float | None,
     stops: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``cpu.decode``: out [sequences, heads, d] and lse [sequences, heads] in float32.
+    """As in the contract: out [sequences, heads, d] and lse [sequences, heads] in float32.
 
     ``query`` [sequences, heads, d], head = h_kv * g + i, is rounded to the dtype of the keys; lanes are (sequence, key
     head) in that order. ``tokens``: a range that all read, or int64 [sequences, m]; with ``angles`` [m, r] keys are
@@ -155,20 +155,14 @@ def decode_parts(
     """As ``decode``, before the answers of parts are joined: out [sequences, heads, parts, d] and lse [sequences,
     heads, parts]. The first ``ahead`` parts are left for another kernel to fill."""
     sequences, heads, dim = query.shape
-    groups, device = sequences * heads // lanes.count, query.device
-    check(groups <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
-    check(keys.shape == values.shape and keys.shape[-1] == dim, "keys and values must be pools of the same head size")
-    check(keys.is_contiguous() and values.is_contiguous() and keys.shape[1] == PAGE, "pools must be contiguous pages")
+    groups, device = checks.groups_of(sequences * heads, lanes, MAX_GROUPS), query.device
+    checks.pair_of_pools(keys, values, dim)
     query = query.to(keys.dtype).contiguous()
-    if isinstance(tokens, Tensor):
-        check(tokens.dtype == torch.int64 and tokens.is_contiguous(), "tokens must be contiguous int64")
-        check(tokens.shape[0] == sequences and stops is None, "there must be one list per sequence, and no stops")
-        start, count = 0, tokens.shape[1]
-    else:
-        start, count = tokens.start, len(tokens)
+    start, count = checks.tokens_of(tokens, sequences)
+    checks.check(stops is None or isinstance(tokens, range), "lists have no stops")
     if angles is not None:
+        checks.angles_fit(angles, count, dim)
         angles = angles[0].float().contiguous(), angles[1].float().contiguous()
-        check(angles[0].shape[0] >= count and 2 * angles[0].shape[1] <= dim, "angles must fit the tokens")
     # A list is short: many small parts. Wide rows, and rotated ones twice, take registers.
     wide = dim > 128 or keys.dtype == torch.float32
     block = PAGE >> (int(wide) + int(angles is not None))

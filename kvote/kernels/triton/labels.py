@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
-from kvote.kernels.triton.common import PAGE, at_home, check, padded, table
-from kvote.kernels.triton.votes import put_scores
+from kvote.kernels import checks
+from kvote.kernels.lanes import Lanes
+from kvote.kernels.triton.common import PAGE, at_home, padded, table
+from kvote.kernels.triton.products import put_scores
 
 _PAGE = tl.constexpr(PAGE)
 # Rows of a product at most.
@@ -42,19 +43,15 @@ def _label_scores(
 
 @at_home
 def label_scores(query: Tensor, labels: Tensor, lanes: Lanes, start: int, stop: int) -> Tensor:
-    """As ``cpu.label_scores``: q.k [sequences, t, heads, stop - start] in float32 of ``query`` [sequences, heads, t, r]
+    """As in the contract: q.k [sequences, t, heads, stop - start] in float32 of ``query`` [sequences, heads, t, r]
     with labels [pages, r, PAGE] of any number of channels. Float32 queries meet 16-bit labels in two parts, as in
     ``votes``. Raises ValueError for what would be read wrongly."""
     sequences, heads, t, r = query.shape
-    rows = sequences * heads // lanes.count * t
-    check(
-        labels.is_contiguous() and labels.shape[1:] == (r, PAGE), "labels must be contiguous, of the query's channels"
-    )
-    check(
-        0 <= start < stop and (sequences * heads) % lanes.count == 0, "there must be tokens, and a lane for each head"
-    )
+    rows = checks.scoring(query, labels, labels.shape[1], lanes, start, stop)
     pages = table(lanes, query.device)
     out = torch.empty(sequences, heads, t, stop - start, dtype=torch.float32, device=query.device)
+    if stop == start:
+        return out.transpose(1, 2)
     _label_scores[(-(-stop // PAGE) - start // PAGE, lanes.count)](
         query.float().contiguous(),
         labels,

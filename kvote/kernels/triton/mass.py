@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
-from kvote.kernels.triton.common import PAGE, at_home, capped, check, fetched, integers, padded, product, rows_of, table
+from kvote.kernels import checks
+from kvote.kernels.lanes import Lanes
+from kvote.kernels.triton.common import PAGE, at_home, capped, fetched, integers, padded, product, rows_of, table
 
 _ROWS = 64
 
@@ -67,12 +68,11 @@ def attention_mass(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """As ``cpu.attention_mass``: [sequences, h, n] of tokens ``start`` to ``max(limits)``; ``query`` [sequences, heads,
+    """As in the contract: [sequences, h, n] of tokens ``start`` to ``max(limits)``; ``query`` [sequences, heads,
     t, d], rounded to the dtype of the keys, with its ``lse`` [sequences, heads, t]."""
     sequences, heads, t, dim = query.shape
-    h, count = lanes.count // sequences, max(limits) - start
-    check(len(limits) == t and start >= 0 and count > 0, "there must be one limit per query row, and tokens to see")
-    check(keys.is_contiguous() and keys.shape[1:] == (PAGE, dim), "keys must be contiguous pages of the head size")
+    h, count = lanes.count // sequences, checks.limits_of(limits, t, start) - start
+    checks.pool_of_keys(keys, dim)
     rows, device = heads // h * t, query.device
     query, lse = query.to(keys.dtype).contiguous(), lse.float().contiguous()
     out = torch.empty(sequences, h, count, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""Tokens packed into codes on a GPU, and decoded out of them. Contracts as in ``kvote.kernels.cpu.packed``, layout and
+"""Tokens packed into codes on a GPU, and decoded out of them. Contracts as in ``kvote.kernels.contract``, layout and
 law in ``kvote.kernels.packing``.
 
 Every step of the quantiser is rounded as the law rounds it: to the dtype of the model, divisions as IEEE 754 says and
@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
+from kvote.kernels import checks
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import PACKED, Packing
-from kvote.kernels.triton.common import at_home, check, integers, padded, rounded, table
+from kvote.kernels.triton.common import at_home, integers, padded, rounded, table
 
 _PACKED = tl.constexpr(PACKED)
 # Words in a row of codes.
@@ -219,21 +220,17 @@ def _unpack(
 
 def pool(pages: Tensor, form: Packing, lanes: Lanes) -> tuple[Tensor, Tensor, Tensor]:
     """A pool as words and as scales, and its page table on the device."""
-    check(form.width == form.dim, "the head size must be a multiple of 16")
-    check(pages.is_contiguous() and pages.shape[-1] == form.page_bytes, "pages must be a contiguous pool of the form")
+    checks.packed_pool(pages, form)
     return pages.view(torch.int32), pages.view(form.dtype), table(lanes, pages.device)
 
 
 @at_home
 def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: Sequence[int]) -> None:
-    """As ``cpu.packed.pack``: tokens ``x`` [lanes, m, d] go behind the first ``first[lane]`` tokens of each lane; keys
+    """As in the contract: tokens ``x`` [lanes, m, d] go behind the first ``first[lane]`` tokens of each lane; keys
     in whole groups, unless they are packed by token. Raises ValueError for what would be written wrongly."""
     count, dim = x.shape[1:]
-    check(x.shape[0] == lanes.count == len(first), "there must be as many lanes as tokens are given for")
-    check(x.stride(-1) == 1 and x.dtype == form.dtype, "channels must be contiguous and of the dtype of the form")
-    check(dim == form.dim, "tokens must have the head size of the form")
+    checks.packing(x, form, lanes, first)
     alone = form.by_token or not form.are_keys
-    check(alone or not any(n % form.group for n in (count, *first)), "keys come in whole groups")
     words, scales, tables = pool(pages, form, lanes)
     if not x.numel():
         return
@@ -265,18 +262,10 @@ def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: Sequence[
 
 @at_home
 def unpack(pages: Tensor, form: Packing, lanes: Lanes, tokens: Tensor | range, sequences: int, out: Tensor) -> None:
-    """As ``cpu.packed.unpack``: a range of tokens, or ``tokens`` int64 [sequences, m], of all lanes are decoded to
+    """As in the contract: a range of tokens, or ``tokens`` int64 [sequences, m], of all lanes are decoded to
     ``out`` [lanes, >= m, d]. Raises ValueError for what would be read wrongly."""
-    if isinstance(tokens, Tensor):
-        check(tokens.dtype == torch.int64 and tokens.is_contiguous(), "tokens must be contiguous int64")
-        check(tokens.shape[0] == sequences, "there must be one list per sequence")
-        start, count = 0, tokens.shape[1]
-    else:
-        check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
-        start, count = tokens.start, len(tokens)
-    check(out.dtype == form.dtype and out.shape[0] == lanes.count, "out must be of the dtype of the form, by lanes")
-    check(out.shape[1] >= count and out.shape[2] == form.dim, "out must have room for the tokens")
-    check(out.stride(1) == form.dim and out.stride(2) == 1, "out must be contiguous but for its lanes")
+    start, count = checks.tokens_of(tokens, sequences)
+    checks.unpacking(out, form, lanes, count)
     words, scales, tables = pool(pages, form, lanes)
     if not count:
         return

@@ -1,5 +1,5 @@
 """Packed keys and values on a GPU: attention and scores straight from the codes (``pack`` writes them). Contracts as in
-``kvote.kernels.cpu.packed``, layout and law in ``kvote.kernels.packing``.
+``kvote.kernels.contract``, layout and law in ``kvote.kernels.packing``.
 
 Codes become numbers in registers, each rounded once to the model's dtype, as the law decodes them; nothing decoded is
 ever written to memory. A thread takes whole words apart, so its codes are neighbours and go on to the matrix units in
@@ -14,19 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
+from kvote.kernels import checks
+from kvote.kernels.contract import PackedPool, Recent
 from kvote.kernels.packing import PACKED, Packing
-from kvote.kernels.triton.common import at_home, capped, check, padded, product, put_part, softened, split
+from kvote.kernels.triton.common import at_home, capped, padded, product, put_part, softened, split
 from kvote.kernels.triton.decode import MAX_GROUPS, decode_parts
 from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.pack import pack, pool, unpack
-from kvote.kernels.triton.votes import put_scores
+from kvote.kernels.triton.products import put_scores
 
 __all__ = ["MAX_GROUPS", "attend", "pack", "scores", "unpack"]
 
-# Raw pools of keys and of values, where the lanes lie in them, and which tokens are read.
-Recent = tuple[Tensor, Tensor, Lanes, range]
-Packed = tuple[Tensor, Packing, Lanes]
 _PACKED = tl.constexpr(PACKED)
 # Words in a row of codes.
 _LANES = tl.constexpr(16)
@@ -251,8 +249,8 @@ def _shape(form: Packing) -> tuple[int, int]:
 @at_home
 def attend(
     query: Tensor,
-    keys: Packed,
-    values: Packed,
+    keys: PackedPool,
+    values: PackedPool,
     tokens: range,
     *,
     recent: Recent | None = None,
@@ -260,7 +258,7 @@ def attend(
     softcap: float | None,
     stops: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``cpu.packed.attend``: out [sequences, heads, d] and lse [sequences, heads] in float32 over a range of packed
+    """As in the contract: out [sequences, heads, d] and lse [sequences, heads] in float32 over a range of packed
     tokens, and over ``recent`` ones.
 
     ``query`` [sequences, heads, d], head = h_kv * g + i, is rounded to the dtype of the model; lanes are (sequence, key
@@ -268,16 +266,10 @@ def attend(
     ``stops[i]`` only. A sequence that reads nothing answers 0 with an lse of -inf. Raises ValueError for what would be
     read wrongly.
     """
-    (_, form, lanes), (_, value_form, value_lanes) = keys, values
+    (_, form, lanes), (_, value_form, _) = keys, values
     sequences, heads, dim = query.shape
-    groups, device = sequences * heads // lanes.count, query.device
-    check(groups * lanes.count == sequences * heads, "every key head must have as many query heads")
-    check(groups <= MAX_GROUPS, f"more than {MAX_GROUPS} query heads share a key head")
-    check(form.dim == value_form.dim == dim, "keys and values must have the query's head size")
-    check(form.dtype == value_form.dtype and form.bits == value_form.bits, "keys and values must be alike")
-    check(form.are_keys and not value_form.are_keys, "keys must be keys and values values")
-    check(value_lanes.count == lanes.count, "values must have as many lanes as keys")
-    check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
+    groups, device = checks.groups_of(sequences * heads, lanes, MAX_GROUPS), query.device
+    checks.packed_alike(query, keys, values, tokens)
     key_words, key_scales, key_pages = pool(*keys)
     value_words, value_scales, value_pages = pool(*values)
     query, (block, warps) = query.to(form.dtype).contiguous(), _shape(form)
@@ -287,9 +279,7 @@ def attend(
         outs = torch.empty(sequences, heads, parts, dim, dtype=torch.float32, device=device)
         lses = torch.empty(sequences, heads, parts, dtype=torch.float32, device=device)
     else:
-        check(recent[0].shape[-1] == dim, "recent tokens must have the head size")
-        check(recent[0].dtype == form.dtype, "recent tokens must be of the dtype of the form")
-        check(recent[2].count == lanes.count, "recent tokens must be of as many lanes")
+        checks.recent_alike(*recent[:3], form, lanes.count)
         outs, lses = decode_parts(query, *recent, scale=scale, softcap=softcap, ahead=parts)
     _packed_attend[(parts, lanes.count)](
         query,
@@ -332,16 +322,13 @@ def attend(
 
 
 @at_home
-def scores(query: Tensor, keys: Packed, tokens: range) -> Tensor:
-    """As ``cpu.packed.scores``: q.k [sequences, heads, r, n] in float32 of ``query`` [sequences, heads, r, d] with a
+def scores(query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
+    """As in the contract: q.k [sequences, heads, r, n] in float32 of ``query`` [sequences, heads, r, d] with a
     range of packed keys. Float32 queries meet 16-bit keys in two parts, as in ``votes``. Raises ValueError for what
     would be read wrongly."""
     _, form, lanes = keys
     sequences, heads, r, dim = query.shape
-    rows = sequences * heads // lanes.count * r
-    check(rows * lanes.count == sequences * heads * r, "every key head must have as many query heads")
-    check(form.are_keys and form.dim == dim, "keys must be keys of the query's head size")
-    check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
+    rows = checks.packed_scoring(query, keys, tokens)
     words, scales, pages = pool(*keys)
     query, (block, warps) = query.float().contiguous(), _shape(form)
     out = torch.empty(sequences, heads, r, len(tokens), dtype=torch.float32, device=query.device)

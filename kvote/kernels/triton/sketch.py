@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.triton.common import PAGE, at_home, check, padded
+from kvote.kernels import checks
+from kvote.kernels.triton.common import PAGE, at_home, padded
 
 SKETCH_TOKENS = PAGE
 _PAGE = tl.constexpr(PAGE)
@@ -118,7 +119,7 @@ def encode_rows(rows, codes, scales, slot, held, D: tl.constexpr, DP: tl.constex
 def sketch(keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
     """Encodes the tokens at pool ``slots`` (int64, contiguous) of ``keys`` [pages, PAGE, d] into ``sketch``."""
     dim, count, block = keys.shape[-1], len(slots), 16
-    check(keys.is_contiguous() and slots.is_contiguous(), "keys and slots must be contiguous")
+    checks.sketching(keys, slots)
     codes, scales = sketch_views(sketch, bits)
     width = dim * bits // 8
     _sketch[(-(-count // block),)](

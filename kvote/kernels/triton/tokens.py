@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
-from kvote.kernels.triton.common import at_home, check, fetched, integers, padded, partners, rows_of, table, turned
+from kvote.kernels import checks
+from kvote.kernels.contract import Angles
+from kvote.kernels.lanes import Lanes
+from kvote.kernels.triton.common import at_home, fetched, integers, padded, partners, rows_of, table, turned
 from kvote.kernels.triton.sketch import encode_rows, sketch_views
 
-Angles = tuple[Tensor, Tensor]
 _BLOCK = 16
 
 
@@ -85,14 +86,11 @@ def append(
     sketch: Tensor | None,
     bits: int,
 ) -> None:
-    """As ``cpu.append``: tokens [sequences, h, t, d] and [sequences, h, t, dv] with ``positions`` [sequences, t] go
+    """As in the contract: tokens [sequences, h, t, d] and [sequences, h, t, dv] with ``positions`` [sequences, t] go
     behind the first ``first[lane]`` tokens of each lane, and are sketched."""
-    sequences, heads, count, dim = key.shape
+    checks.appending(key, value, positions, pools, lanes, first)
+    _, heads, count, dim = key.shape
     keys, values, slot_positions = pools
-    check(key.stride(-1) == 1 and value.stride(-1) == 1, "channels must be contiguous")
-    check(key.dtype == keys.dtype and value.dtype == values.dtype == keys.dtype, "dtypes must be those of the pools")
-    check(positions.dtype == torch.int64 and positions.stride(-1) == 1, "positions must be int64 rows")
-    check(lanes.count == len(first) == sequences * heads, "there must be one lane per sequence and key head")
     pages = table(lanes, key.device)
     ragged = any(at != first[0] for at in first)
     codes, scales = sketch_views(sketch, bits) if sketch is not None else (keys, keys)
@@ -127,7 +125,7 @@ def append(
     )
 
 
-@triton.jit(do_not_specialize=("kv_heads", "table_width", "lists", "count", "pairs"))
+@triton.jit(do_not_specialize=("kv_heads", "table_width", "lists", "count", "angle_rows", "pairs"))
 def _gather(
     keys,
     values,
@@ -141,6 +139,7 @@ def _gather(
     table_width,
     lists,
     count,
+    angle_rows,
     pairs,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -156,7 +155,7 @@ def _gather(
     key = fetched(keys, slots, channels, held, D, DP)
     partner, _, _ = partners(channels, pairs, INTERLEAVED)
     other = fetched(keys, slots, partner, held, D, DP)
-    key = turned(key, other, cos, sin, place, held, channels, pairs, INTERLEAVED).to(key.dtype)
+    key = turned(key, other, cos, sin, line * angle_rows + place, held, channels, pairs, INTERLEAVED).to(key.dtype)
     out = ((line * kv_heads + head) * count + place)[:, None] * D + channels[None, :]
     mask = held[:, None] & (channels < D)[None, :]
     tl.store(key_out + out, key, mask=mask)
@@ -173,11 +172,10 @@ def gather(
     interleaved: bool,
     out: tuple[Tensor, Tensor],
 ) -> None:
-    """As ``cpu.gather``: the tokens ``index`` [m] of one sequence go to ``out`` [h, m, d] each, or those of q lists of
-    each of b sequences, ``index`` [b, q, m], to [b, q, h, m, d]; keys are rotated by ``angles`` [m, r]."""
-    check(index.dtype == torch.int64 and index.is_contiguous(), "index must be contiguous int64")
-    check(all(o.is_contiguous() and o.dtype == keys.dtype for o in out), "out must be contiguous, of the keys' dtype")
-    check(keys.shape == values.shape, "keys and values must be pools of the same head size")
+    """As in the contract: the tokens ``index`` [m] of one sequence go to ``out`` [h, m, d] each, or those of q lists of
+    each of b sequences, ``index`` [b, q, m], to [b, q, h, m, d]; keys are rotated by ``angles`` [m, r], or [b, q, m, r]
+    where each list has its own."""
+    checks.gathering(keys, values, index, out, angles)
     b, q, m = index.shape if index.dim() == 3 else (1, 1, len(index))
     cos, sin = (a.float().contiguous() for a in angles)
     pages, heads = table(lanes, keys.device), lanes.count // b
@@ -193,6 +191,7 @@ def gather(
         pages.shape[1],
         q,
         m,
+        m if cos.dim() > 2 else 0,
         cos.shape[-1],
         D=keys.shape[-1],
         DP=padded(keys.shape[-1]),
@@ -236,13 +235,12 @@ def _turn(
 
 
 @at_home
-def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
-    """As ``cpu.turn``: ``x`` [sequences, heads, n, d], channels contiguous, rotated by float32 ``angles``
+def rotate(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
+    """As in the contract: ``x`` [sequences, heads, n, d], channels contiguous, rotated by float32 ``angles``
     [n, r] or [sequences or 1, n, r]."""
+    checks.turning(x, angles)
     sequences, heads, count, dim = x.shape
     cos, sin = angles
-    check(cos.is_contiguous() and sin.is_contiguous() and cos.dtype == torch.float32, "angles must be float32 rows")
-    check(x.stride(-1) == 1 and cos.shape[-2] == count and 2 * cos.shape[-1] <= dim, "angles must fit the rows")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         _turn[(-(-count // _BLOCK) * sequences * heads,)](

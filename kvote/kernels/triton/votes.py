@@ -5,8 +5,7 @@ tokens, and leaves float32 scores and every part's log-sum-exp; a short one join
 all heads and adds them up. Scores are a fraction of the keys' bytes (with 7 query heads of 128 channels per key head, a
 ninth), and reading keys twice would cost more.
 
-**Precision.** Scoring queries are float32, keys have 16 bits. A query is cut in two 16-bit parts whose products add up
-in float32: the matrix units have time for that while the keys come.
+**Precision.** Scoring queries are float32, keys have 16 bits (``products``).
 
 ``skip`` (bool [b], on the device) is how a selection cache decides without asking the host: a sequence whose flag is
 set is not read, and what comes out for it means nothing.
@@ -19,99 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvote.kernels.cpu import Lanes
+from kvote.kernels import checks
+from kvote.kernels.lanes import Lanes
 from kvote.kernels.triton.common import (
     PAGE,
     at_home,
-    check,
-    fetched,
     integers,
     padded,
-    product,
     rows_of,
     scarce,
     split,
     table,
 )
-from kvote.kernels.triton.sketch import codes_of, scales_of, sketch_views
+from kvote.kernels.triton.products import queries_of, scores_of
+from kvote.kernels.triton.sketch import sketch_views
 
 # Rows of a product at most: query heads times selecting queries.
 _ROWS = 64
 _AT_ONCE = 1024
-
-
-@triton.jit
-def halves(places, channels, asked, WIDTH: tl.constexpr, like):
-    """Float32 queries [rows, channels] as two parts of the dtype of ``like`` that add up to them."""
-    q = tl.load(places + channels[None, :], mask=asked[:, None] & (channels < WIDTH)[None, :], other=0.0)
-    upper = q.to(like)
-    return upper, (q - upper.to(tl.float32)).to(like)
-
-
-@triton.jit
-def _queries(query, rows, asked, keys, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """What is multiplied with keys or codes: both parts of all channels, or of each half of them for 4-bit codes."""
-    places, channels = query + rows[:, None] * D, tl.arange(0, DP)
-    if BITS == 0:
-        upper, lower = halves(places, channels, asked, D, keys.dtype.element_ty)
-        return upper, lower, upper, lower
-    elif BITS == 8:
-        upper, lower = halves(places, channels, asked, D, tl.bfloat16)
-        return upper, lower, upper, lower
-    else:
-        upper, lower = halves(places, channels, asked, D // 2, tl.bfloat16)
-        upper_2, lower_2 = halves(places + D // 2, channels, asked, D // 2, tl.bfloat16)
-        return upper, lower, upper_2, lower_2
-
-
-@triton.jit
-def twice(upper, lower, key, acc):
-    """acc + (upper + lower) key; float32 keys meet a query that is whole."""
-    acc = product(upper, key, acc)
-    if key.dtype != tl.float32:
-        acc = product(lower, key, acc)
-    return acc
-
-
-@triton.jit
-def put_scores(
-    query, scores, lane, rows, key, token, held, start, stop, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
-):
-    """Stores q.k of all ``rows`` of a lane with one block of its keys [DP, tokens], ``ROWS`` of them at a time."""
-    for at in range(0, rows, ROWS):
-        row = at + tl.arange(0, ROWS)
-        line = lane * rows + row
-        upper, lower = halves(query + line[:, None] * D, tl.arange(0, DP), row < rows, D, key.dtype)
-        score = twice(upper, lower, key, tl.zeros([ROWS, key.shape[1]], tl.float32))
-        spots = scores + line[:, None] * (stop - start) + (token - start)[None, :]
-        tl.store(spots, score, mask=(row < rows)[:, None] & held[None, :])
-
-
-@triton.jit
-def _scores_of(
-    upper,
-    lower,
-    upper_2,
-    lower_2,
-    pool,
-    codes,
-    scales,
-    slots,
-    held,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """q.k [rows, tokens] in float32 with the keys, or their sketches, in pool rows ``slots``."""
-    acc = tl.zeros([upper.shape[0], slots.shape[0]], tl.float32)
-    if BITS == 0:
-        return twice(upper, lower, tl.trans(fetched(pool, slots, tl.arange(0, DP), held, D, DP)), acc)
-    else:
-        code, code_2 = codes_of(codes, slots, held, D, DP, BITS)
-        acc = twice(upper, lower, tl.trans(code), acc)
-        if BITS == 4:
-            acc = twice(upper_2, lower_2, tl.trans(code_2), acc)
-        return acc * scales_of(scales, slots, held, D, BITS)[None, :]
 
 
 @triton.jit(do_not_specialize=("kv_heads", "table_width", "selections", "start", "stop", "each"))
@@ -152,14 +76,14 @@ def _score(
     sequence, head = lane // kv_heads, lane % kv_heads * GROUPS + row // selections
     line = (sequence * selections + row % selections) * (kv_heads * GROUPS) + head
     mine = lane * (GROUPS * selections) + row
-    upper, lower, upper_2, lower_2 = _queries(query, mine, asked, keys, D, DP, BITS)
+    upper, lower, upper_2, lower_2 = queries_of(query, mine, asked, keys, D, DP, BITS)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for at in range(begin, end, BLOCK):
         token = at + tl.arange(0, BLOCK)
         held = (token >= start) & (token < end)
         slots = rows_of(pages + lane * table_width, token, held)
-        score = _scores_of(upper, lower, upper_2, lower_2, keys, codes, scales, slots, held, D, DP, BITS)
+        score = scores_of(upper, lower, upper_2, lower_2, keys, codes, scales, slots, held, D, DP, BITS)
         tl.store(
             logits + line[:, None] * (stop - start) + (token - start)[None, :],
             score,
@@ -248,8 +172,8 @@ def _score_list(
     slots = rows_of(pages + lane * table_width, token, held)
     group = tl.arange(0, ROWS)
     mine = (lane * GROUPS + group) * selections + selection
-    upper, lower, _, _ = _queries(query, mine, group < GROUPS, keys, D, DP, 0)
-    score = _scores_of(upper, lower, upper, lower, keys, keys, keys, slots, held, D, DP, 0)
+    upper, lower, _, _ = queries_of(query, mine, group < GROUPS, keys, D, DP, 0)
+    score = scores_of(upper, lower, upper, lower, keys, keys, keys, slots, held, D, DP, 0)
     out = (line * kv_heads + head) * GROUPS + group
     tl.store(scores + out[:, None] * count + place[None, :], score, mask=(group < GROUPS)[:, None] & held[None, :])
 
@@ -269,10 +193,10 @@ class _Ballot:
         skip: Tensor | None,
     ) -> None:
         batch, heads, selections, dim = query.shape
-        device, stop = query.device, max(limits)
-        check(keys.is_contiguous() and keys.shape[1:] == (PAGE, dim), "keys must be contiguous pages of the head size")
-        check(0 <= start < stop and len(limits) == selections, "there must be candidates, and a limit per query")
-        check(lanes.count % batch == 0 and heads % (lanes.count // batch) == 0, "heads must share the lanes evenly")
+        device, stop = query.device, checks.limits_of(limits, selections, start)
+        checks.pool_of_keys(keys, dim)
+        checks.check(lanes.count % batch == 0, "there must be as many lanes of each sequence")
+        checks.groups_of(batch * heads, lanes, heads)
         self.query, self.keys, self.lanes, self.start = query.float().contiguous(), keys, lanes, start
         self.shape, self.count, self.skip = (batch, selections, heads), stop - start, skip
         self.kv_heads = lanes.count // batch
@@ -375,8 +299,10 @@ class _Ballot:
 
 @at_home
 def scores(query: Tensor, keys: Tensor, lanes: Lanes, start: int, stop: int) -> Tensor:
-    """As ``cpu.scores``: q.k [b, r, heads, n] in float32 of ``query`` [b, heads, r, d] with tokens ``start`` to
-    ``stop``."""
+    """q.k [b, r, heads, n] in float32 of ``query`` [b, heads, r, d] with tokens ``start`` to ``stop``."""
+    checks.scoring(query, keys, keys.shape[2], lanes, start, stop)
+    if stop == start:
+        return query.new_empty(*query.shape[:3], 0, dtype=torch.float32).transpose(1, 2)
     return _Ballot(query, keys, lanes, None, 0, start, [stop] * query.shape[2], None).logits
 
 
@@ -386,7 +312,7 @@ def votes(
 ) -> Tensor:
     """Soft votes [r, n] of one sequence for tokens ``start`` to ``max(limits)``, or [b, r, n] of a batch.
 
-    As ``cpu.votes``, with ``query`` [heads, r, d] float32, or [b, heads, r, d] with the lanes of all sequences. A
+    As in the contract, with ``query`` [heads, r, d] float32, or [b, heads, r, d] with the lanes of all sequences. A
     sketch is met with the query as it is, not with 8 bits of it.
     """
     alone = query.dim() == 3
@@ -409,12 +335,11 @@ def select(
 ) -> Tensor:
     """The ``k`` tokens [r, k] (or [b, r, k]) with the most ``votes``, ascending; arguments as there.
 
-    As ``cpu.select``, but which of equally many votes win is torch's choice (``top_k``). ``skip``: see the head of
+    As in the contract; which of equally many votes win is torch's choice (``top_k``). ``skip``: see the head of
     this file.
     """
     alone = query.dim() == 3
-    fewest = min(limits) - start
-    check(0 < k <= fewest, f"cannot take {k} of {fewest} candidates")
+    fewest = checks.winners_of(k, start, limits)
     ballot = _Ballot(query[None] if alone else query, keys, lanes, sketch, bits, start, limits, skip)
     counted = ballot.votes(forbid=True)
     if nominate and sketch is not None:
@@ -433,6 +358,5 @@ def top_k(votes: Tensor, k: int) -> Tensor:
     torch's own selection by digits on the device, which waits for nobody. Which of equal votes at the edge win is
     left to it; on NVIDIA GPUs torch 2.13 takes the lower indices, but does not promise to.
     """
-    n = votes.shape[-1]
-    check(0 < k <= n, f"cannot take {k} of {n} votes")
+    checks.winners_of(k, 0, [votes.shape[-1]])
     return votes.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values

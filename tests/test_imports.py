@@ -1,0 +1,76 @@
+"""Which way imports point, read from the source: nobody imports in a circle, and the kernels end where they say."""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvote
+
+ROOT = Path(kvote.__file__).parent
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in ROOT.rglob("*.py")}
+
+
+def loaded(body: list[ast.stmt]) -> Iterator[str]:
+    """Names that are imported where the module is, not later and not for types alone."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else str(node.module)
+        elif isinstance(node, ast.Try | ast.If) and "TYPE_CHECKING" not in ast.dump(node):
+            yield from loaded([*node.body, *node.orelse])
+
+
+IMPORTS = {
+    name: {other for other in loaded(ast.parse(path.read_text()).body) if other in MODULES and other != name}
+    for name, path in MODULES.items()
+}
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert len(IMPORTS) > 100
+    tuple(graphlib.TopologicalSorter(IMPORTS).static_order())
+
+
+def test_a_circle_is_noticed():
+    with pytest.raises(graphlib.CycleError):
+        tuple(graphlib.TopologicalSorter({**IMPORTS, "kvote.errors": {"kvote.cache"}}).static_order())
+
+
+# Of the kernels, what each may stand on: the contract on lanes and codes, backends on that, their choice on those.
+INNER = {
+    "lanes": set(),
+    "packing": set(),
+    "reference": set(),
+    "contract": {"lanes", "packing"},
+    "checks": {"lanes", "packing", "contract"},
+    "cpu": {"lanes", "packing", "contract", "checks", "fused", "cpu"},
+    "triton": {"lanes", "packing", "contract", "checks", "gpu", "law", "triton"},
+}
+
+
+@pytest.mark.parametrize("part", INNER)
+def test_kernels_stand_on_their_contract(part):
+    prefix = f"kvote.kernels.{part}"
+    mine = [name for name in MODULES if name == prefix or name.startswith(prefix + ".")]
+    assert mine
+    used = {other.split(".")[2] for name in mine for other in IMPORTS[name] if other.startswith("kvote.kernels.")}
+    assert used <= INNER[part]
+
+
+def test_a_backend_is_reached_through_the_kernels_alone():
+    inside = ("kvote.kernels.cpu", "kvote.kernels.triton", "kvote.kernels.law", "kvote.kernels.gpu")
+    outside = {name: others for name, others in IMPORTS.items() if not name.startswith("kvote.kernels")}
+    assert [name for name, others in outside.items() if any(other.startswith(inside) for other in others)] == []
