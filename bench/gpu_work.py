@@ -116,7 +116,7 @@ class Work:
     def turned(self, query: Tensor, first: int) -> Tensor:
         """Queries [batch, heads, rows, dim] at positions from ``first`` on."""
         places = slice(first, first + query.shape[2])
-        return fast.turn(query, (self.cos[None, places], self.sin[None, places]), False)
+        return fast.rotate(query, (self.cos[None, places], self.sin[None, places]), False)
 
     def select(self, query: Tensor, edge: int, bits: int = 0) -> Tensor:
         """Winners [batch, 1, top_k] among the tokens up to ``edge``."""

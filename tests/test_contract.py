@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -411,7 +412,7 @@ def pools_of(segment: Any) -> list[Any]:
 def buffers(held: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Every tensor that hangs on an object, but not on the model's own modules."""
     seen = set() if seen is None else seen
-    if id(held) in seen or isinstance(held, torch.nn.Module | type | np.ndarray) or callable(held):
+    if id(held) in seen or isinstance(held, torch.nn.Module | ModuleType | type | np.ndarray) or callable(held):
         return
     seen.add(id(held))
     if isinstance(held, Tensor):

@@ -96,7 +96,7 @@ class Backend(Protocol):
         """``query`` [b, heads, t, d], ``key`` [b, h, m, d], ``value`` [b, h, m, dv]: out [b, heads, t, dv] in the
         query's dtype, lse [b, heads, t]. If ``causal``, rows are the last entries of the list (``masks``)."""
 
-    def turn(self, x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
+    def rotate(self, x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
         """``x`` [b, heads, n, d], channels contiguous, rotated by float32 ``angles`` [n, r] or [b or 1, n, r]."""
 
     def top_k(self, votes: Tensor, k: int) -> Tensor:

@@ -103,7 +103,7 @@ def calls(dtype: torch.dtype, dim: int, groups: int) -> None:
     labels = torch.zeros(40, max(1, dim // 16), 64, dtype=dtype)
     ours.label_scores(query[:, :, None, : labels.shape[1]], labels, lanes, 5, n)
     ours.gather(keys, keys, lanes, index[:, None], angles, False, outs)
-    ours.turn(outs[0][:, 0], (angles[0][None], angles[1][None]), False)
+    ours.rotate(outs[0][:, 0], (angles[0][None], angles[1][None]), False)
     positions, new = torch.zeros(40, 64, dtype=torch.int32), torch.zeros(sequences, heads, 1, dim, dtype=dtype)
     at = torch.zeros(sequences, 1, dtype=torch.int64)
     for bits in (0, 8, 4):

@@ -269,7 +269,7 @@ def turn_equals_the_reference(
     pool = Paged(case)
     x = pool.key.transpose(1, 2).contiguous().transpose(1, 2) if strided else pool.key
     cos, sin = pool.angles(1 if shared else case.sequences, case.n, pairs=pairs)
-    got = cpu.turn(x, (cos, sin), interleaved)
+    got = cpu.rotate(x, (cos, sin), interleaved)
     turned_alike(got, reference.rotate(x, cos[:, None], sin[:, None], interleaved=interleaved), pairs, case.size)
     return [got]
 

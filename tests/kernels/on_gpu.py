@@ -316,7 +316,7 @@ def gather_fetches_and_turns(case: Case, count: int, pairs: int, interleaved: bo
     close(outs[0], reference.rotate(key, *angles, interleaved=interleaved), 2 * rounding(case.dtype))
     assert torch.equal(outs[1].cpu(), value)
     x = pool.key.transpose(1, 2).contiguous().transpose(1, 2)[:, :, :count]
-    got = kernels().turn(x.to(DEVICE), tuple(a[None] for a in there), interleaved)
+    got = kernels().rotate(x.to(DEVICE), tuple(a[None] for a in there), interleaved)
     close(got, reference.rotate(x, *angles, interleaved=interleaved), 2 * rounding(case.dtype))
 
 

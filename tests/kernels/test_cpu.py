@@ -219,7 +219,7 @@ def test_nothing_in_gives_nothing_out():
     empty = Case(n=1)
     comparisons.gather_fetches_and_turns(empty, 0)
     comparisons.append_stores_and_sketches(empty, 0, bits=8)
-    assert cpu.turn(torch.empty(1, 2, 0, 32), (torch.empty(1, 0, 16), torch.empty(1, 0, 16)), False).shape[2] == 0
+    assert cpu.rotate(torch.empty(1, 2, 0, 32), (torch.empty(1, 0, 16), torch.empty(1, 0, 16)), False).shape[2] == 0
     assert cpu.top_k(torch.empty(0, 5), 3).shape == (0, 3)
 
 
@@ -287,8 +287,8 @@ def refusals() -> dict[str, Any]:
         "one list per sequence": lambda: cpu.decode(query[None, :, 0], keys, values, lanes, at.repeat(2, 1), **kwargs),
         "same head size": lambda: cpu.decode(query[None, :, 0], keys, values[..., :16], lanes, range(9), **kwargs),
         "more than 16": lambda: cpu.decode(query.repeat(9, 1, 1)[None, :, 0], keys, values, lanes, range(9), **kwargs),
-        "angles must fit": lambda: cpu.turn(token, angles, False),
-        "angles must be float32": lambda: cpu.turn(pool.key, (angles[0].double(), angles[1].double()), False),
+        "angles must fit": lambda: cpu.rotate(token, angles, False),
+        "angles must be float32": lambda: cpu.rotate(pool.key, (angles[0].double(), angles[1].double()), False),
         "channels must be contiguous": lambda: cpu.append(
             token.transpose(-1, -2).expand(-1, -1, -1, 32), token, at, pools, lanes, [0, 0], None, 0
         ),

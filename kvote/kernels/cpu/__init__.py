@@ -24,7 +24,7 @@ from kvote.kernels.cpu.scoring import (
     top_k,
     votes,
 )
-from kvote.kernels.cpu.tokens import append, gather, turn
+from kvote.kernels.cpu.tokens import append, gather, rotate
 from kvote.kernels.fused import attend
 from kvote.kernels.fused import why_not as why_not_attend
 
@@ -47,13 +47,13 @@ __all__ = [
     "label_scores",
     "packed",
     "read_all",
+    "rotate",
     "scores",
     "select",
     "sketch",
     "sketch_bytes",
     "thin_decode",
     "top_k",
-    "turn",
     "use",
     "use_large_pages",
     "votes",

@@ -65,7 +65,7 @@ def gather(
     sequences, q = index.shape[:2] if index.dim() == 3 else (1, 1)
     each, size = lanes.count // sequences, out[0].nbytes // (sequences * q)
     for i in range(sequences * q):
-        turn = 4 * i * m * pairs if own else 0
+        ahead = 4 * i * m * pairs if own else 0
         _cpu.gather(
             keys.data_ptr(),
             values.data_ptr(),
@@ -74,8 +74,8 @@ def gather(
             keys.shape[-1],
             m,
             index.data_ptr() + 8 * i * m,
-            cos.data_ptr() + turn,
-            sin.data_ptr() + turn,
+            cos.data_ptr() + ahead,
+            sin.data_ptr() + ahead,
             pairs,
             interleaved,
             out[0].data_ptr() + i * size,
@@ -84,7 +84,7 @@ def gather(
         )
 
 
-def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """``reference.rotate`` of ``x`` [b, heads, n, d], channels contiguous, by float32 ``angles`` [n, r] or
     [b or 1, n, r]."""
     checks.turning(x, angles)

@@ -15,7 +15,7 @@ from kvote.kernels.law.scoring import (
     sketch_bytes,
     votes,
 )
-from kvote.kernels.law.tokens import append, gather, turn, why_not
+from kvote.kernels.law.tokens import append, gather, rotate, why_not
 from kvote.kernels.reference import top_k
 
 NAME = "reference"
@@ -34,13 +34,13 @@ __all__ = [
     "gather",
     "label_scores",
     "packed",
+    "rotate",
     "scores",
     "select",
     "sketch",
     "sketch_bytes",
     "thin_decode",
     "top_k",
-    "turn",
     "votes",
     "why_not",
     "why_not_attend",

@@ -52,7 +52,7 @@ def gather(
         held.copy_(new.reshape(held.shape))
 
 
-def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """``reference.rotate`` of ``x`` [b, heads, n, d] by ``angles`` [n, r] or [b or 1, n, r]."""
     checks.turning(x, angles)
     cos, sin = (a if a.dim() == 2 else a[:, None] for a in angles)

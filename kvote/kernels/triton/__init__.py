@@ -16,7 +16,7 @@ from kvote.kernels.triton.labels import label_scores
 from kvote.kernels.triton.mass import attention_mass
 from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.sketch import SKETCH_TOKENS, sketch, sketch_bytes
-from kvote.kernels.triton.tokens import append, gather, turn
+from kvote.kernels.triton.tokens import append, gather, rotate
 from kvote.kernels.triton.votes import scores, select, top_k, votes
 
 NAME = "triton"
@@ -35,13 +35,13 @@ __all__ = [
     "label_scores",
     "merge_parts",
     "packed",
+    "rotate",
     "scores",
     "select",
     "sketch",
     "sketch_bytes",
     "thin_decode",
     "top_k",
-    "turn",
     "votes",
     "why_not",
     "why_not_attend",

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvote.kernels import checks
 from kvote.kernels.lanes import Lanes
 from kvote.kernels.triton.common import PAGE, at_home, padded, table
-from kvote.kernels.triton.votes import put_scores
+from kvote.kernels.triton.products import put_scores
 
 _PAGE = tl.constexpr(PAGE)
 # Rows of a product at most.

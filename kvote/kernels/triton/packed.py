@@ -21,7 +21,7 @@ from kvote.kernels.triton.common import at_home, capped, padded, product, put_pa
 from kvote.kernels.triton.decode import MAX_GROUPS, decode_parts
 from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.pack import pack, pool, unpack
-from kvote.kernels.triton.votes import put_scores
+from kvote.kernels.triton.products import put_scores
 
 __all__ = ["MAX_GROUPS", "attend", "pack", "scores", "unpack"]
 

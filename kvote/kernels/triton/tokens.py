@@ -235,7 +235,7 @@ def _turn(
 
 
 @at_home
-def turn(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """As in the contract: ``x`` [sequences, heads, n, d], channels contiguous, rotated by float32 ``angles``
     [n, r] or [sequences or 1, n, r]."""
     checks.turning(x, angles)

@@ -5,8 +5,7 @@ tokens, and leaves float32 scores and every part's log-sum-exp; a short one join
 all heads and adds them up. Scores are a fraction of the keys' bytes (with 7 query heads of 128 channels per key head, a
 ninth), and reading keys twice would cost more.
 
-**Precision.** Scoring queries are float32, keys have 16 bits. A query is cut in two 16-bit parts whose products add up
-in float32: the matrix units have time for that while the keys come.
+**Precision.** Scoring queries are float32, keys have 16 bits (``products``).
 
 ``skip`` (bool [b], on the device) is how a selection cache decides without asking the host: a sequence whose flag is
 set is not read, and what comes out for it means nothing.
@@ -24,94 +23,19 @@ from kvote.kernels.lanes import Lanes
 from kvote.kernels.triton.common import (
     PAGE,
     at_home,
-    fetched,
     integers,
     padded,
-    product,
     rows_of,
     scarce,
     split,
     table,
 )
-from kvote.kernels.triton.sketch import codes_of, scales_of, sketch_views
+from kvote.kernels.triton.products import queries_of, scores_of
+from kvote.kernels.triton.sketch import sketch_views
 
 # Rows of a product at most: query heads times selecting queries.
 _ROWS = 64
 _AT_ONCE = 1024
-
-
-@triton.jit
-def halves(places, channels, asked, WIDTH: tl.constexpr, like):
-    """Float32 queries [rows, channels] as two parts of the dtype of ``like`` that add up to them."""
-    q = tl.load(places + channels[None, :], mask=asked[:, None] & (channels < WIDTH)[None, :], other=0.0)
-    upper = q.to(like)
-    return upper, (q - upper.to(tl.float32)).to(like)
-
-
-@triton.jit
-def _queries(query, rows, asked, keys, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """What is multiplied with keys or codes: both parts of all channels, or of each half of them for 4-bit codes."""
-    places, channels = query + rows[:, None] * D, tl.arange(0, DP)
-    if BITS == 0:
-        upper, lower = halves(places, channels, asked, D, keys.dtype.element_ty)
-        return upper, lower, upper, lower
-    elif BITS == 8:
-        upper, lower = halves(places, channels, asked, D, tl.bfloat16)
-        return upper, lower, upper, lower
-    else:
-        upper, lower = halves(places, channels, asked, D // 2, tl.bfloat16)
-        upper_2, lower_2 = halves(places + D // 2, channels, asked, D // 2, tl.bfloat16)
-        return upper, lower, upper_2, lower_2
-
-
-@triton.jit
-def twice(upper, lower, key, acc):
-    """acc + (upper + lower) key; float32 keys meet a query that is whole."""
-    acc = product(upper, key, acc)
-    if key.dtype != tl.float32:
-        acc = product(lower, key, acc)
-    return acc
-
-
-@triton.jit
-def put_scores(
-    query, scores, lane, rows, key, token, held, start, stop, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
-):
-    """Stores q.k of all ``rows`` of a lane with one block of its keys [DP, tokens], ``ROWS`` of them at a time."""
-    for at in range(0, rows, ROWS):
-        row = at + tl.arange(0, ROWS)
-        line = lane * rows + row
-        upper, lower = halves(query + line[:, None] * D, tl.arange(0, DP), row < rows, D, key.dtype)
-        score = twice(upper, lower, key, tl.zeros([ROWS, key.shape[1]], tl.float32))
-        spots = scores + line[:, None] * (stop - start) + (token - start)[None, :]
-        tl.store(spots, score, mask=(row < rows)[:, None] & held[None, :])
-
-
-@triton.jit
-def _scores_of(
-    upper,
-    lower,
-    upper_2,
-    lower_2,
-    pool,
-    codes,
-    scales,
-    slots,
-    held,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """q.k [rows, tokens] in float32 with the keys, or their sketches, in pool rows ``slots``."""
-    acc = tl.zeros([upper.shape[0], slots.shape[0]], tl.float32)
-    if BITS == 0:
-        return twice(upper, lower, tl.trans(fetched(pool, slots, tl.arange(0, DP), held, D, DP)), acc)
-    else:
-        code, code_2 = codes_of(codes, slots, held, D, DP, BITS)
-        acc = twice(upper, lower, tl.trans(code), acc)
-        if BITS == 4:
-            acc = twice(upper_2, lower_2, tl.trans(code_2), acc)
-        return acc * scales_of(scales, slots, held, D, BITS)[None, :]
 
 
 @triton.jit(do_not_specialize=("kv_heads", "table_width", "selections", "start", "stop", "each"))
@@ -152,14 +76,14 @@ def _score(
     sequence, head = lane // kv_heads, lane % kv_heads * GROUPS + row // selections
     line = (sequence * selections + row % selections) * (kv_heads * GROUPS) + head
     mine = lane * (GROUPS * selections) + row
-    upper, lower, upper_2, lower_2 = _queries(query, mine, asked, keys, D, DP, BITS)
+    upper, lower, upper_2, lower_2 = queries_of(query, mine, asked, keys, D, DP, BITS)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for at in range(begin, end, BLOCK):
         token = at + tl.arange(0, BLOCK)
         held = (token >= start) & (token < end)
         slots = rows_of(pages + lane * table_width, token, held)
-        score = _scores_of(upper, lower, upper_2, lower_2, keys, codes, scales, slots, held, D, DP, BITS)
+        score = scores_of(upper, lower, upper_2, lower_2, keys, codes, scales, slots, held, D, DP, BITS)
         tl.store(
             logits + line[:, None] * (stop - start) + (token - start)[None, :],
             score,
@@ -248,8 +172,8 @@ def _score_list(
     slots = rows_of(pages + lane * table_width, token, held)
     group = tl.arange(0, ROWS)
     mine = (lane * GROUPS + group) * selections + selection
-    upper, lower, _, _ = _queries(query, mine, group < GROUPS, keys, D, DP, 0)
-    score = _scores_of(upper, lower, upper, lower, keys, keys, keys, slots, held, D, DP, 0)
+    upper, lower, _, _ = queries_of(query, mine, group < GROUPS, keys, D, DP, 0)
+    score = scores_of(upper, lower, upper, lower, keys, keys, keys, slots, held, D, DP, 0)
     out = (line * kv_heads + head) * GROUPS + group
     tl.store(scores + out[:, None] * count + place[None, :], score, mask=(group < GROUPS)[:, None] & held[None, :])
 
