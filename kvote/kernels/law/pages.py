@@ -1,5 +1,6 @@
 """Tokens of lanes as plain tensors, and where they lie."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,14 +15,20 @@ def table(lanes: Lanes, device: torch.device) -> Tensor:
 
 def slots(lanes: Lanes, tokens: Tensor, size: int = PAGE) -> Tensor:
     """Pool slots of ``tokens`` int64 [lanes, ...] of each lane, in pages of ``size``."""
+    if len(lanes.runs) == lanes.count:
+        # A run each, which is the usual state.
+        bases = torch.from_numpy(lanes.runs[:, 0] * size).to(tokens.device)
+        return tokens + bases.view(-1, *[1] * (tokens.dim() - 1))
     pages = table(lanes, tokens.device).gather(1, (tokens // size).flatten(1)).view(tokens.shape)
     return pages * size + tokens % size
 
 
 def behind(lanes: Lanes, first: list[int], count: int, device: torch.device, size: int = PAGE) -> Tensor:
     """Pool slots [lanes, count] behind the first ``first[lane]`` tokens of each lane."""
-    at = torch.tensor(first, device=device)[:, None] + torch.arange(count, device=device)
-    return slots(lanes, at, size)
+    at = np.array(first)[:, None] + np.arange(count)
+    if len(lanes.runs) == lanes.count:
+        return torch.from_numpy(at + lanes.runs[:, :1] * size).to(device)
+    return slots(lanes, torch.from_numpy(at).to(device), size)
 
 
 def listed(pool: Tensor, lanes: Lanes, index: Tensor) -> Tensor:
