@@ -44,7 +44,7 @@ _BATCH = 8
 # Steps of the baseline at equal bytes: a page of 64 tokens.
 _PAGE = 64
 _COUNTED = ("dropped", "selections", "reused")
-# Layers that both stepwise methods leave as they are, on the embedded model.
+# Layers that the stepwise methods leave as they are, on the embedded model.
 _DENSE_LAYERS = 2
 
 

@@ -1,6 +1,6 @@
 """The bytes of every method at 32K tokens, three times: by formula, by ``cache.nbytes()``, and by how the process grew.
 
-The formula counts keys, values and positions of what the method says that it keeps, its codes, scales, labels and sums,
+The formula counts keys, values and positions of what the method says that it keeps, its codes, scales, indexes, sums,
 and the memory that an announced prompt sets aside for a question. The model has four layers of four key heads of 128
 channels in bfloat16 and next to no weights, so that its cache is what the process grows by. Each method runs in a
 process of its own: once to warm up, whose memory is given back, and once to be measured. All but the last tokens are
@@ -86,6 +86,7 @@ FORMULAS: dict[str, Callable[[int], float]] = {
         _whole(n) + _angles(_LIST) + (n + _QUESTION) * cpu.sketch_bytes(_DIM, 8) / cpu.SKETCH_TOKENS
     ),
     "tidaldecode": _whole,
+    "quest": lambda n: _whole(n) + (n + _QUESTION) * 2 * 2 * _DIM / 16,
     "doublesparsity": lambda n: _whole(n) + (n + _QUESTION) * 2 * _DIM / 4,
     "randomkeep": _quarter,
     # Cut down after every pass, it keeps the room for growth that a text has which nobody announced: an eighth.

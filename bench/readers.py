@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from common import save, table
 
+from kvote.index.labels import LabelIndex, Labels
 from kvote.kernels import reference
 from kvote.measure.clock import Call, alternating
 from kvote.read.per_head import winners
@@ -30,15 +31,17 @@ def filled(tokens: int) -> RawSegment:
     segment = RawSegment(KV_HEADS, key, DIM, None)
     segment.add_sequences(1)
     segment.append([0], key, value, torch.arange(tokens)[None])
-    segment.label(torch.stack([torch.randperm(DIM)[:LABELS] for _ in range(KV_HEADS)]))
+    channels = torch.stack([torch.randperm(DIM)[:LABELS] for _ in range(KV_HEADS)])
+    segment.add_index(LabelIndex({0: channels.tolist()}), 0)
     return segment
 
 
 def measure(tokens: int, rounds: int) -> dict[str, Any]:
     segment, query, logits = filled(tokens), torch.randn(1, HEADS, 1, DIM).bfloat16(), Logits(DIM**-0.5)
-    scores = segment.label_scores(query, [0], 0, tokens)
-    key, channels = segment.decode([0], 0, tokens)[0], segment.labels
-    assert channels is not None
+    held = segment.indexes["labels"]
+    assert isinstance(held, Labels)
+    scores = held.scores(query, [0], 0, tokens)
+    key, channels = segment.decode([0], 0, tokens)[0], held.channels
     labels = key.gather(3, channels[None, :, None].expand(-1, -1, tokens, -1))
     asked = query.gather(3, channels.repeat_interleave(HEADS // KV_HEADS, 0)[None, :, None])
     # No figures of wrong answers.
@@ -47,7 +50,7 @@ def measure(tokens: int, rounds: int) -> dict[str, Any]:
     torch.testing.assert_close(exact, reference.scores(query, key), atol=1e-3, rtol=1e-3)
     index = winners(exact, TOP_K)
     parts = {
-        "scores of labels": partial(segment.label_scores, query, [0], 0, tokens),
+        "scores of labels": partial(held.scores, query, [0], 0, tokens),
         "scores of keys": partial(segment.scores, query, [0], 0, tokens),
         "choice per head": partial(winners, scores, TOP_K),
         "attention to lists": partial(segment.attend, Queries(query), [0], TokenSet(index, causal=False), logits),

@@ -19,6 +19,7 @@ from common import load_embedded, save, table
 from torch import Tensor
 
 import kvote
+from kvote.index.sketch import SketchIndex
 from kvote.kernels import reference
 from kvote.method import parse
 from kvote.models import world
@@ -70,10 +71,12 @@ def stored(source: RawSegment, kind: str) -> RawSegment:
     """The keys and values of ``source`` once more, with a sketch of that kind beside them."""
     key, value = source.decode([0], 0, source.length(0))
     bits = SKETCHES[kind]
-    segment = RawSegment(source.heads, key, value.shape[-1], source.rope, sketch_bits=bits)
-    if segment.sketch_bits != bits:
-        raise SystemExit(f"{kind}: sketches need the compiled kernels; `kvote env` says why they do not run.")
+    segment = RawSegment(source.heads, key, value.shape[-1], source.rope)
     segment.add_sequences(1)
+    if bits:
+        segment.add_index(SketchIndex(bits), 0)
+    if len(segment.indexes) != bool(bits):
+        raise SystemExit(f"{kind}: sketches need the compiled kernels; `kvote env` says why they do not run.")
     segment.append([0], key, value, source.positions(0)[0][None].long())
     return segment
 
@@ -96,7 +99,9 @@ def judge(segment: RawSegment, heard: list[Heard], sinks: int) -> list[Any]:
             found = []
             for kind, again in WAYS.values():
                 nominate = HeadVotes(**{**PARAMETERS, "top_k": k, "sketch": kind}).nominated if again else 0
-                chosen = segments[kind].winners(query[None, :, None], [0], sinks, [edge], k, nominate)
+                held, more = segments[kind], [nominate] if nominate else []
+                voted = held.indexes.get("sketch", held)
+                chosen = voted.winners(query[None, :, None], [0], sinks, [edge], k, *more)
                 found.append(chosen[0, 0] - sinks)
             row.append([[float(mass[i].sum()), float(torch.isin(i, found[0]).float().mean())] for i in found])
         results.append(row)

@@ -158,6 +158,14 @@ SUBJECTS: tuple[Subject, ...] = (
         stepwise=True,
     ),
     Subject(
+        "quest",
+        dial(lambda s, n: f"quest(token_budget={n})"),
+        "quest(token_budget=2048, dense_layers=0)",
+        ("selections",),
+        "read",
+        stepwise=True,
+    ),
+    Subject(
         "snapkv | tokenselect",
         dial(lambda s, n: f"snapkv(budget={s}, per_head=False) | tokenselect({selection(n // 2)}, theta=2.0)"),
         f"snapkv(budget=0.25, per_head=False) | tokenselect({_LARGE_READ})",

@@ -276,7 +276,7 @@ class Cache(TransformersCache):
             self.turn.end = 0
 
     def nbytes(self) -> int:
-        """Bytes held: keys, values, positions, sketches, tables and what readers remember, in every layer."""
+        """Bytes held: keys, values, positions, indexes, tables and what readers remember, in every layer."""
         self._check_active()
         ropes = {id(layer.rope): layer.rope.nbytes for layer in self.managed if layer.rope is not None}
         return sum(_layer_nbytes(layer) for layer in self.layers) + sum(ropes.values())

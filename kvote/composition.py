@@ -28,10 +28,11 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
         return "the reader scores keys as the model rotated them, but the store holds keys without rotation"
     if store.needs_plain_keys and read.needs_raw_keys:
         return "what is stored is made of keys as the model rotated them, but the reader needs them without rotation"
-    if read.labels and not store.labels:
-        return "the reader scores labels, and they are kept beside keys as the model made them only"
-    if read.labels and keep.splits:
-        return "the reader needs all key heads of a layer held together, but some of them keep their tokens apart"
+    for index in read.indexes:
+        if index.required and not store.indexed:
+            return f"the reader scores {index.name}, and they are kept beside keys as the model made them only"
+        if index.whole_layers and keep.splits:
+            return "the reader needs all key heads of a layer held together, but some of them keep their tokens apart"
     if read.pairs_by_layer and keep.splits:
         return (
             "the reader pairs query and key heads by their places in the whole layer, but some of them keep their "

@@ -21,7 +21,7 @@ from kvote.read.tokens import Activity, Memory, Queries, Reading, Span
 from kvote.rope import Rope
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Indexed, Logits, Segment
 
 
 @dataclass
@@ -103,9 +103,11 @@ class Layer:
                 step.key,
                 step.value.shape[3],
                 self.rope if self.method.needs_raw_keys else None,
-                sketch_bits=self.method.read.sketch_bits,
             )
             self.segment.add_sequences(step.key.shape[0])
+            if isinstance(self.segment, Indexed) and self.method.store.indexed:
+                for index in self.method.read.indexes:
+                    self.segment.add_index(index, self.index)
             self.memory = self.method.read.new_memory()
             self.record.memory = self.method.keep.new_memory()
             self.reserve()

@@ -74,8 +74,8 @@ def _later(method: Method, shape: Shape, tokens: int) -> float:
 
 
 def _raw(method: Method, shape: Shape, tokens: int) -> float:
-    """Bytes of so many tokens of a layer as the model made them, with the sketch that a reader scores with."""
-    each = token_bytes(shape.dim, shape.dim, shape.dtype) + shape.dim * method.read.sketch_bits / 8
-    each += 4 * (method.read.sketch_bits > 0) + shape.dim * shape.dtype.itemsize * method.read.labels
+    """Bytes of so many tokens of a layer as the model made them, with the indexes that a reader scores with."""
+    each: float = token_bytes(shape.dim, shape.dim, shape.dtype)
+    each += sum(index.token_bytes(shape.dim, shape.dtype) for index in method.read.indexes)
     pages = -(-tokens // PAGE)
     return shape.heads * pages * PAGE * (each + method.keep.token_bytes)

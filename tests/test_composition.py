@@ -16,6 +16,7 @@ REFUSED = [
     (parse("h2o"), parse("kivi"), "decoded and encoded again"),
     (parse("mikv"), parse("tokenselect"), "can only be read as a whole"),
     (parse("kivi"), LABELS, "kept beside keys as the model made them"),
+    (parse("kivi"), parse("quest"), "scores page bounds, and they are kept beside keys as the model made them"),
     (HEADS, LABELS, "all key heads of a layer held together"),
     (parse("h2o"), parse("tidaldecode"), "layers do not keep the same tokens"),
     (parse("think"), LABELS, "kept beside keys as the model made them"),

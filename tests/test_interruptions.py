@@ -31,6 +31,7 @@ METHODS: dict[str, Any] = {
     "snapkv": "snapkv(budget=20, window=6)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",
+    "quest": "quest(token_budget=12, page=4, dense_layers=0)",
     "doublesparsity": double_sparsity(top_k=5, share=0.5, dense_layers=0),
     "cake": "cake(budget=20, window=6)",
     "ems": "ems(budget=24, window=6, threshold=0.1)",

@@ -22,6 +22,7 @@ WHOLE: dict[str, Any] = {
     "snapkv": "snapkv(budget=500, window=6)",
     "randomkeep": "randomkeep(budget=500, window=6)",
     "tidaldecode": "tidaldecode(top_k=500, first=0)",
+    "quest": "quest(token_budget=500, dense_layers=0)",
     "doublesparsity": double_sparsity(top_k=500, dense_layers=0),
     "cake": "cake(budget=500, window=6)",
     "ems": "ems(budget=500, window=6)",

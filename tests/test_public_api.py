@@ -55,6 +55,7 @@ def test_methods_lists_one_function_per_file():
     ("inner", "outer"),
     [
         ("kernels", r"kvote\.(store|read|keep|methods|layer|cache|hf|method|rope|document)"),
+        ("index", r"kvote\.(read|keep|methods|layer|cache|hf|method\b|document)|transformers"),
         ("store", r"kvote\.(methods|layer|cache|hf|method\b|document)|transformers"),
         ("read", r"kvote\.(methods|layer|cache|hf|method\b|document)|transformers"),
         ("keep", r"kvote\.(methods|layer|cache|hf|method\b|document)|transformers"),

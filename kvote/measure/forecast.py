@@ -8,7 +8,6 @@ from typing import Any
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.measure.load import Load
 from kvote.measure.shape import Shape, shape
-from kvote.measure.workload import sketch_bytes
 from kvote.method import Method, parse
 from kvote.store.raw import Raw
 
@@ -194,8 +193,8 @@ def _held(model: Shape, machine: Machine, context: int, method: Method | None) -
     if method is not None:
         if budget is not None and budget.unit != "bytes":
             tokens = min(context, budget.tokens(context))
-        bits = method.read.sketch_bits if machine.compiled else 0
-        extra = 4.0 * geometry.kv_heads + (sketch_bytes(geometry, 1, bits) if bits else 0)
+        indexes = [index for index in method.read.indexes if index.required or machine.compiled]
+        extra = geometry.kv_heads * (4 + sum(index.token_bytes(geometry.dim, geometry.dtype) for index in indexes))
     held = int(model.full * machine.batch * tokens * (geometry.token_bytes + extra))
     return min(held, int(budget.amount)) if budget is not None and budget.unit == "bytes" else held
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.index.sketch import NAME as SKETCH
 from kvote.kernels.contract import Angles, Backend
 from kvote.kernels.lanes import Lanes
 from kvote.layer import Layer
@@ -141,7 +142,7 @@ class Workload:
 
     def _voted(self, name: str, query: Tensor) -> Tensor:
         segment, bits = self._segment(name), SKETCHES[name]
-        sketch = segment.pool.sketch if bits else None
+        sketch = segment.pool.parts[SKETCH] if bits else None
         limits = [self.tokens - WINDOW]
         return segment.kernels.votes(query[0], segment.pool.keys, self._lanes(segment), sketch, bits, SINKS, limits)[0]
 

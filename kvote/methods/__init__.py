@@ -14,6 +14,7 @@ from kvote.methods.ems import ems
 from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
 from kvote.methods.mikv import mikv
+from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
@@ -33,6 +34,7 @@ __all__ = [
     "h2o",
     "kivi",
     "mikv",
+    "quest",
     "random",
     "randomkeep",
     "razorattention",

@@ -7,13 +7,15 @@ where edge = a - window, or b - window where the window reaches back from the en
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
 from kvote.errors import MethodError
+from kvote.index.sketch import NAME as SKETCH
+from kvote.index.sketch import SketchIndex
 from kvote.numbers import check_flags, check_whole, is_number
 from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
 from kvote.read.tokens import Positions, Reading, Span, TokenSet
@@ -76,8 +78,9 @@ class HeadVotes:
             )
 
     @property
-    def sketch_bits(self) -> int:
-        return SKETCHES[self.sketch]
+    def indexes(self) -> tuple[SketchIndex, ...]:
+        bits = SKETCHES[self.sketch]
+        return (SketchIndex(bits),) if bits else ()
 
     @property
     def one_list(self) -> bool:
@@ -97,10 +100,6 @@ class HeadVotes:
 
     @property
     def needs_plain_keys(self) -> bool:
-        return False
-
-    @property
-    def labels(self) -> bool:
         return False
 
     @property
@@ -202,9 +201,12 @@ class HeadVotes:
         reading.activity.selections += query.shape[0] * query.shape[2]
         if self._fused:
             query = self._paired(query, reading)
-            more = {"skip": skip} if skip is not None and getattr(reading.segment, "skips", False) else {}
-            winners = reading.segment.winners
-            return winners(query, reading.rows, self.sinks, edges, self.top_k, self.nominated, **more)
+            sketch = reading.segment.indexes.get(SKETCH)
+            voted = reading.segment if sketch is None else sketch
+            more: dict[str, Any] = {"skip": skip} if skip is not None and getattr(voted, "skips", False) else {}
+            if sketch is not None:
+                more["nominate"] = self.nominated
+            return voted.winners(query, reading.rows, self.sinks, edges, self.top_k, **more)
         votes = SumOverRanks(self.tensor_parallel)(self._votes(reading, query, edges))
         if self.max_pool > 1 or len(edges) > 1:
             pooled = kernels.max_pool(kernels.forbid(votes, self.sinks, edges), self.max_pool)
@@ -218,7 +220,8 @@ class HeadVotes:
         """Votes [b, r, n] for the tokens from ``sinks`` up to the last edge."""
         query = self._paired(query, reading)
         if self.selection == "soft_vote":
-            return reading.segment.votes(query, reading.rows, self.sinks, edges)
+            voted = reading.segment.indexes.get(SKETCH, reading.segment)
+            return voted.votes(query, reading.rows, self.sinks, edges)
         logits = reading.segment.scores(query, reading.rows, self.sinks, edges[-1])
         return vote_named(self.selection)(kernels.forbid(logits, self.sinks, edges), self.top_k)
 

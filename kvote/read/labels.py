@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from kvote.errors import MethodError
+from kvote.index.labels import NAME, LabelIndex
 from kvote.numbers import check_whole
 from kvote.read.per_head import ReadsLists, span_of, winners
 from kvote.read.tokens import Reading, Span, everything
-from kvote.store.segment import Labelled
 
 
 @dataclass(frozen=True)
@@ -30,31 +28,13 @@ class LabelWinners(ReadsLists):
             raise MethodError(f"share must be a share of the channels, above 0 and at most 1; got {self.share!r}.")
 
     @property
-    def labels(self) -> bool:
-        return True
+    def indexes(self) -> tuple[LabelIndex, ...]:
+        return (LabelIndex(self.order, self.share, self.dense_layers),)
 
     def read(self, reading: Reading) -> Iterator[Span]:
-        n = reading.first + reading.count
-        if reading.layer < self.dense_layers:
-            yield everything(reading)
-            return
-        segment = self._labelled(reading)
-        if not reading.decode or n <= self.top_k:
+        n, labels = reading.first + reading.count, reading.segment.indexes.get(NAME)
+        if labels is None or not reading.decode or n <= self.top_k:
             yield everything(reading)
             return
         reading.activity.selections += len(reading.rows)
-        scores = segment.label_scores(reading.queries.rotated, reading.rows, 0, n)
-        yield span_of(reading, winners(scores, self.top_k))
-
-    def _labelled(self, reading: Reading) -> Labelled:
-        segment = reading.segment
-        assert isinstance(segment, Labelled)
-        if segment.labels is None:
-            order = torch.tensor(self.order.get(reading.layer, ()))
-            if len(order) != segment.heads:
-                raise MethodError(
-                    f"The calibration knows {len(order)} key heads of layer {reading.layer}, which has "
-                    f"{segment.heads}; calibrate this model."
-                )
-            segment.label(order[:, : max(1, round(self.share * order.shape[1]))])
-        return segment
+        yield span_of(reading, winners(labels.scores(reading.queries.rotated, reading.rows, 0, n), self.top_k))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from kvote.index.column import Index
     from kvote.rope import Rope
     from kvote.store.segment import Segment
 
@@ -148,13 +149,13 @@ class Memory(Protocol):
 
 
 class Reader(Protocol):
-    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``sketch_bits``:
-    of a coarse copy of the keys that it scores with, 0 for none. ``tail``: the last tokens of a prompt that it treats
-    one by one. ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
+    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``indexes``:
+    the columns derived from keys that it scores with. ``tail``: the last tokens of a prompt that it treats one by one.
+    ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
     what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
-    model rotated them. ``labels``: it scores some channels of the keys, kept apart. ``pairs_by_layer``: which key head
-    a query head belongs to follows from their places in the whole layer."""
+    model rotated them. ``pairs_by_layer``: which key head a query head belongs to follows from their places in the
+    whole layer."""
 
     @property
     def one_list(self) -> bool: ...
@@ -167,11 +168,9 @@ class Reader(Protocol):
     @property
     def needs_plain_keys(self) -> bool: ...
     @property
-    def labels(self) -> bool: ...
-    @property
     def pairs_by_layer(self) -> bool: ...
     @property
-    def sketch_bits(self) -> int: ...
+    def indexes(self) -> "tuple[Index, ...]": ...
     @property
     def tail(self) -> int: ...
     def check(self, layers: int) -> None:
@@ -206,16 +205,12 @@ class PlainReader:
         return False
 
     @property
-    def labels(self) -> bool:
-        return False
-
-    @property
     def pairs_by_layer(self) -> bool:
         return False
 
     @property
-    def sketch_bits(self) -> int:
-        return 0
+    def indexes(self) -> "tuple[Index, ...]":
+        return ()
 
     @property
     def tail(self) -> int:

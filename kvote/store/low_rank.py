@@ -172,7 +172,7 @@ class SharedLowRank:
     spans_layers: bool = True
     lists: bool = True
     regroups: bool = False
-    labels: bool = False
+    indexed: bool = False
     retains: bool = False
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
@@ -192,9 +192,7 @@ class SharedLowRank:
                     f"got {rank!r}."
                 )
 
-    def new_segment(
-        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
-    ) -> PromptSegment:
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> PromptSegment:
         return PromptSegment(heads, like, value_dim, rope)
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:

@@ -277,24 +277,21 @@ class PagePool:
 
 
 class RawPool(PagePool):
-    """Keys [pages, PAGE, d], values [pages, PAGE, dv] and positions [pages, PAGE] int32.
+    """Keys [pages, PAGE, d], values [pages, PAGE, dv] and positions [pages, PAGE] int32; more parts by ``add``."""
 
-    With ``sketch_bytes``, also a sketch of each page's keys, uint8 [pages, sketch_bytes]. ``labels`` [pages, r, PAGE]
-    hold some channels of the keys once more, a page of each in a row.
-    """
-
-    def __init__(
-        self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, sketch_bytes: int = 0
-    ) -> None:
+    def __init__(self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(
             {
                 "keys": torch.empty(0, PAGE, dim, dtype=dtype, device=device),
                 "values": torch.empty(0, PAGE, value_dim, dtype=dtype, device=device),
                 "positions": torch.empty(0, PAGE, dtype=torch.int32, device=device),
-                "sketch": torch.empty(0, sketch_bytes, dtype=torch.uint8, device=device),
-                "labels": torch.empty(0, 0, PAGE, dtype=dtype, device=device),
             }
         )
+
+    def add(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
+        """Makes room, not yet written, for a part [pages, *shape], of the keys' dtype unless another is given."""
+        self.parts[name] = self.keys.new_empty(len(self.owners), *shape, dtype=dtype or self.keys.dtype)
+        kernels.use_large_pages(self.parts[name])
 
     @property
     def keys(self) -> Tensor:
@@ -307,19 +304,6 @@ class RawPool(PagePool):
     @property
     def positions(self) -> Tensor:
         return self.parts["positions"]
-
-    @property
-    def sketch(self) -> Tensor:
-        return self.parts["sketch"]
-
-    @property
-    def labels(self) -> Tensor:
-        return self.parts["labels"]
-
-    def set_labels(self, channels: int) -> None:
-        """Makes room, not yet written, for labels of so many channels."""
-        self.parts["labels"] = self.keys.new_empty(len(self.keys), channels, PAGE)
-        kernels.use_large_pages(self.labels)
 
 
 def _runs(old: np.ndarray, new: np.ndarray) -> list[tuple[int, int, int]]:

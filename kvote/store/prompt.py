@@ -14,7 +14,7 @@ from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import answers, received
 from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import NO_INDEXES, Logits
 
 Slots = range | Tensor
 
@@ -112,6 +112,8 @@ class PromptSegment:
     With ``encode``, a prompt is encoded as soon as it ends, by its last ``window`` queries. Without, someone who sees
     more than this layer asks for ``prompt`` and does it with ``put``.
     """
+
+    indexes = NO_INDEXES
 
     def __init__(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, encode: Encode | None = None, window: int = 0
@@ -335,11 +337,9 @@ class PromptSegment:
             return self.tail.votes(query, rows, start, limits)
         return kernels.votes_within(self.scores(query, rows, start, max(limits)), start, limits)
 
-    def winners(
-        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
-    ) -> Tensor:
+    def winners(self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int) -> Tensor:
         if not any(self.encoded(row) for row in rows):
-            return self.tail.winners(query, rows, start, limits, k, nominate)
+            return self.tail.winners(query, rows, start, limits, k)
         return kernels.winners_within(self.votes(query, rows, start, limits), start, limits, k)
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from kvote.store.answers import angles_at, answers, received
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PAGE, PagePool
 from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import NO_INDEXES, Logits, Segment
 
 Answer = tuple[Tensor, Tensor]
 
@@ -31,6 +31,8 @@ Answer = tuple[Tensor, Tensor]
 class QuantisedSegment:
     """Tokens of a layer of which all but the most recent are packed. With a ``rope``, keys are packed at position 0 and
     rotated when they are read; without, as the model rotated them."""
+
+    indexes = NO_INDEXES
 
     def __init__(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, bits: int, group: int, residual: int
@@ -90,11 +92,11 @@ class QuantisedSegment:
 
     # Packing.
 
-    def mark(self) -> tuple[Tensor | None, list[int]]:
+    def mark(self) -> list[int]:
         """New tokens are raw until they are sealed."""
         return self.raw.mark()
 
-    def restore(self, mark: tuple[Tensor | None, list[int]]) -> bool:
+    def restore(self, mark: list[int]) -> bool:
         return self.raw.restore(mark)
 
     def seal(self, ahead: int) -> bool:
@@ -379,11 +381,9 @@ class QuantisedSegment:
             return self.raw.votes(query, rows, start, limits)
         return kernels.votes_within(self.scores(query, rows, start, max(limits)), start, limits)
 
-    def winners(
-        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
-    ) -> Tensor:
+    def winners(self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int) -> Tensor:
         if self._is_raw(rows):
-            return self.raw.winners(query, rows, start, limits, k, nominate)
+            return self.raw.winners(query, rows, start, limits, k)
         return kernels.winners_within(self.votes(query, rows, start, limits), start, limits, k)
 
     def _is_raw(self, rows: list[int]) -> bool:
@@ -517,7 +517,7 @@ class Quantised:
     needs_plain_keys: bool = False
     lists: bool = True
     regroups: bool = True
-    labels: bool = False
+    indexed: bool = False
     spans_layers: bool = False
     retains: bool = False
 
@@ -525,9 +525,7 @@ class Quantised:
         sides = (Packing(self.bits, self.group, dim, dtype, are_keys) for are_keys in (True, False))
         return sum(side.page_bytes for side in sides) / PACKED + 4
 
-    def new_segment(
-        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
-    ) -> QuantisedSegment:
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> QuantisedSegment:
         return QuantisedSegment(heads, like, value_dim, rope, bits=self.bits, group=self.group, residual=self.residual)
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:

@@ -1,12 +1,13 @@
 """Raw pages: keys and values as the model made them, in the model's dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.index.column import Column, Index
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
@@ -29,26 +30,39 @@ class RawSegment:
     """All tokens of a layer, unencoded, one lane per sequence and key/value head.
 
     With a ``rope``, keys arrive and stay at position 0 and are rotated when they are read; without, they are kept as
-    the model rotated them. With ``sketch_bits`` (4 or 8), a sketch of the keys is kept beside them for scoring, where
-    the compiled kernels can read it. ``labels`` [heads, r], once set, are channels of the keys that also lie apart.
+    the model rotated them. ``indexes``: columns derived from the keys, by name.
     """
 
-    def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0) -> None:
-        dim = like.shape[-1]
+    def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> None:
         self.heads, self.rope = heads, rope
         # Whether all key heads of a sequence hold the same tokens.
         self.alike = True
         # What reads this segment; asked once, because a decode step is short.
         self.kernels = kernels.chosen(like)
-        sketch_bytes = 0
-        if sketch_bits:
-            sketch_bytes = PAGE // self.kernels.SKETCH_TOKENS * self.kernels.sketch_bytes(dim, sketch_bits)
-        self.sketch_bits = sketch_bits if sketch_bytes else 0
-        self.labels: Tensor | None = None
-        self.pool = RawPool(dim, value_dim, like.dtype, like.device, sketch_bytes)
+        self.pool = RawPool(like.shape[-1], value_dim, like.dtype, like.device)
+        self.indexes: dict[str, Column] = {}
+        # Of these, the one that the kernel that stores tokens writes on the way, and all others.
+        self._coded: Column | None = None
+        self._written: list[Column] = []
 
     # Whether ``winners`` takes flags that say whom it need not answer.
     skips = True
+
+    def add_index(self, index: Index, layer: int) -> None:
+        """Keeps what ``index`` derives from the keys of layer ``layer``, of the tokens held and of those to come."""
+        column = index.column(self, layer)
+        if column is None:
+            return
+        self.indexes[index.name] = column
+        if column.coded is not None and self._coded is None:
+            self._coded = column
+        else:
+            self._written.append(column)
+        # The longest last: copies may share pages, and what is written for a page is to cover all of its tokens.
+        for row in sorted(range(self.sequences), key=self.length):
+            if n := self.length(row):
+                lanes = [self.pool.lanes[i] for i in self._lanes([row])]
+                column.write(lanes, 0, self._view(self.pool.keys, [row], 0, n))
 
     @property
     def sequences(self) -> int:
@@ -63,7 +77,7 @@ class RawSegment:
 
     @property
     def nbytes(self) -> int:
-        return self.pool.nbytes + (0 if self.labels is None else self.labels.nbytes)
+        return self.pool.nbytes + sum(column.nbytes for column in self.indexes.values())
 
     def _lanes(self, rows: Sequence[int]) -> tuple[int, ...]:
         if len(rows) == 1:
@@ -71,8 +85,13 @@ class RawSegment:
         return tuple(row * self.heads + head for row in rows for head in range(self.heads))
 
     @property
-    def _sketch(self) -> Tensor | None:
-        return self.pool.sketch if self.sketch_bits else None
+    def _codes(self) -> tuple[Tensor | None, int]:
+        """What the kernel that stores tokens writes on the way, and its bits per channel."""
+        return (None, 0) if self._coded is None else self._coded.coded or (None, 0)
+
+    def table(self, rows: Sequence[int]) -> kernels.Lanes:
+        """Where sequences lie, as kernels read it; a lane per sequence and key head."""
+        return self.pool.table(self._lanes(rows))
 
     def add_sequences(self, count: int) -> None:
         """Adds ``count`` sequences without tokens."""
@@ -96,22 +115,31 @@ class RawSegment:
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
         lengths = [pool.lanes[i].length for i in chosen]
         table = pool.table(chosen)
-        self.kernels.append(key, value, positions, pools, table, lengths, self._sketch, self.sketch_bits)
-        if self.labels is not None:
-            self._label([pool.lanes[i] for i in chosen], key)
+        codes, bits = self._codes
+        self.kernels.append(key, value, positions, pools, table, lengths, codes, bits)
+        if self._written:
+            self._derive(self._written, [pool.lanes[i] for i in chosen], key)
         for i in chosen:
             pool.lanes[i].length += t
+
+    def _derive(self, columns: Iterable[Column], lanes: list[Lane], key: Tensor) -> None:
+        """Has columns cover the next tokens of ``lanes``, whose keys ``key`` [b, h, t, d] lie in the pool already."""
+        starts = [lane.length for lane in lanes[:: self.heads]]
+        for column in columns:
+            if len(set(starts)) == 1:
+                column.write(lanes, starts[0], key)
+                continue
+            for i, start in enumerate(starts):
+                column.write(lanes[i * self.heads : (i + 1) * self.heads], start, key[i : i + 1])
 
     def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
         pass
 
-    def mark(self) -> tuple[Tensor | None, list[int]]:
-        return self.labels, [lane.length for lane in self.pool.lanes]
+    def mark(self) -> list[int]:
+        return [lane.length for lane in self.pool.lanes]
 
-    def restore(self, mark: tuple[Tensor | None, list[int]]) -> bool:
-        # Labels that were being made when something interrupted are made anew.
-        self.labels, lengths = mark
-        for lane, length in zip(self.pool.lanes, lengths, strict=True):
+    def restore(self, mark: list[int]) -> bool:
+        for lane, length in zip(self.pool.lanes, mark, strict=True):
             self.pool.truncate(lane, length)
         return not self.pool.moving
 
@@ -120,26 +148,6 @@ class RawSegment:
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         return None
-
-    def label(self, channels: Tensor) -> None:
-        self.labels = channels.to(self.device, copy=True)
-        self.pool.set_labels(channels.shape[1])
-        for row in range(self.sequences):
-            lanes = [self.pool.lanes[i] for i in self._lanes([row])]
-            self._label(lanes, self._view(self.pool.keys, [row], 0, self.length(row)), 0)
-
-    def _labelled(self, rows: Tensor) -> Tensor:
-        """The label channels [b, heads, t, r] of keys [b, h, t, d], or of queries with several heads per key head."""
-        assert self.labels is not None
-        b, heads, t, _ = rows.shape
-        channels = self.labels.repeat_interleave(heads // self.heads, dim=0)
-        return rows.gather(3, channels[None, :, None].expand(b, -1, t, -1))
-
-    def _label(self, lanes: list[Lane], key: Tensor, start: int | None = None) -> None:
-        """Labels t tokens of each lane, from ``start`` on or the next ones, whose keys are ``key`` [b, h, t, d]."""
-        t, places = key.shape[2], [(lane, lane.length if start is None else start) for lane in lanes]
-        slots = torch.cat([self.pool.slots(lane, at, at + t) for lane, at in places])
-        self.pool.labels[slots // PAGE, :, slots % PAGE] = self._labelled(key).flatten(0, 2)
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         heads, t = queries.rotated.shape[1:3]
@@ -211,7 +219,7 @@ class RawSegment:
         if isinstance(tokens.index, range) and self._counts(tokens, heads * t):
             start, m = tokens.index.start, len(tokens)
             limits = [start + (m - t + i + 1 if tokens.causal else m) for i in range(t)]
-            chosen = self.pool.table(self._lanes(rows))
+            chosen = self.table(rows)
             scale, softcap, keys = logits.scale, logits.softcap, self.pool.keys
             mass = self.kernels.attention_mass(
                 queries.rotated, lse, keys, chosen, start, limits, scale=scale, softcap=softcap
@@ -246,42 +254,22 @@ class RawSegment:
         return angles_at(self.rope, places)
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
-        return self.kernels.scores(query, self.pool.keys, self.pool.table(self._lanes(rows)), start, stop)
-
-    def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
-        table = self.pool.table(self._lanes(rows))
-        return self.kernels.label_scores(self._labelled(query), self.pool.labels, table, start, stop)
+        return self.kernels.scores(query, self.pool.keys, self.table(rows), start, stop)
 
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         """Soft votes [b, r, n] on tokens ``start`` to ``limits[-1]``; query j votes on those before ``limits[j]``."""
-        table = self.pool.table(self._lanes(rows))
-        return self.kernels.votes(query, self.pool.keys, table, self._sketch, self.sketch_bits, start, limits)
+        return self.kernels.votes(query, self.pool.keys, self.table(rows), None, 0, start, limits)
 
     def winners(
-        self,
-        query: Tensor,
-        rows: list[int],
-        start: int,
-        limits: list[int],
-        k: int,
-        nominate: int = 0,
-        skip: Tensor | None = None,
+        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, skip: Tensor | None = None
     ) -> Tensor:
-        """The ``k`` tokens [b, r, k] with the most votes, ascending; arguments as ``votes``.
-
-        ``nominate``: how many tokens a sketch only nominates, to be scored again with their keys; 0 trusts it.
-        ``skip`` bool [b]: sequences whose answer nobody will look at.
-        """
-        nominate = nominate if self.sketch_bits else 0
-        # Where half of all candidates would be nominated, reading their keys at once costs less.
-        helps = 2 * nominate < min(limits) - start
-        sketch, bits, nominate = (self._sketch, self.sketch_bits, nominate) if helps else (None, 0, 0)
-        table = self.pool.table(self._lanes(rows))
-        return self.kernels.select(query, self.pool.keys, table, sketch, bits, start, limits, k, nominate, skip)
+        """The ``k`` tokens [b, r, k] with the most votes, ascending; arguments as ``votes``. ``skip`` bool [b]: whose
+        answers nobody will look at."""
+        return self.kernels.select(query, self.pool.keys, self.table(rows), None, 0, start, limits, k, 0, skip)
 
     def held(self, rows: list[int]) -> tuple[Tensor, Tensor, kernels.Lanes]:
         """As kernels read them."""
-        return self.pool.keys, self.pool.values, self.pool.table(self._lanes(rows))
+        return self.pool.keys, self.pool.values, self.table(rows)
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self._view(self.pool.keys, rows, start, stop), self._view(self.pool.values, rows, start, stop)
@@ -332,11 +320,7 @@ class RawSegment:
                     flat[first : first + t] = own
                 else:
                     flat.index_copy_(0, pool.slots(lane, lane.length, lane.length + t), own)
-        if self.labels is not None:
-            self._label(lanes, held[0].reshape(1, self.heads, t, -1))
-        if self.sketch_bits:
-            slots = torch.cat([pool.slots(lane, lane.length, lane.length + t) for lane in lanes])
-            self.kernels.sketch(pool.keys, pool.sketch, self.sketch_bits, slots)
+        self._derive(self.indexes.values(), lanes, held[0].reshape(-1, self.heads, t, held[0].shape[-1]))
         for lane in lanes:
             lane.length += t
 
@@ -360,7 +344,7 @@ class RawSegment:
         lanes = [self.pool.lanes[i] for i in self._lanes(rows)]
         return [lane.runs[0][0] * PAGE for lane in lanes] if all(len(lane.runs) == 1 for lane in lanes) else None
 
-    def _pages(self, rows: list[int]) -> Tensor:
+    def pages(self, rows: Sequence[int]) -> Tensor:
         """Page table of equally long lanes, int64 [b * h, pages]."""
         pages = -(-self.length(rows[0]) // PAGE)
         tables = [torch.from_numpy(self.pool.lanes[i].page_ids()[:pages]) for i in self._lanes(rows)]
@@ -374,7 +358,7 @@ class RawSegment:
             step = bases[1] - bases[0] if len(bases) > 1 else 0
             if step >= 0 and all(base == bases[0] + i * step for i, base in enumerate(bases)):
                 return pool.as_strided((b, h, n, c), (h * step * c, step * c, c, 1), (bases[0] + start) * c)
-        pages = self._pages(rows)[:, start // PAGE : -(-stop // PAGE)]
+        pages = self.pages(rows)[:, start // PAGE : -(-stop // PAGE)]
         tokens = pool[pages].reshape(b, h, -1, c)
         return tokens[:, :, start % PAGE : start % PAGE + n]
 
@@ -406,7 +390,7 @@ class RawSegment:
         key = self.pool.keys.new_empty(b, q, self.heads, m, self.pool.keys.shape[-1])
         value = torch.empty_like(key)
         angles = rope.contiguous(m, key.device) if own is None else own
-        lanes, out = self.pool.table(self._lanes(rows)), (key, value)
+        lanes, out = self.table(rows), (key, value)
         gather, index = self.kernels.gather, index.contiguous()
         gather(self.pool.keys, self.pool.values, lanes, index, angles, rope.interleaved, out)
         return key.flatten(0, 1), value.flatten(0, 1)
@@ -433,7 +417,7 @@ class RawSegment:
             each = torch.tensor(bases, device=flat.device).reshape(len(rows), self.heads, 1)
             slots = flat + each.repeat_interleave(heads // self.heads, dim=1)
         else:
-            pages = self._pages(rows).reshape(len(rows), self.heads, -1).repeat_interleave(heads // self.heads, dim=1)
+            pages = self.pages(rows).reshape(len(rows), self.heads, -1).repeat_interleave(heads // self.heads, dim=1)
             slots = pages.gather(2, flat // PAGE) * PAGE + flat % PAGE
         return slots.view(len(rows), heads, *index.shape[2:])
 
@@ -451,17 +435,15 @@ class Raw:
     lists: bool = True
     regroups: bool = False
     needs_plain_keys: bool = False
-    labels: bool = True
+    indexed: bool = True
     spans_layers: bool = False
     retains: bool = False
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         return token_bytes(dim, dim, dtype)
 
-    def new_segment(
-        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
-    ) -> RawSegment:
-        return RawSegment(heads, like, value_dim, rope, sketch_bits=sketch_bits)
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> RawSegment:
+        return RawSegment(heads, like, value_dim, rope)
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
         return False

@@ -1,8 +1,9 @@
 """Segment: the tokens of some key heads of one layer, in the form that a store gives them. The one storage abstraction:
 readers, keepers and layers see only this."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvote.read.tokens import Queries, TokenSet
 
 if TYPE_CHECKING:
+    from kvote.index.column import Index
     from kvote.rope import Rope
 
 
@@ -22,10 +24,19 @@ class Logits:
     softcap: float | None = None
 
 
+# Of a segment whose tokens are not all held as the model made them.
+NO_INDEXES: Mapping[str, Any] = MappingProxyType({})
+
+
 class Segment(Protocol):
     """``rows`` are sequences of equal length in this segment; tokens are named by their slot within the sequence."""
 
     heads: int
+
+    @property
+    def indexes(self) -> Mapping[str, Any]:
+        """The indexes over its keys, by name, as ``kvote.index`` has them."""
+        ...
 
     @property
     def sequences(self) -> int: ...
@@ -88,10 +99,8 @@ class Segment(Protocol):
         """Soft votes [b, r, n] of ``query`` [b, heads, r, d] on tokens ``start`` to ``limits[-1]``."""
         ...
 
-    def winners(
-        self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int, nominate: int = 0
-    ) -> Tensor:
-        """The ``k`` tokens [b, r, k] with the most votes, ascending; a sketch may only ``nominate`` that many."""
+    def winners(self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int) -> Tensor:
+        """The ``k`` tokens [b, r, k] with the most votes, ascending."""
         ...
 
     def decode(self, rows: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -131,17 +140,11 @@ class Segment(Protocol):
 
 
 @runtime_checkable
-class Labelled(Segment, Protocol):
-    """A segment that can keep some channels of its keys apart, for readers that score with those."""
+class Indexed(Segment, Protocol):
+    """A segment that can keep indexes over its keys."""
 
-    labels: Tensor | None
-
-    def label(self, channels: Tensor) -> None:
-        """Keeps ``channels`` [h, r] of each key head apart from now on, of the tokens held and of those to come."""
-        ...
-
-    def label_scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
-        """``scores`` over these channels alone, of ``query`` [b, heads, r, d]."""
+    def add_index(self, index: "Index", layer: int) -> None:
+        """Keeps what ``index`` derives from the keys of layer ``layer``, of the tokens held and of those to come."""
         ...
 
 
@@ -150,7 +153,7 @@ class Store(Protocol):
     be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
     with prompts and not while generating. ``needs_plain_keys``: it works with keys as the model rotated them.
     ``retains``: tokens that are dropped stay, encoded.
-    ``labels``: its segments are ``Labelled``. ``spans_layers``: layers share what they hold, so all their heads must
+    ``indexed``: its segments are ``Indexed``. ``spans_layers``: layers share what they hold, so all their heads must
     hold the same tokens."""
 
     @property
@@ -160,19 +163,13 @@ class Store(Protocol):
     @property
     def regroups(self) -> bool: ...
     @property
-    def labels(self) -> bool: ...
+    def indexed(self) -> bool: ...
     @property
     def needs_plain_keys(self) -> bool: ...
     @property
     def spans_layers(self) -> bool: ...
-    def new_segment(
-        self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None", *, sketch_bits: int = 0
-    ) -> Segment:
-        """An empty segment for keys like ``like`` in size, dtype and device; with a ``rope``, they come at position 0.
-
-        ``sketch_bits``: of a coarse copy of the keys that a reader scores with; a store that cannot have one scores
-        with what it holds.
-        """
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None") -> Segment:
+        """An empty segment for keys like ``like`` in size, dtype and device; with a ``rope``, at position 0."""
         ...
 
     @property

@@ -149,7 +149,7 @@ class FewerChannels:
     spans_layers: bool = False
     lists: bool = True
     regroups: bool = False
-    labels: bool = False
+    indexed: bool = False
     retains: bool = False
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
@@ -160,9 +160,7 @@ class FewerChannels:
             raise MethodError(f"ratio must be a share of the channels, at least 0 and below 1; got {self.ratio!r}.")
         check_whole(self, window=1, recent=0)
 
-    def new_segment(
-        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
-    ) -> PromptSegment:
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> PromptSegment:
         return PromptSegment(heads, like, value_dim, rope, self.encode, self.window)
 
     def encode(self, queries: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> ThinBody | None:

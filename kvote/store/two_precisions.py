@@ -55,10 +55,8 @@ class TwoPrecisionSegment(RawSegment):
     (``balanced``): rounding then weighs on a channel as much as queries make use of it.
     """
 
-    def __init__(
-        self, heads: int, like: Tensor, value_dim: int, *, bits: int, group: int, balanced: bool, sketch_bits: int = 0
-    ) -> None:
-        super().__init__(heads, like, value_dim, None, sketch_bits=sketch_bits)
+    def __init__(self, heads: int, like: Tensor, value_dim: int, *, bits: int, group: int, balanced: bool) -> None:
+        super().__init__(heads, like, value_dim, None)
         # Codes have slots of their own: none that a reader, a keeper or the layer could name.
         self.balanced = balanced and bits != RAW_BITS
         self.balances: list[Balance] = []
@@ -271,7 +269,7 @@ class TwoPrecisions:
     # Demoted tokens are read as a whole or not at all.
     lists: bool = field(default=False, init=False)
     regroups: bool = field(default=False, init=False)
-    labels: bool = field(default=False, init=False)
+    indexed: bool = field(default=False, init=False)
     spans_layers: bool = field(default=False, init=False)
     retains: bool = field(default=True, init=False)
 
@@ -290,17 +288,13 @@ class TwoPrecisions:
         if not isinstance(self.balancer, bool):
             raise MethodError(f"balancer must be True or False; got {self.balancer!r}.")
 
-    def new_segment(
-        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, sketch_bits: int = 0
-    ) -> TwoPrecisionSegment:
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> TwoPrecisionSegment:
         """As ``Store.new_segment``. Raises MethodError for keys without rotation: those of demoted tokens have lost
         their positions."""
         if rope is not None:
             raise MethodError("Tokens retained in low precision need keys as the model rotated them.")
         bits, group, balanced = self.low_bits, self.group, self.balancer
-        return TwoPrecisionSegment(
-            heads, like, value_dim, bits=bits, group=group, balanced=balanced, sketch_bits=sketch_bits
-        )
+        return TwoPrecisionSegment(heads, like, value_dim, bits=bits, group=group, balanced=balanced)
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
         return False

@@ -166,8 +166,9 @@ def test_a_sketch_selects_on_the_gpu_too(monkeypatch, sketch):
     )
     fed.feed(59)
     out = fed.feed(1)
-    assert fed.layer.segment.sketch_bits == {"int8": 8, "int4": 4}[sketch]
-    assert fed.layer.segment.pool.sketch.numel() > 0
+    codes, bits = fed.layer.segment.indexes["sketch"].coded
+    assert bits == {"int8": 8, "int4": 4}[sketch]
+    assert codes.numel() > 0
     assert bool(out.isfinite().all())
     assert fed.layer.activity.tokens_read == 2 + 40 + 5
 

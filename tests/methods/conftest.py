@@ -7,29 +7,34 @@ import torch
 from selecting import Trace
 
 from kvote import kernels
+from kvote.index.sketch import Sketch
 from kvote.rope import Rope
 from kvote.store.raw import RawSegment
 
 
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
-    seen, attend, winners = Trace(), RawSegment.attend, RawSegment.winners
+    seen, attend = Trace(), RawSegment.attend
     top_k, contiguous = kernels.top_k, Rope.contiguous
 
     def spy_attend(self: Any, queries: Any, rows: Any, tokens: Any, logits: Any) -> Any:
         seen.lists.append(tokens.index)
         return attend(self, queries, rows, tokens, logits)
 
-    def spy_winners(self: Any, query: Any, rows: Any, start: int, limits: list[int], k: int, nominate: int = 0) -> Any:
-        # The fused selection is that of votes and top-k one after the other, where the votes can be seen.
-        fused = winners(self, query, rows, start, limits, k, nominate)
-        votes = kernels.forbid(self.votes(query, rows, start, limits), start, limits)
-        chosen = kernels.top_k(votes, k) + start
-        assert nominate or torch.equal(fused, chosen)
-        return fused
+    def spied(winners: Any) -> Any:
+        def spy(self: Any, query: Any, rows: Any, start: int, limits: list[int], k: int, nominate: int = 0) -> Any:
+            # The fused selection is that of votes and top-k one after the other, where the votes can be seen.
+            fused = winners(self, query, rows, start, limits, k, *([nominate] if nominate else []))
+            votes = kernels.forbid(self.votes(query, rows, start, limits), start, limits)
+            chosen = kernels.top_k(votes, k) + start
+            assert nominate or torch.equal(fused, chosen)
+            return fused
+
+        return spy
 
     monkeypatch.setattr(RawSegment, "attend", spy_attend)
-    monkeypatch.setattr(RawSegment, "winners", spy_winners)
+    for voted in (RawSegment, Sketch):
+        monkeypatch.setattr(voted, "winners", spied(voted.winners))
     monkeypatch.setattr(kernels, "top_k", lambda votes, k: (seen.votes.append(votes.clone()), top_k(votes, k))[1])
     monkeypatch.setattr(
         Rope, "contiguous", lambda s, n, *rest, **at: (seen.tables.append(n), contiguous(s, n, *rest, **at))[1]

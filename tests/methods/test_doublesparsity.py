@@ -18,6 +18,7 @@ from kvote.calibration import save
 from kvote.calibration.channels import ChannelProducts, order_of
 from kvote.calibration.measure import measure_channels
 from kvote.heads import HeadGroup
+from kvote.index.labels import LabelIndex
 from kvote.method import parse
 from kvote.methods import doublesparsity
 from kvote.models import embedded, world
@@ -99,7 +100,7 @@ def test_labels_lie_beside_the_keys_and_are_counted(share):
             continue
         r, slots = round(16 * share), 64 * len(layer.segment.pool.owners)
         # Per key head and token r float32 numbers more; and which channels they are, for two key heads.
-        assert layer.segment.pool.labels.untyped_storage().nbytes() == slots * r * 4
+        assert layer.segment.pool.parts["labels"].untyped_storage().nbytes() == slots * r * 4
         assert layer.nbytes - plain.nbytes == slots * r * 4 + 2 * r * 8
 
 
@@ -108,8 +109,8 @@ def read_by_labels(query: Tensor, key: Tensor, order: Tensor, k: int) -> Tensor:
     segment = RawSegment(key.shape[1], key, key.shape[3], None)
     segment.add_sequences(1)
     segment.append([0], key, key, torch.arange(key.shape[2])[None])
-    segment.label(order)
-    return segment.label_scores(query, [0], 0, key.shape[2])[0, 0].topk(k).indices
+    segment.add_index(LabelIndex({0: order.tolist()}), 0)
+    return segment.indexes["labels"].scores(query, [0], 0, key.shape[2])[0, 0].topk(k).indices
 
 
 def recall(query: Tensor, key: Tensor, order: Tensor, k: int) -> float:

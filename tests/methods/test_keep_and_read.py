@@ -98,12 +98,13 @@ def test_sketches_stay_those_of_the_keys(keep, sketch):
     tiny.feed(net, cache, tiny.ids(2, 4), passes=1)
     assert cache.report().layers[0].dropped > 0
     segment = cache.managed[0].segment
-    if segment.sketch_bits:
-        again = segment.pool.sketch.clone()
+    if sketched := segment.indexes.get("sketch"):
+        codes, bits = sketched.coded
+        again = codes.clone()
         for lane in segment.pool.lanes:
             slots = segment.pool.slots(lane, 0, lane.length)
-            kvote.kernels.cpu.sketch(segment.pool.keys, again, segment.sketch_bits, slots)
-        assert torch.equal(again, segment.pool.sketch)
+            kvote.kernels.cpu.sketch(segment.pool.keys, again, bits, slots)
+        assert torch.equal(again, codes)
 
 
 @pytest.mark.parametrize("method", ["h2o(budget=20)", "snapkv(budget=20, window=6)", f"{KEEP['snapkv']} | {READ}"])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvote.index.labels import LabelIndex
 from kvote.keep.observation import Observation
 from kvote.kernels import reference
 from kvote.read.tokens import Queries, Span, TokenSet
 from kvote.store.raw import RawSegment
-from kvote.store.segment import Labelled, Logits
+from kvote.store.segment import Indexed, Logits
 
 D, LOGITS = 32, Logits(0.3)
 
@@ -94,6 +95,10 @@ def channels(heads: int, r: int) -> Tensor:
     return torch.stack([torch.randperm(D)[:r] for _ in range(heads)])
 
 
+def label(segment: RawSegment, channels: Tensor) -> None:
+    segment.add_index(LabelIndex({0: channels.tolist()}), 0)
+
+
 def agree(segment: RawSegment, key: Tensor, chosen: Tensor, rows: list[int]) -> None:
     """Scores of labels are products over the chosen channels of each key head."""
     query = torch.randn(len(rows), 6, 2, D).to(key.dtype)
@@ -101,7 +106,7 @@ def agree(segment: RawSegment, key: Tensor, chosen: Tensor, rows: list[int]) -> 
     parts = chosen[None, :, None].expand(len(rows), -1, z, -1)
     asked = chosen.repeat_interleave(groups, 0)[None, :, None].expand(len(rows), -1, 2, -1)
     expected = reference.scores(query.gather(3, asked), key[rows].gather(3, parts)[:, :, a:])
-    got = segment.label_scores(query, rows, a, z)
+    got = segment.indexes["labels"].scores(query, rows, a, z)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -113,14 +118,14 @@ def test_labels_are_channels_of_the_keys_whenever_they_are_asked_for(r, scattere
     if before:
         segment = RawSegment(2, torch.empty(0, D), D, None)
         segment.add_sequences(2)
-        segment.label(chosen)
+        label(segment, chosen)
         key = torch.randn(2, 2, 150, D)
         for a, z in ((0, 100), (100, 101), (101, 150)):
             segment.append([0, 1], key[:, :, a:z], key[:, :, a:z], torch.arange(a, z).expand(2, -1))
     else:
         segment, key, _ = filled(2, 2, 150, torch.float32, scattered)
-        segment.label(chosen)
-    assert isinstance(segment, Labelled)
+        label(segment, chosen)
+    assert isinstance(segment, Indexed)
     agree(segment, key, chosen, [0, 1])
     agree(segment, key, chosen, [1])
 
@@ -129,7 +134,7 @@ def test_labels_are_channels_of_the_keys_whenever_they_are_asked_for(r, scattere
 def test_labels_go_where_their_tokens_go(by_head):
     segment, key, _ = filled(2, 2, 150, torch.float32, False)
     chosen = channels(2, 8)
-    segment.label(chosen)
+    label(segment, chosen)
     copied = copy.deepcopy(segment)
     slots = lists(1, 2, 1, 150, 90)[0, :, 0] if by_head else torch.arange(150)[::2]
     segment.keep(1, slots)
@@ -150,7 +155,7 @@ def test_labels_go_where_their_tokens_go(by_head):
 def test_merged_tokens_are_labelled_anew():
     segment = filled(1, 2, 100, torch.float32, False)[0]
     chosen = channels(2, 8)
-    segment.label(chosen)
+    label(segment, chosen)
     merged = torch.randn(2, 50, D)
     segment.keep(0, torch.arange(50), (merged, merged))
     agree(segment, merged[None], chosen, [0])
@@ -162,7 +167,7 @@ def test_labels_cost_their_channels_and_nothing_else():
     bare, labelled = (RawSegment(4, like, 128, None) for _ in range(2))
     for segment in (bare, labelled):
         segment.add_sequences(1)
-    labelled.label(torch.arange(32).expand(4, -1))
+    label(labelled, torch.arange(32).expand(4, -1))
     for segment in (bare, labelled):
         rows = torch.zeros(1, 4, 640, 128, dtype=torch.bfloat16)
         segment.append([0], rows, rows, torch.arange(640)[None])

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from kvote.index.bounds import Bounds, BoundsIndex
+from kvote.index.sketch import SketchIndex
 from kvote.kernels import cpu
 from kvote.read.tokens import Queries, TokenSet
 from kvote.store.pages import PAGE, PagePool
@@ -28,8 +30,11 @@ def content(tokens: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def segment(sequences: int = 0, *, sketch_bits: int = 0) -> RawSegment:
-    made = RawSegment(HEADS, torch.empty(0, DIM), VALUE_DIM, None, sketch_bits=sketch_bits)
+    made = RawSegment(HEADS, torch.empty(0, DIM), VALUE_DIM, None)
     made.add_sequences(sequences)
+    if sketch_bits:
+        made.add_index(SketchIndex(sketch_bits), 0)
+    made.add_index(BoundsIndex(16), 0)
     return made
 
 
@@ -47,6 +52,32 @@ def owners(pool: PagePool) -> np.ndarray:
         assert len(set(ids.tolist())) == len(ids), "a lane uses a page twice"
         used[ids] += 1
     return used
+
+
+def sketches_are_those_of_the_keys(held: RawSegment) -> None:
+    if sketch := held.indexes.get("sketch"):
+        assert sketch.coded is not None
+        codes, bits = sketch.coded
+        again = codes.clone()
+        for lane in held.pool.lanes:
+            cpu.sketch(held.pool.keys, again, bits, held.pool.slots(lane, 0, lane.length))
+        assert torch.equal(again, codes)
+
+
+def bounds_are_those_of_the_keys(held: RawSegment, tight: bool) -> None:
+    """The bounds that a row asks for hold its keys; ``tight``: they are those of no others."""
+    bounds = held.indexes["page bounds"]
+    assert isinstance(bounds, Bounds)
+    for row in range(held.sequences):
+        n = held.length(row)
+        key = held.decode([row], 0, n)[0][0, :, :, 0]
+        for sign in (1.0, -1.0) if n else ():
+            query = torch.zeros(1, HEADS, 1, DIM)
+            query[..., 0] = sign
+            got = bounds.scores(query, [row], n)[0, :, 0]
+            short = torch.nn.functional.pad(sign * key, (0, -n % 16), value=float("-inf"))
+            law = short.unflatten(1, (-1, 16)).amax(2)
+            assert torch.equal(got, law) if tight else bool((got >= law).all())
 
 
 def check(held: RawSegment, model: list[list[int]]) -> None:
@@ -86,6 +117,8 @@ class Pages(RuleBasedStateMachine):
         append(self.held, rows, new)
         for row, tokens in zip(rows, new, strict=True):
             self.model[row] = self.model[row] + tokens
+        if len(rows) == len(self.model):
+            bounds_are_those_of_the_keys(self.held, tight=True)
 
     @rule(data=st.data())
     def truncate(self, data: Any) -> None:
@@ -132,12 +165,11 @@ class Pages(RuleBasedStateMachine):
 
     @invariant()
     def sketches_are_those_of_the_keys(self) -> None:
-        pool = self.held.pool
-        if self.held.sketch_bits:
-            again = pool.sketch.clone()
-            for lane in pool.lanes:
-                cpu.sketch(pool.keys, again, self.held.sketch_bits, pool.slots(lane, 0, lane.length))
-            assert torch.equal(again, pool.sketch)
+        sketches_are_those_of_the_keys(self.held)
+
+    @invariant()
+    def bounds_are_never_below_the_keys(self) -> None:
+        bounds_are_those_of_the_keys(self.held, tight=False)
 
 
 Pages.TestCase.settings = settings(
@@ -247,11 +279,7 @@ def test_keys_whose_channels_lie_apart_are_sketched_too(sketch_bits):
     held, (key, value) = segment(1, sketch_bits=sketch_bits), content(list(range(100)))
     assert key.stride(-1) != 1
     held.append([0], key[None], value[None], torch.arange(100)[None])
-    if held.sketch_bits:
-        again = held.pool.sketch.clone()
-        for lane in held.pool.lanes:
-            cpu.sketch(held.pool.keys, again, held.sketch_bits, held.pool.slots(lane, 0, lane.length))
-        assert torch.equal(again, held.pool.sketch)
+    sketches_are_those_of_the_keys(held)
 
 
 @pytest.mark.parametrize("sketch_bits", [0, 4, 8])
@@ -276,11 +304,7 @@ def test_heads_of_a_sequence_may_keep_different_tokens(seed, sketch_bits):
             assert torch.equal(value[0, head], content(lane)[1][head])
         assert held.positions(0)[0].tolist() == list(range(700))
         assert np.array_equal(owners(held.pool), held.pool.owners)
-        if held.sketch_bits:
-            again = held.pool.sketch.clone()
-            for lane in held.pool.lanes:
-                cpu.sketch(held.pool.keys, again, held.sketch_bits, held.pool.slots(lane, 0, lane.length))
-            assert torch.equal(again, held.pool.sketch)
+        sketches_are_those_of_the_keys(held)
     before = held.nbytes
     held.select([1])
     held.pool.trim()
