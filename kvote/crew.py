@@ -19,6 +19,12 @@ class Crew:
     def layers(self) -> "list[Layer]":
         return [layer for member in self._members if (layer := member()) is not None]
 
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __bool__(self) -> bool:
+        return True
+
     def add(self, layer: "Layer") -> int:
         """Its place among them."""
         self._members.append(weakref.ref(layer))

@@ -120,9 +120,12 @@ class Layer:
         if dial is None or self.segment is None:
             return None
         if dial.unit != "bytes":
-            return dial.tokens(self.seen if self.columns is None else int(self.columns[row].sum()))
+            return dial.tokens(self.tokens_seen(row))
         # Once there are tokens, a budget that no longer suffices (copies were made) must not end a pass half way.
         return max(1, self._affordable(dial))
+
+    def tokens_seen(self, row: int) -> int:
+        return self.seen if self.columns is None else int(self.columns[row].sum())
 
     def _affordable(self, dial: Budget) -> int:
         assert self.segment is not None
@@ -360,7 +363,8 @@ class Layer:
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
             budget = length if budget is None else budget
-            held = Held(row, length, budget, self.segment, memories, self.number, observed, rope, generated)
+            place = (self.number, observed, rope, generated, len(self.crew))
+            held = Held(row, length, budget, self.segment, memories, *place, self.tokens_seen(row))
             kept = self.method.keep.survivors(held, self.record.memory)
             if kept is not None:
                 self.segment.keep(row, kept.slots, kept.content)

@@ -49,13 +49,13 @@ print(json.dumps(told))
 
 SPECS = (
     "lastfew",
-    "newest",
+    "valuenorm",
     "strided(step=1)",
     "lastfew(sinks=2, recent=9)",
-    "newest(count=9)",
+    "valuenorm(budget=9)",
     "strided(step=3)",
     "eightbits",
-    "newest(count=9) | strided",
+    "valuenorm(budget=9, per_head=False) | strided",
     "snapkv(budget=20, window=6) | eightbits",
     "eightbits | strided",
 )
@@ -93,20 +93,36 @@ def run(copy: Path, *command: str) -> str:
 
 
 def test_a_keeper_a_reader_and_a_store_are_added_by_the_text_alone(copy):
-    assert ADDED == ["lastfew", "newest", "strided", "eightbits"]
+    assert ADDED == ["lastfew", "valuenorm", "strided", "eightbits"]
     told = json.loads(run(copy, "-c", TRIED, str(ROOT / "tests"), json.dumps(SPECS)).splitlines()[-1])
     # Of 208 tokens in each of two sequences, the last is not in the cache.
-    for spec in ("lastfew", "newest", "strided(step=1)"):
+    for spec in ("lastfew", "valuenorm", "strided(step=1)"):
         assert told[spec]["same"], spec
         assert told[spec]["held"] == 2 * 207
     assert told["lastfew(sinks=2, recent=9)"]["held"] == 2 * 11
-    assert told["newest(count=9)"]["held"] == 2 * 9
+    assert told["valuenorm(budget=9)"]["held"] == 2 * 9
     assert told["strided(step=3)"]["read"] == 69
-    assert (told["newest(count=9) | strided"]["held"], told["newest(count=9) | strided"]["read"]) == (18, 5)
+    assert (
+        told["valuenorm(budget=9, per_head=False) | strided"]["held"],
+        told["valuenorm(budget=9, per_head=False) | strided"]["read"],
+    ) == (18, 5)
     assert told["eightbits"]["smaller"]
     assert all(each["finite"] for each in told.values() if isinstance(each, dict))
     assert told["beams"] == [2, 208]
     assert "keys as the model rotated them, but the reader needs them without rotation" in told["refused"]
+
+
+def test_an_evictor_is_one_file_of_at_most_25_lines_and_passes_the_contract(copy):
+    assert len(FILES["kvote/methods/valuenorm.py"].splitlines()) <= 25
+    assert "kvote/keep/valuenorm.py" not in FILES
+    tests = copy / "contract"
+    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__", "bench", "kernels", "zoo"))
+    contract = tests / "test_contract.py"
+    added = 'METHODS = {\n    "valuenorm-all": "valuenorm(budget=500)",\n    "valuenorm": "valuenorm(budget=20)",\n'
+    text = contract.read_text().replace("METHODS = {\n", added, 1)
+    assert added in text
+    contract.write_text(text)
+    run(copy, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(contract), "-k", "valuenorm")
 
 
 def test_the_command_line_lists_what_was_added(copy):

@@ -3,13 +3,13 @@
 import pytest
 
 from kvote.errors import MethodError
-from kvote.keep.by_head import KeepByHead
-from kvote.keep.policies import KeepSinksAndRecent
+from kvote.keep.allocate.heads import KeepByHead
+from kvote.keep.evict import sinks_and_recent
 from kvote.method import Method, parse
 from kvote.read.labels import LabelWinners
 
 LABELS = Method("labels", read=LabelWinners({}, 8, 0.5, 0))
-HEADS = Method("heads", keep=KeepByHead(frozenset({(0, 0)}), ((0, 2),), KeepSinksAndRecent(1, 4)))
+HEADS = Method("heads", keep=KeepByHead(frozenset({(0, 0)}), ((0, 2),), sinks_and_recent(1, 4)))
 
 REFUSED = [
     (parse("snapkv"), parse("tokenselect"), "takes one list of tokens for all heads.*per_head=False"),

@@ -8,8 +8,9 @@ import torch
 import kvote
 from kvote.errors import UnsupportedModelError
 from kvote.heads import in_groups
+from kvote.keep.evict import sinks_and_recent
 from kvote.keep.keeper import Share
-from kvote.keep.policies import KeepAll, KeepSinksAndRecent
+from kvote.keep.policies import KeepAll
 from kvote.layer import Step
 from kvote.method import Method, parse
 from kvote.read.tokens import Everything
@@ -29,7 +30,7 @@ class ByHead(KeepAll):
 
     def split(self, layer, heads):
         others = tuple(head for head in range(heads) if head not in self.whole)
-        return [Share(self.whole, KeepAll()), Share(others, KeepSinksAndRecent(2, 6))]
+        return [Share(self.whole, KeepAll()), Share(others, sinks_and_recent(2, 6))]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Apart(KeepAll):
     while_generating: bool = False
 
     def split(self, layer, heads):
-        few, others = KeepSinksAndRecent(2, 6), tuple(range(1, heads))
+        few, others = sinks_and_recent(2, 6), tuple(range(1, heads))
         return [Share((0,), few, apart=True, sharers=7.5), Share(others, KeepAll())]
 
 

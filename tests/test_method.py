@@ -7,7 +7,8 @@ import pytest
 
 import kvote
 from kvote import MethodError, methods
-from kvote.keep.policies import KeepAll, KeepSinksAndRecent
+from kvote.keep.evict import sinks_and_recent
+from kvote.keep.policies import KeepAll
 from kvote.method import METHODS, Method, parse
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Everything
@@ -125,7 +126,7 @@ def test_a_refused_spec_leaves_no_trail_of_other_errors():
 
 
 def test_methods_that_answer_different_questions_join():
-    keeps = Method("keeper", keep=KeepSinksAndRecent(1, 2))
+    keeps = Method("keeper", keep=sinks_and_recent(1, 2))
     joined = keeps | methods.tokenselect(top_k=5)
     assert joined.keep == keeps.keep
     assert joined.read == methods.tokenselect(top_k=5).read

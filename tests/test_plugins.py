@@ -13,7 +13,7 @@ from kvote.cli import main
 from kvote.method import METHODS, parse, published
 
 MODULE = '''
-from kvote.keep.policies import KeepSinksAndRecent
+from kvote.keep.evict import sinks_and_recent
 from kvote.method import Method, published
 
 
@@ -23,7 +23,7 @@ def {name}(recent: int = 9) -> Method:
 
     ``recent``: how many.
     """
-    return Method(keep=KeepSinksAndRecent(0, recent))
+    return Method(keep=sinks_and_recent(0, recent))
 '''
 Install = Callable[..., None]
 
@@ -117,7 +117,7 @@ def test_a_broken_package_is_named_and_takes_nothing_down(install, capsys, sourc
 
 
 def test_a_method_that_fails_when_it_is_built_names_its_package(install):
-    failing = MODULE.replace("return Method(keep=KeepSinksAndRecent(0, recent))", "return 1 / 0")
+    failing = MODULE.replace("return Method(keep=sinks_and_recent(0, recent))", "return 1 / 0")
     install("kv-broken", "lastones", failing)
     with pytest.raises(MethodError, match=r"^lastones of the package kv-broken cannot be built: ZeroDivisionError"):
         parse("lastones")

@@ -1,9 +1,10 @@
 """Keeper: decides which tokens stay. What it may look at, and what it may remember."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from kvote.keep.budget import Budget
@@ -11,6 +12,9 @@ from kvote.keep.observation import Observation
 from kvote.read.tokens import Queries
 from kvote.rope import Rope
 from kvote.store.segment import Logits, Segment
+
+# Tokens that are decoded at a time.
+_TOKENS_HELD = 4096
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Held:
     the first ``observed`` have been through this pass; empty unless the keeper ``cascades``. ``rope``: the rotation
     that is in the keys held, for a keeper that needs it; None where keys are held without. ``generated``: whether all
     that came since the last such moment was generated: a prompt is cut down to its budget, generated tokens may go in
-    bursts (``keep.budget.left``)."""
+    bursts (``keep.budget.left``). ``layers``: how many there are; ``seen``: tokens of the sequence so far, dropped
+    ones among them."""
 
     row: int
     length: int
@@ -31,6 +36,17 @@ class Held:
     observed: int
     rope: Rope | None = None
     generated: bool = False
+    layers: int = 1
+    seen: int = 0
+
+    def each(self, function: Callable[[Tensor, Tensor], Tensor], stop: int) -> Tensor:
+        """What ``function`` gives, [h, m] in float32, for keys [h, m, d] and values [h, m, dv] in float32, of the first
+        ``stop`` tokens [h, stop]; a few thousand at a time."""
+        parts = []
+        for start in range(0, stop, _TOKENS_HELD):
+            key, value = self.segment.decode([self.row], start, min(stop, start + _TOKENS_HELD))
+            parts.append(function(key[0].float(), value[0].float()))
+        return torch.cat(parts, dim=1) if parts else torch.empty(self.segment.heads, 0, device=self.segment.device)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
-"""Which tokens stay in memory after a forward pass, decided by their place in the text alone."""
+"""What keepers answer unless they have something special to say, and the keeper that keeps everything."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kvote.keep.budget import Budget, check_burst, left
-from kvote.keep.keeper import Held, Kept, Share
+from kvote.keep.keeper import Held, Share
 from kvote.keep.observation import Observation
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
@@ -62,26 +60,3 @@ class KeepAll(Blind):
 
     def survivors(self, held: Held, memory: None) -> None:
         return None
-
-
-@dataclass(frozen=True)
-class KeepSinksAndRecent(Blind):
-    """The first ``sinks`` tokens and the last ``window`` ones; while generating, up to ``burst`` - 1 fewer of these."""
-
-    sinks: int
-    window: int
-    burst: int | None = None
-    drops: bool = field(default=True, init=False)
-
-    def __post_init__(self) -> None:
-        check_burst(self.burst)
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.sinks + self.window)
-
-    def survivors(self, held: Held, memory: None) -> Kept | None:
-        if held.length <= self.sinks + self.window:
-            return None
-        recent = left(self.window, self.burst) if held.generated else self.window
-        return Kept(torch.cat([torch.arange(self.sinks), torch.arange(held.length - recent, held.length)]))

@@ -13,7 +13,9 @@ from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
+from kvote.methods.knorm import knorm
 from kvote.methods.mikv import mikv
+from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
@@ -33,7 +35,9 @@ __all__ = [
     "ems",
     "h2o",
     "kivi",
+    "knorm",
     "mikv",
+    "pyramidkv",
     "quest",
     "random",
     "randomkeep",

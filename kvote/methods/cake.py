@@ -1,7 +1,9 @@
 """CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences (Qin et al., ICLR 2025, arXiv 2503.12491)."""
 
+from kvote.keep.allocate.cascade import Cascade
 from kvote.keep.budget import budget as read_budget
-from kvote.keep.cascade import KeepCascade
+from kvote.keep.evict import Evict
+from kvote.keep.score.dispersion import Dispersion
 from kvote.method import Method, published
 
 
@@ -59,6 +61,14 @@ def cake(
     given, which is what the published code takes for a model that it does not know. Missing: its other order, in which
     all layers are cut down after the last (the result is the same where no layer had dropped more before).
     """
-    taus = (tau1, tau2)
-    keep = KeepCascade(read_budget(budget), window, gamma, kernel, *taus, per_head, evict_generated, burst)
-    return Method(keep=keep)
+    score = Dispersion(
+        window=window,
+        gamma=gamma,
+        kernel=kernel,
+        tau1=tau1,
+        tau2=tau2,
+        generated=evict_generated,
+        per_head=per_head,
+    )
+    dial, share = read_budget(budget), Cascade()
+    return Method(keep=Evict(score, dial, window, evict_generated=evict_generated, burst=burst, allocate=share))

@@ -8,8 +8,8 @@ from kvote.calibration.file import Calibration, command
 from kvote.calibration.file import load as load_calibration
 from kvote.calibration.heads import DUO, scores_of
 from kvote.errors import MethodError
-from kvote.keep.by_head import KeepByHead, Scores, best
-from kvote.keep.policies import KeepSinksAndRecent
+from kvote.keep.allocate.heads import KeepByHead, Scores, best
+from kvote.keep.evict import sinks_and_recent
 from kvote.method import Method, published
 
 _NOISE = 1e-6
@@ -56,7 +56,7 @@ def duoattention(
     calibration = load_calibration(heads, DUO) if isinstance(heads, str) else heads
     gates = scores_of(calibration, DUO)["gate"]
     each = tuple((layer, len(found)) for layer, found in gates.items())
-    few = KeepSinksAndRecent(sinks, window, burst)
+    few = sinks_and_recent(sinks, window, burst)
     keep = KeepByHead(_above_quantile(gates, sparsity), each, few, calibration.name)
     return Method(keep=keep, calibrations=(calibration,))
 

@@ -1,7 +1,9 @@
 """EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression (Li et al. 2024, arXiv 2412.08521)."""
 
 from kvote.keep.budget import budget as read_budget
-from kvote.keep.evict_merge import KeepMerged
+from kvote.keep.evict import Evict
+from kvote.keep.merge.into_similar import IntoSimilar
+from kvote.keep.score.importance import EverywhereOrLately
 from kvote.method import Method, published
 
 
@@ -44,5 +46,6 @@ def ems(
     in one expanded tensor (here all heads keep equally many); pooling of importance over neighbours; and the paper's
     kernel that adds up attention inside flash attention (here a second pass over the keys does).
     """
-    similar = (merge, threshold, remove_positions)
-    return Method(keep=KeepMerged(read_budget(budget), window, sinks, *similar, per_head, evict_generated))
+    score = EverywhereOrLately(window=window, generated=evict_generated, per_head=per_head)
+    into, dial = IntoSimilar(merge, threshold, remove_positions), read_budget(budget)
+    return Method(keep=Evict(score, dial, window, sinks, evict_generated, burst=1, merge=into, slack=window))

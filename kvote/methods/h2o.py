@@ -1,7 +1,8 @@
 """H2O: Heavy-Hitter Oracle for generative inference of large models (Zhang et al., NeurIPS 2023, arXiv 2306.14048)."""
 
 from kvote.keep.budget import budget as read_budget
-from kvote.keep.heavy_hitters import KeepHeavyHitters
+from kvote.keep.evict import Evict, recent_share
+from kvote.keep.score.received import Received
 from kvote.method import Method, published
 
 
@@ -34,4 +35,4 @@ def h2o(
     that streaming variant, the simulations with masks, and the replacing of single slots on FlexGen, which are not the
     same method.
     """
-    return Method(keep=KeepHeavyHitters(read_budget(budget), recent, per_head, burst))
+    return Method(keep=Evict(Received(per_head=per_head), read_budget(budget), recent_share(recent), burst=burst))

@@ -1,7 +1,8 @@
 """Random tokens kept: the baseline at equal bytes. A keeper that does not beat it has found nothing."""
 
 from kvote.keep.budget import budget as read_budget
-from kvote.keep.by_lot import KeepByLot
+from kvote.keep.evict import Evict
+from kvote.keep.score.lot import Lot
 from kvote.method import Method, published
 
 
@@ -16,4 +17,4 @@ def randomkeep(budget: int | float | str = 2048, sinks: int = 4, window: int = 3
     ``budget``: tokens kept, sinks and window among them, as a number (1024), a fraction of the tokens seen (0.25) or
     bytes ("512MiB"). ``seed`` decides the draw, which depends on nothing else but a token's position.
     """
-    return Method(keep=KeepByLot(read_budget(budget), sinks, window, seed))
+    return Method(keep=Evict(Lot(seed=seed), read_budget(budget), window, sinks, evict_generated=False))

@@ -4,10 +4,10 @@ from kvote.calibration.file import Calibration, command
 from kvote.calibration.file import load as load_calibration
 from kvote.calibration.heads import RAZOR, scores_of
 from kvote.errors import MethodError
+from kvote.keep.allocate.heads import KeepByHead, best
 from kvote.keep.budget import Budget
 from kvote.keep.budget import budget as read_budget
-from kvote.keep.by_head import KeepByHead, best
-from kvote.keep.means import KeepRecentAndMean
+from kvote.keep.merge.means import recent_and_mean
 from kvote.method import Method, published
 
 
@@ -67,5 +67,5 @@ def razorattention(
     count = sum(found for _, found in each)
     whole = best(scores["induction"], round(induction * count)) | best(scores["echo"], round(echo * count))
     dial = Budget(share, "fraction", least, sinks) if budget is None else read_budget(budget)
-    few = KeepRecentAndMean(dial, sinks, compensation, burst)
+    few = recent_and_mean(dial, sinks, compensation, burst)
     return Method(keep=KeepByHead(frozenset(whole), each, few, calibration.name), calibrations=(calibration,))

@@ -1,7 +1,8 @@
 """SnapKV: LLM Knows What You are Looking for Before Generation (Li et al., NeurIPS 2024, arXiv 2404.14469)."""
 
 from kvote.keep.budget import budget as read_budget
-from kvote.keep.window_votes import KeepWindowVotes
+from kvote.keep.evict import Evict
+from kvote.keep.score.last_queries import LastQueries
 from kvote.method import Method, published
 
 
@@ -33,4 +34,5 @@ def snapkv(
     published code repeats the keys for every query head first, and each chooses its own). Tokens stay in the text's
     order. Attention is added up in float32 (published: weights are rounded to the model's dtype first).
     """
-    return Method(keep=KeepWindowVotes(read_budget(budget), window, kernel, pooling, per_head))
+    score = LastQueries(window=window, kernel=kernel, pooling=pooling, per_head=per_head)
+    return Method(keep=Evict(score, read_budget(budget), window, evict_generated=False))

@@ -1,7 +1,7 @@
 """StreamingLLM: Efficient Streaming Language Models with Attention Sinks (Xiao et al., ICLR 2024, arXiv 2309.17453)."""
 
 from kvote.errors import MethodError
-from kvote.keep.policies import KeepSinksAndRecent
+from kvote.keep.evict import sinks_and_recent
 from kvote.method import Method, published
 from kvote.read.recent import SinksAndRecent
 
@@ -25,4 +25,4 @@ def streamingllm(sinks: int = 4, window: int = 1020, burst: int | None = None) -
         raise MethodError(
             f"streamingllm needs whole numbers sinks >= 0 and window >= 1; got sinks={sinks}, window={window}."
         )
-    return Method(keep=KeepSinksAndRecent(sinks, window, burst), read=SinksAndRecent(sinks, window))
+    return Method(keep=sinks_and_recent(sinks, window, burst), read=SinksAndRecent(sinks, window))

@@ -10,8 +10,8 @@ from selecting import Fed
 
 from kvote import CropError, Method, MethodError
 from kvote.keep.budget import Budget, left
-from kvote.keep.means import KeepRecentAndMean
-from kvote.keep.policies import KeepSinksAndRecent
+from kvote.keep.evict import sinks_and_recent
+from kvote.keep.merge.means import recent_and_mean
 from kvote.layer import Layer
 from kvote.method import parse
 
@@ -70,9 +70,9 @@ KEEPERS: dict[str, tuple[str | Method, int, int]] = {
     "cake, large window": ("cake(budget=264, window=200)", 264, 1),
     "streamingllm": ("streamingllm(sinks=4, window=256)", 260, 4),
     "streamingllm, small window": ("streamingllm(sinks=256, window=20)", 276, 1),
-    "sinks and recent": (Method(keep=KeepSinksAndRecent(64, 256)), 320, 4),
-    "recent and a mean": (Method(keep=KeepRecentAndMean(Budget(260), 4)), 260, 4),
-    "recent alone": (Method(keep=KeepRecentAndMean(Budget(260), 4, compensation=False, burst=3)), 260, 3),
+    "sinks and recent": (Method(keep=sinks_and_recent(64, 256)), 320, 4),
+    "recent and a mean": (Method(keep=recent_and_mean(Budget(260), 4)), 260, 4),
+    "recent alone": (Method(keep=recent_and_mean(Budget(260), 4, compensation=False, burst=3)), 260, 3),
 }
 
 
@@ -136,7 +136,7 @@ def test_a_share_that_grows_with_the_text_is_never_exceeded(spec):
 
 
 def test_the_mean_is_of_all_that_was_dropped_in_bursts():
-    fed = fed_with(Method(keep=KeepRecentAndMean(Budget(20), 2, burst=6)), 60)
+    fed = fed_with(Method(keep=recent_and_mean(Budget(20), 2, burst=6)), 60)
     fed.feed(30)
     for _ in range(30):
         fed.feed(1)

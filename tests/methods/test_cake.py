@@ -14,9 +14,9 @@ from torch.nn.functional import avg_pool1d
 from watching import weights
 
 from kvote import MethodError
-from kvote.keep.cascade import KeepCascade
-from kvote.keep.shares import even, of_logs, shares
-from kvote.keep.votes import Moments
+from kvote.keep.allocate.shares import even, of_logs, shares
+from kvote.keep.score.dispersion import Dispersion
+from kvote.keep.score.votes import Moments
 from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
 from kvote.store.raw import Raw
@@ -513,17 +513,17 @@ def test_beams_and_samples_run_as_rows_of_their_own(way):
             torch.testing.assert_close(mine[0], own[row], atol=1e-4, rtol=1e-4)
 
 
-def _whole(self: KeepCascade, seen: Any, start: int, stop: int, columns: int) -> list[Moments]:
+def _whole(self: Dispersion, seen: Any, start: int, stop: int, columns: int) -> list[Moments]:
     return [Moments.of(each / each.sum(-1, keepdim=True)) for each in seen.weights(start, stop)[..., :columns]]
 
 
-def _late(self: KeepCascade, seen: Any, start: int, stop: int, columns: int) -> list[Moments]:
+def _late(self: Dispersion, seen: Any, start: int, stop: int, columns: int) -> list[Moments]:
     return [Moments.of(each) for each in seen.weights(start + 1, stop)[..., :columns]]
 
 
 @pytest.mark.parametrize("fault", [_whole, _late], ids=["renormalised", "a query short"])
 def test_a_fault_in_the_vote_shows(monkeypatch, fault):
-    monkeypatch.setattr(KeepCascade, "_moments", fault)
+    monkeypatch.setattr(Dispersion, "_moments", fault)
     with pytest.raises(AssertionError):
         test_kept_tokens_equal_the_paper_after_every_layer(4, 2, {})
 

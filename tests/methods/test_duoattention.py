@@ -183,7 +183,7 @@ def test_as_many_heads_stream_as_asked_even_if_gates_tie(sparsity, full, gates):
 def test_published_defaults():
     net = tiny.model()
     keep = duoattention(heads=scored.duo(net, GATES)).keep
-    assert (keep.few.sinks, keep.few.window) == (64, 256)
+    assert (keep.few.sinks, keep.few.budget.amount - keep.few.sinks) == (64, 256)
     assert keep.whole == {(0, 0), (1, 1)}
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from watching import received, weights
 
 from kvote import MethodError
-from kvote.keep import evict_merge, merging
-from kvote.keep.evict_merge import KeepMerged
-from kvote.keep.merging import Tokens, assign, merged
+from kvote.keep.evict import Evict
+from kvote.keep.merge import into_similar, merging
+from kvote.keep.merge.into_similar import IntoSimilar
+from kvote.keep.merge.merging import Tokens, assign, merged
 from kvote.method import parse
 
 N, BUDGET, WINDOW, SINKS = 64, 24, 8, 2
@@ -155,13 +156,13 @@ def test_what_is_held_equals_a_slow_loop_over_heads_and_tokens(passes, heads, kv
 
 def test_scores_come_from_the_column_sums_of_the_attention_matrix(monkeypatch):
     fed, scores = Fed(f"{SPEC})"), []
-    classes = KeepMerged._classes
+    merged = IntoSimilar.merged
 
-    def watch(self: KeepMerged, score: Tensor, *args: Any) -> Any:
-        scores.append(score)
-        return classes(self, score, *args)
+    def watch(self: IntoSimilar, held: Any, memory: Any, cut: Any) -> Any:
+        scores.append(cut.worth)
+        return merged(self, held, memory, cut)
 
-    monkeypatch.setattr(KeepMerged, "_classes", watch)
+    monkeypatch.setattr(IntoSimilar, "merged", watch)
     fed.feed(N)
     whole = weights(fed.turned(fed.query, 0, N), fed.turned(fed.key, 0, N), DIM**-0.5)
     everywhere, lately = received(whole, 2)[0], received(whole[:, :, -WINDOW:], 2)[0]
@@ -173,7 +174,7 @@ def test_scores_come_from_the_column_sums_of_the_attention_matrix(monkeypatch):
 
 @pytest.mark.parametrize("passes", [[N + 5], [40, N - 35], [N - 3, 8]], ids=str)
 def test_all_queries_are_counted_however_passes_are_cut(monkeypatch, passes):
-    monkeypatch.setattr(KeepMerged, "survivors", lambda *_: None)
+    monkeypatch.setattr(Evict, "survivors", lambda *_: None)
     net, tokens, found = tiny.model(), tiny.ids(2, N + 5), []
     for sizes in (passes, [N] + [1] * 5):
         cache, at = tiny.cache(net, f"{SPEC})"), 0
@@ -217,9 +218,9 @@ def test_rotations_that_depend_on_the_largest_position_are_removed(monkeypatch, 
     cache, dense = tiny.cache(net, f"ems(budget={BUDGET}, window={WINDOW}, merge=0.3, threshold=0.05)"), tiny.cache(net)
     tiny.feed(net, dense, tokens, mask)
     frequencies = net.model.rotary_emb.inv_freq.clone()
-    compared, merge = [], KeepMerged._merge
+    compared, merge = [], IntoSimilar.join
 
-    def watch(self: KeepMerged, held: Any, score: Tensor, kept: Tensor, others: Tensor) -> Any:
+    def watch(self: IntoSimilar, held: Any, score: Tensor, kept: Tensor, others: Tensor) -> Any:
         length = lengths[held.row]
         rotated = dense.managed[held.layer].segment.decode([held.row], 0, length)[0][0].double()
         angle = torch.arange(length)[:, None] * frequencies.double()
@@ -237,10 +238,10 @@ def test_rotations_that_depend_on_the_largest_position_are_removed(monkeypatch, 
             compared.append(held.row)
             return assign(centres, alike, threshold)
 
-        monkeypatch.setattr(evict_merge, "assign", compare)
+        monkeypatch.setattr(into_similar, "assign", compare)
         return merge(self, held, score, kept, others)
 
-    monkeypatch.setattr(KeepMerged, "_merge", watch)
+    monkeypatch.setattr(IntoSimilar, "join", watch)
     tiny.feed(net, cache, tokens, mask)
     assert sorted(compared) == sorted(list(range(len(lengths))) * 2 * net.config.num_key_value_heads)
     assert torch.equal(net.model.rotary_emb.inv_freq, frequencies)
@@ -352,7 +353,7 @@ def test_equal_tokens_apart_in_the_text_merge_only_without_their_rotation():
         fed = Fed(f"{SPEC}, threshold=0.95, remove_positions={remove})", heads=2)
         fed.key[:, :, 40:56], fed.value[:, :, 40:56] = fed.key[:, :, 4:20], fed.value[:, :, 4:20]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evict_merge, "assign", counting(found[remove]))
+            patch.setattr(into_similar, "assign", counting(found[remove]))
             fed.feed(N)
         if remove:
             key = fed.layer.segment.decode([0], 0, BUDGET)[0][0]
@@ -434,9 +435,9 @@ def test_pages_shared_with_other_sequences_are_not_written(remove):
     before = [part.clone() for part in segment.decode([1], 0, BUDGET)]
     # Only the first sequence is cut down: the second one stays as it was.
     layer = cache.managed[0]
-    kept_ = KeepMerged.survivors
+    kept_ = Evict.survivors
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KeepMerged, "survivors", lambda s, held, m: None if held.row else kept_(s, held, m))
+        patch.setattr(Evict, "survivors", lambda s, held, m: None if held.row else kept_(s, held, m))
         tiny.feed(net, cache, tiny.ids(1, 1, seed=2).expand(2, -1))
     assert (segment.length(0), segment.length(1)) == (BUDGET, BUDGET + WINDOW + 1)
     assert all(torch.equal(a, b) for a, b in zip(before, segment.decode([1], 0, BUDGET), strict=True))
@@ -472,7 +473,7 @@ def _no_length(centres: Tokens, others: Tokens, into: Tensor) -> Tokens:
 
 @pytest.mark.parametrize("fault", [_unweighted, _no_length])
 def test_a_fault_in_merging_shows(monkeypatch, fault):
-    monkeypatch.setattr(evict_merge, "merged", fault)
+    monkeypatch.setattr(into_similar, "merged", fault)
     with pytest.raises(AssertionError):
         test_what_is_held_equals_a_slow_loop_over_heads_and_tokens([N], 4, 2, True)
 
@@ -481,7 +482,7 @@ def test_a_fault_in_merging_shows(monkeypatch, fault):
     ("spec", "message"),
     [
         ("ems(budget='many')", "budget must be"),
-        ("ems(budget=36)", "budget must exceed sinks . window = 36"),
+        ("ems(budget=36)", "budget must exceed the 4 sinks and the window of 32"),
         ("ems(window=0)", "window must be a whole number of at least 1"),
         ("ems(sinks=-1)", "sinks must be a whole number of at least 0"),
         ("ems(merge=-1)", "merge must be a finite number of at least 0"),

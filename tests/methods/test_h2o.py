@@ -8,8 +8,8 @@ from torch import Tensor
 from watching import weights
 
 from kvote import MethodError
-from kvote.keep import heavy_hitters
-from kvote.keep.mass import Mass
+from kvote.keep import evict
+from kvote.keep.score.mass import Mass
 from kvote.method import parse
 
 ONE = {"num_hidden_layers": 1}
@@ -241,7 +241,7 @@ FAULTS = {
     "sums of other tokens": (Mass, "add", sooner),
     "sums not carried along": (Mass, "keep", lambda self, row, slots: None),
     "sums forgotten": (Mass, "add", lambda self, row, mass: self.rows.__setitem__(row, mass.clone())),
-    "the least heavy": (heavy_hitters.kernels, "top_k", lambda votes, k: (-votes).topk(k).indices.sort().values),
+    "the least heavy": (evict.kernels, "top_k", lambda votes, k: (-votes).topk(k).indices.sort().values),
 }
 
 

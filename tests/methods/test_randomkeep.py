@@ -6,8 +6,7 @@ import torch
 from selecting import Fed
 
 from kvote import MethodError
-from kvote.keep.budget import Budget
-from kvote.keep.by_lot import KeepByLot
+from kvote.keep.score.lot import Lot
 from kvote.method import parse
 
 N, BUDGET, SINKS, WINDOW = 64, 24, 3, 8
@@ -21,7 +20,7 @@ def kept(fed: Fed, row: int = 0) -> list[list[int]]:
 def test_sinks_and_window_stay_and_the_rest_wins_by_lot():
     fed = Fed(f"{SPEC})", rows=2)
     fed.feed(N)
-    lots = KeepByLot(Budget(BUDGET), SINKS, WINDOW, 0).lots(torch.arange(N)).tolist()
+    lots = Lot(seed=0).lots(torch.arange(N)).tolist()
     between = sorted(range(SINKS, N - WINDOW), key=lambda i: -lots[i])[: BUDGET - SINKS - WINDOW]
     wanted = [*range(SINKS), *sorted(between), *range(N - WINDOW, N)]
     assert [kept(fed, row) for row in range(2)] == [[wanted, wanted]] * 2
@@ -29,7 +28,7 @@ def test_sinks_and_window_stay_and_the_rest_wins_by_lot():
 
 
 def test_lots_are_even_and_the_seed_decides_them():
-    one, other = (KeepByLot(Budget(64), 0, 1, seed).lots(torch.arange(100_000)) for seed in (0, 1))
+    one, other = (Lot(seed=seed).lots(torch.arange(100_000)) for seed in (0, 1))
     for lots in (one, other):
         counts = torch.histc(lots, bins=20, min=0, max=1)
         assert bool(((counts - 5000).abs() < 400).all())
@@ -91,7 +90,7 @@ def test_a_budget_of_bytes_is_obeyed():
 
 
 def test_a_fault_in_the_draw_shows(monkeypatch):
-    monkeypatch.setattr(KeepByLot, "lots", lambda self, positions: positions.float())
+    monkeypatch.setattr(Lot, "lots", lambda self, positions: positions.float())
     for test in (test_lots_are_even_and_the_seed_decides_them, test_seeds_differ_and_one_seed_repeats_itself):
         with pytest.raises(AssertionError):
             test()
@@ -101,7 +100,7 @@ def test_a_fault_in_the_draw_shows(monkeypatch):
     ("spec", "message"),
     [
         ("randomkeep(budget=0)", "budget must be"),
-        ("randomkeep(budget=20)", "budget must cover 4 sinks and a window of 32"),
+        ("randomkeep(budget=20)", "budget must cover the 4 sinks and the window of 32"),
         ("randomkeep(sinks=-1)", "sinks must be a whole number of at least 0"),
         ("randomkeep(window=0)", "window must be a whole number of at least 1"),
         ("randomkeep(seed='x')", "seed must be a whole number"),

@@ -15,7 +15,7 @@ import kvote
 from kvote import InputError, MethodError
 from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
-from kvote.keep.means import KeepRecentAndMean, Means
+from kvote.keep.merge.means import Means, recent_and_mean
 from kvote.layer import Layer, Step
 from kvote.method import Method, parse
 from kvote.methods import razorattention
@@ -34,7 +34,7 @@ def method(net, **changes) -> Method:
 
 
 def few(compensation: bool = True) -> Layer:
-    return Layer(0, Method(keep=KeepRecentAndMean(Budget(SINKS + RECENT), SINKS, compensation)), None)
+    return Layer(0, Method(keep=recent_and_mean(Budget(SINKS + RECENT), SINKS, compensation)), None)
 
 
 def step(query: Tensor, key: Tensor, value: Tensor, at: int, softcap: float | None = None) -> Step:
@@ -331,7 +331,7 @@ def test_a_reader_is_for_the_heads_that_keep_everything():
 
 
 def test_keepers_of_raw_keys_are_refused():
-    keeper = KeepRecentAndMean(Budget(8), SINKS)
+    keeper = recent_and_mean(Budget(8), SINKS)
     with pytest.raises(MethodError, match="needs keys as the model rotated them"):
         Method(keep=keeper) | parse("tokenselect")
 

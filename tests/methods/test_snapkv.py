@@ -11,7 +11,7 @@ from torch.nn import functional
 from watching import weights
 
 from kvote import MethodError
-from kvote.keep.window_votes import KeepWindowVotes
+from kvote.keep.score.last_queries import LastQueries
 from kvote.method import parse
 
 N, BUDGET, WINDOW = 64, 24, 8
@@ -183,19 +183,19 @@ def test_drafts_behind_an_announced_prompt_have_no_vote():
     assert [lane.tolist() for lane in one.positions(0)[0]] == [lane.tolist() for lane in other.positions(0)[0]]
 
 
-def _no_window(self: KeepWindowVotes, seen: Any, memory: Any) -> None:
+def _no_window(self: LastQueries, seen: Any, memory: Any) -> None:
     for row, mass in zip(seen.rows, seen.mass(), strict=True):
         memory.add(row, mass)
 
 
-def _late(self: KeepWindowVotes, seen: Any, memory: Any) -> None:
+def _late(self: LastQueries, seen: Any, memory: Any) -> None:
     for row, mass in zip(seen.rows, seen.mass(seen.count - self.window + 1), strict=True):
         memory.add(row, mass)
 
 
 @pytest.mark.parametrize("fault", [_no_window, _late])
 def test_a_fault_in_the_vote_shows(monkeypatch, fault):
-    monkeypatch.setattr(KeepWindowVotes, "observe", fault)
+    monkeypatch.setattr(LastQueries, "observe", fault)
     with pytest.raises(AssertionError):
         test_kept_tokens_equal_the_published_lines(4, 2, 5, "avg", True)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvote import MethodError, kernels
-from kvote.keep.policies import KeepSinksAndRecent
+from kvote.keep.evict import sinks_and_recent
 from kvote.method import Method, parse
 from kvote.read.persistent import PersistentPositions
 from kvote.read.tokens import TokenSet
@@ -202,7 +202,7 @@ def test_of_a_hybrid_model_only_full_attention_counts_and_shares():
 def test_it_reads_what_a_window_keeps_in_all_layers():
     """Tokens that go in every layer alike stay in the same slots everywhere."""
     net = model()
-    method = Method("both", keep=KeepSinksAndRecent(4, 36), read=PersistentPositions(K, 2, 4))
+    method = Method("both", keep=sinks_and_recent(4, 36), read=PersistentPositions(K, 2, 4))
     cache, _ = run(net, lambda _: method)
     layers = cache.report().layers
     assert all(layer.dropped > 0 for layer in layers)

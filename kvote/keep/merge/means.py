@@ -1,4 +1,4 @@
-"""Keeps the first tokens and the most recent ones; the mean of what is dropped goes on answering for all of it."""
+"""The mean of what is dropped goes on answering for all of it."""
 
 from dataclasses import dataclass, field
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from kvote.errors import MethodError
-from kvote.keep.budget import Budget, check_burst, left
-from kvote.keep.keeper import Held, Kept
-from kvote.keep.policies import Plain
+from kvote.keep.budget import Budget
+from kvote.keep.evict import Cut, Evict
+from kvote.keep.keeper import Held
+from kvote.keep.score.recency import Recency
 from kvote.kernels import reference
 from kvote.memory import storage_bytes
-from kvote.numbers import check_flags, check_whole
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
 
@@ -73,45 +73,32 @@ class Means:
 
 
 @dataclass(frozen=True)
-class KeepRecentAndMean(Plain):
+class IntoMean:
+    """All that goes becomes one token, which stands for it. It lies between sinks and recent tokens, so this is for
+    windows that leave nothing to be chosen in between."""
+
+    # What has gone into a mean stays there: a crop must not forget it.
+    adds_up: bool = True
+    # The mean of keys that stand at position 0 is another one.
+    needs_plain_keys: bool = True
+    needs_rope: bool = False
+
+    def new_memory(self) -> Means:
+        return Means()
+
+    def merged(self, held: Held, memory: Means, cut: Cut) -> None:
+        assert cut.chosen == 0
+        key, value = held.segment.decode([held.row], cut.sinks, held.length - (cut.slots.shape[1] - cut.sinks))
+        memory.fold(held.row, key[0], value[0])
+
+    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Means) -> tuple[Tensor, Tensor] | None:
+        return memory.attend(queries.rotated, rows, logits)
+
+
+def recent_and_mean(budget: Budget, sinks: int, compensation: bool = True, burst: int | None = None) -> Evict:
     """The first ``sinks`` tokens and the most recent ones, together as many as ``budget`` says; while generating, up to
     ``burst`` - 1 fewer. ``compensation``: the mean of what is dropped stays and stands for all of it."""
-
-    budget: Budget
-    sinks: int
-    compensation: bool = True
-    burst: int | None = None
-    drops: bool = field(default=True, init=False)
-    waits: bool = field(default=True, init=False)
-    per_layer: bool = field(default=False, init=False)
-    # What has gone into a mean stays there: a crop must not forget it.
-    adds_up: bool = field(default=True, init=False)
-    # The mean of keys that stand at position 0 is another one.
-    needs_plain_keys: bool = field(default=True, init=False)
-
-    def __post_init__(self) -> None:
-        check_whole(self, sinks=0)
-        check_flags(self, "compensation")
-        check_burst(self.burst)
-        if self.budget.unit == "tokens" and self.budget.amount <= self.sinks:
-            raise MethodError(
-                f"budget must exceed the {self.sinks} sinks, which always stay; got {self.budget.amount}."
-            )
-
-    def new_memory(self) -> Means | None:
-        return Means() if self.compensation else None
-
-    def survivors(self, held: Held, memory: Means | None) -> Kept | None:
-        recent = max(1, held.budget - self.sinks)
-        if held.length <= self.sinks + recent:
-            return None
-        edge = held.length - (left(recent, self.burst) if held.generated else recent)
-        if memory is not None:
-            key, value = held.segment.decode([held.row], self.sinks, edge)
-            memory.fold(held.row, key[0], value[0])
-        return Kept(torch.cat([torch.arange(self.sinks), torch.arange(edge, held.length)]))
-
-    def aside(
-        self, queries: Queries, rows: list[int], logits: Logits, memory: Means | None
-    ) -> tuple[Tensor, Tensor] | None:
-        return None if memory is None else memory.attend(queries.rotated, rows, logits)
+    if not isinstance(compensation, bool):
+        raise MethodError(f"compensation must be True or False; got {compensation!r}.")
+    merge = IntoMean() if compensation else None
+    return Evict(Recency(), budget, window=1.0, sinks=sinks, burst=burst, merge=merge)

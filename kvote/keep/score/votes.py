@@ -68,6 +68,11 @@ class Votes:
         """What tokens of a sequence are worth whose vote has not been settled yet."""
         return self.cast[row].worth if row in self.cast else None
 
+    def settle(self, row: int) -> None:
+        """What the vote on a sequence was for has been done; its preference remains."""
+        if row in self.cast:
+            self.cast[row] = replace(self.cast[row], worth=None)
+
     def select(self, index: list[int]) -> None:
         self.pending = {i: self.pending[old] for i, old in enumerate(index) if old in self.pending}
         self.cast = {i: self.cast[old] for i, old in enumerate(index) if old in self.cast}

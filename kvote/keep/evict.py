@@ -1,0 +1,194 @@
+"""Evict: who goes, by any score and any division of the budget. Sinks, recent tokens, bursts, heads apart or together,
+prompts and generated tokens are settled here, once for all scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.errors import MethodError
+from kvote.keep.allocate.allocation import Allocation, Even
+from kvote.keep.budget import Budget, check_burst, left, whole
+from kvote.keep.keeper import Held, Kept, Share
+from kvote.keep.observation import Observation
+from kvote.keep.score.recency import Recency
+from kvote.keep.score.score import Score
+from kvote.numbers import check_flags, check_whole
+from kvote.read.tokens import Queries
+from kvote.store.segment import Logits
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of a sequence: ``slots`` [h, m] or [1, m], ascending: first ``sinks``, then those ``chosen`` by their
+    worth, then recent ones; ``worth`` [h, n] or [1, n] of the tokens that were held."""
+
+    slots: Tensor
+    worth: Tensor
+    sinks: int
+    chosen: int
+
+
+class Merge(Protocol):
+    """What becomes of tokens that go. Properties as those of a ``Keeper``; a merge that remembers something is for a
+    score that does not."""
+
+    @property
+    def adds_up(self) -> bool: ...
+    @property
+    def needs_plain_keys(self) -> bool: ...
+    @property
+    def needs_rope(self) -> bool: ...
+    def new_memory(self) -> Any: ...
+    def merged(self, held: Held, memory: Any, cut: Cut) -> tuple[Tensor, Tensor] | None:
+        """``Kept.content``; None: the tokens that stay hold what they held."""
+        ...
+
+    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
+        """As ``Keeper.aside``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evict:
+    """The first ``sinks`` tokens and the last ``window`` ones stay (a fraction: that share of all but the sinks), and
+    besides them those of the largest ``score``, up to the ``budget``, which ``allocate`` divides over layers.
+
+    ``evict_generated``: whether generated tokens make some go, a ``burst`` at a time, or come on top until the next
+    prompt ends; before anything goes, they may exceed the budget by ``slack``. ``waits``: an announced prompt stays
+    whole until its end. ``merge``: what becomes of what goes; None: it is gone. Raises MethodError for numbers that
+    make no sense.
+    """
+
+    score: Score
+    budget: Budget
+    window: int | float = 1
+    sinks: int = 0
+    evict_generated: bool = True
+    burst: int | None = None
+    allocate: Allocation = field(default_factory=Even)
+    merge: Merge | None = None
+    slack: int = 0
+    waits: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole(self, sinks=0)
+        check_flags(self, "evict_generated")
+        check_burst(self.burst)
+        if not isinstance(self.window, float):
+            check_whole(self, window=1)
+        if self.budget.unit == "tokens" and self.budget.amount < self.always + self.score.spare:
+            named = [f"the {self.sinks} sinks"] if self.sinks else []
+            named += [] if isinstance(self.window, float) else [f"the window of {self.window}"]
+            verb, stay = "exceed" if self.score.spare else "cover", "stays" if named[0].startswith("the w") else "stay"
+            raise MethodError(
+                f"budget must {verb} {' and '.join(named)}, which always {stay}; got {self.budget.amount}."
+            )
+
+    @property
+    def always(self) -> int:
+        """Tokens that stay whatever the budget."""
+        return self.sinks + (0 if isinstance(self.window, float) else self.window)
+
+    @property
+    def drops(self) -> bool:
+        return True
+
+    @property
+    def while_generating(self) -> bool:
+        return self.evict_generated
+
+    @property
+    def per_head(self) -> bool:
+        return self.score.per_head
+
+    @property
+    def adds_up(self) -> bool:
+        return self.score.adds_up or (self.merge is not None and self.merge.adds_up)
+
+    @property
+    def token_bytes(self) -> int:
+        return self.score.token_bytes
+
+    @property
+    def per_layer(self) -> bool:
+        return self.score.per_layer or self.allocate.per_layer
+
+    @property
+    def cascades(self) -> bool:
+        return self.allocate.cascades
+
+    @property
+    def needs_plain_keys(self) -> bool:
+        return self.merge is not None and self.merge.needs_plain_keys
+
+    @property
+    def needs_rope(self) -> bool:
+        return self.merge is not None and self.merge.needs_rope
+
+    @property
+    def splits(self) -> bool:
+        return False
+
+    def split(self, layer: int, heads: int) -> Sequence[Share] | None:
+        return None
+
+    def new_memory(self) -> Any:
+        own = None if self.merge is None else self.merge.new_memory()
+        return self.score.new_memory() if own is None else own
+
+    def observes(self, ahead: int | None) -> bool:
+        return self.score.observes(ahead)
+
+    def observe(self, seen: Observation, memory: Any) -> None:
+        self.score.observe(seen, memory)
+
+    def survivors(self, held: Held, memory: Any) -> Kept | None:
+        ended = self.score.ended(held, memory)
+        spent = self.always + (self.allocate.margin(held.layers) if self.budget.unit == "bytes" else 0)
+        # A share of the budget is for one recent token at least.
+        most = self.allocate.tokens(held, memory, max(held.budget - spent, int(isinstance(self.window, float))))
+        above = 0 if most is None else held.length - self.always - most
+        kept = None
+        if most is not None and above > (0 if ended else self.slack) and (ended or self.evict_generated):
+            kept = self._cut(held, memory, most if ended else left(most, self.burst))
+        self.score.settled(held, memory, above > 0 and kept is None)
+        return kept
+
+    def _cut(self, held: Held, memory: Any, stays: int) -> Kept | None:
+        """``stays``: tokens besides those that always stay."""
+        chosen = whole(stays * (1 - self.window)) if isinstance(self.window, float) else stays
+        edge = held.length - (self.always - self.sinks + stays - chosen)
+        worth = self.score.of(held, memory, edge)
+        if worth is None:
+            return None
+        worth = worth if self.per_head else worth.sum(dim=0, keepdim=True)
+        edge = min(edge, worth.shape[1])
+        if edge - self.sinks <= chosen:
+            return None
+        first = torch.arange(self.sinks, device=worth.device).expand(len(worth), -1)
+        last = torch.arange(edge, held.length, device=worth.device).expand(len(worth), -1)
+        best = [kernels.top_k(worth[:, self.sinks : edge], chosen) + self.sinks] if chosen else []
+        slots = torch.cat([first, *best, last], dim=1)
+        cut = Cut(slots, worth, self.sinks, chosen)
+        content = None if self.merge is None else self.merge.merged(held, memory, cut)
+        return Kept(slots if self.per_head else slots[0], content)
+
+    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
+        return None if self.merge is None else self.merge.aside(queries, rows, logits, memory)
+
+
+def sinks_and_recent(sinks: int, window: int, burst: int | None = None) -> Evict:
+    """The first ``sinks`` tokens and the last ``window`` ones after every pass, the same in all heads and layers; while
+    generating, up to ``burst`` - 1 fewer of these."""
+    return Evict(Recency(), Budget(sinks + window), window=1.0, sinks=sinks, burst=burst, waits=False)
+
+
+def recent_share(recent: object) -> float:
+    """Raises MethodError unless it is a share of a budget that can be for recent tokens."""
+    if not isinstance(recent, int | float) or isinstance(recent, bool) or not 0 < recent <= 1:
+        raise MethodError(f"recent must be a share of the budget, above 0 and at most 1; got {recent!r}.")
+    return float(recent)

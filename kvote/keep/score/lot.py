@@ -1,0 +1,75 @@
+"""Tokens drawn by lot: what every other score has to beat at the same bytes."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvote.keep.keeper import Held
+from kvote.keep.observation import Observation
+from kvote.keep.score.score import Score
+from kvote.numbers import check_whole
+
+# Odd constants whose products scatter neighbouring positions over all of 32 bits.
+_SPREAD, _MIX, _SALT = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+_BITS = (1 << 32) - 1
+
+
+@dataclass
+class Ended:
+    """Sequences whose prompt has just ended."""
+
+    rows: set[int] = field(default_factory=set)
+
+    def select(self, index: list[int]) -> None:
+        self.rows = {i for i, old in enumerate(index) if old in self.rows}
+
+    def keep(self, row: int, slots: Tensor) -> None:
+        self.rows.discard(row)
+
+    def truncate(self, row: int, length: int) -> None:
+        pass
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lot(Score):
+    """One number in [0, 1) per original position, which nothing else decides but ``seed``: a token that has won once
+    wins against the same tokens again. The same for all heads and layers; drawn at the end of a prompt."""
+
+    seed: int
+    per_head: bool = False
+    per_layer = False
+    spare = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole(self, seed=0)
+
+    def new_memory(self) -> Ended:
+        return Ended()
+
+    def observes(self, ahead: int | None) -> bool:
+        return ahead is not None and ahead <= 0
+
+    def observe(self, seen: Observation, memory: Ended) -> None:
+        if seen.ahead is not None and seen.count + seen.ahead > 0:
+            memory.rows.update(seen.rows)
+
+    def ended(self, held: Held, memory: Ended) -> bool:
+        return held.row in memory.rows
+
+    def of(self, held: Held, memory: Ended, edge: int) -> Tensor:
+        return self.lots(held.segment.positions(held.row)[0][:edge].cpu())[None]
+
+    def settled(self, held: Held, memory: Ended, over: bool) -> None:
+        memory.rows.discard(held.row)
+
+    def lots(self, positions: Tensor) -> Tensor:
+        x = (positions.long() * _SPREAD + self.seed * _SALT) & _BITS
+        for shift in (15, 13):
+            x = ((x ^ (x >> shift)) * _MIX) & _BITS
+        # As many bits as float32 keeps apart.
+        return ((x ^ (x >> 16)) >> 8).float() / (1 << 24)
