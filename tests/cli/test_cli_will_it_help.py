@@ -146,7 +146,10 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(capsys, tmp_path,
         (["--model", "./gone", "--context", "9"], "There is no config at ./gone."),
         (["--model", "gone/config.json", "--context", "9"], "There is no config at gone/config.json."),
         (["--model", ".", "--context", "9"], "Cannot read a config from '.'"),
-        (["--model", embedded(), "--context", "9", "--method", "best"], "There is no method 'best'; there are cake,"),
+        (
+            ["--model", embedded(), "--context", "9", "--method", "wonder"],
+            "There is no method 'wonder'; there are cake,",
+        ),
         (["--model", embedded(), "--context", "9", "--method", "tokenselect(top_k=0)"], "top_k must be a whole number"),
     ],
 )
