@@ -19,6 +19,8 @@ Angles = tuple[Tensor, Tensor]
 RotaryModule = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 _TABLES_KEPT = 8
+# Positions of a decode step that are looked up together.
+_BLOCK = 64
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Rope:
     fresh: Callable[[], RotaryModule] | None = None
     still: RotaryModule | None = None
     _tables: dict[tuple[int, torch.device], Angles] = field(default_factory=dict, repr=False)
+    _blocks: dict[tuple[int, torch.dtype, torch.device], Angles] = field(default_factory=dict, repr=False)
     # Angles of the last positions asked for: all layers of a forward pass ask for the same. ``_backwards`` undoes them.
     _last: tuple[Tensor, tuple[object, ...], Angles] | None = field(default=None, repr=False)
     _backwards: tuple[Angles, Angles] | None = field(default=None, repr=False)
@@ -47,7 +50,7 @@ class Rope:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept between calls."""
-        kept = [a for table in self._tables.values() for a in table]
+        kept = [a for table in (*self._tables.values(), *self._blocks.values()) for a in table]
         if self._last is not None:
             kept += [self._last[0], *self._last[2]]
         if self._backwards is not None:
@@ -97,6 +100,21 @@ class Rope:
         cos, sin = angles
         length = cos.square() + sin.square()
         return cos / length, -sin / length
+
+    def back_at(self, position: int, dtype: torch.dtype, device: torch.device) -> Angles:
+        """The angles [1, r] that undo what a model of ``dtype`` has rotated to ``position``, where angles are
+        ``fixed``: made for a block of positions at a time."""
+        key = position // _BLOCK, dtype, device
+        block = self._blocks.get(key)
+        if block is None:
+            if len(self._blocks) >= _TABLES_KEPT:
+                self._blocks.clear()
+            start = key[0] * _BLOCK
+            angles = self._angles(self.module, torch.arange(start, start + _BLOCK, device=device)[None], dtype)
+            cos, sin = self.back(angles)
+            block = self._blocks[key] = cos[0].contiguous(), sin[0].contiguous()
+        at = position % _BLOCK
+        return block[0][at : at + 1], block[1][at : at + 1]
 
     def undo(self, x: Tensor, angles: Angles) -> Tensor:
         """Takes the model's rotation by ``angles`` [rows, n, r] each out of ``x`` [rows, heads, n, d]."""

@@ -32,6 +32,20 @@ class SelectionMemory:
             self.index = torch.zeros(sequences, top_k, dtype=torch.int64, device=query.device)
             self.edge = torch.full((sequences,), -1, dtype=torch.int64, device=query.device)
 
+    def serves(self, sequences: int) -> bool:
+        """Whether there is something of each of so many sequences."""
+        return self.edge is not None and len(self.edge) == sequences
+
+    @property
+    def edge_of_first(self) -> int:
+        """The first sequence's ``edge``."""
+        return -1 if self.edge is None else int(self.edge[0])
+
+    def remember(self, query: Tensor, index: Tensor, edge: int) -> None:
+        """Replaces what is remembered of the only sequence."""
+        self.query, self.index = query, index
+        self.edge = torch.full((1,), edge, dtype=torch.int64)
+
     def select(self, index: list[int]) -> None:
         if self.query is not None and self.index is not None and self.edge is not None:
             self.query, self.index, self.edge = self.query[index], self.index[index], self.edge[index]

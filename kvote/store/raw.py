@@ -10,7 +10,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.kernels import cpu
 from kvote.kernels.cpu import Lanes
-from kvote.read.tokens import Queries, TokenSet
+from kvote.read.tokens import Queries, Token, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
 from kvote.store.pages import PAGE, Lane, RawPool
@@ -44,6 +44,9 @@ class RawSegment:
         # Whether the compiled kernels read this segment; asked once, because a decode step is short.
         self._backend = kernels.chosen(like)
         self._compiled = self._backend != "reference"
+        # The decode step of one sequence in one call, where there is such a kernel, and the lanes of that sequence.
+        self._step = getattr(self._fast, "step", None) if self._compiled else None
+        self._only = tuple(range(heads))
         self.sketch_bits = sketch_bits if self._compiled else 0
         sketch_bytes = 0
         if self.sketch_bits:
@@ -119,6 +122,49 @@ class RawSegment:
             self._label([pool.lanes[i] for i in chosen], key)
         for i in chosen:
             pool.lanes[i].length += t
+
+    def step(self, token: Token, back: Angles | None, choice: cpu.Choice | None) -> tuple[Tensor, bool] | None:
+        """Adds the next token of the only sequence, and answers its query [1, heads, 1, dv] from what is held, as
+        ``append`` and ``attend`` do at contiguous positions; says whether ``choice.kept`` was read. None, and nothing
+        has changed, where that is not one call of a kernel.
+
+        ``back``: the angles that undo the model's rotation, where keys are held at position 0.
+        """
+        step = self._step
+        if step is None or not self.alike or self.labels is not None or (self.rope is None) != (back is None):
+            return None
+        pool, lanes = self.pool, self._only
+        length, dtype = pool.lanes[0].length, pool.keys.dtype
+        query, key, value = token.query, token.key, token.value
+        if key.shape != value.shape or not query.dtype == key.dtype == value.dtype == dtype:
+            return None
+        if query.shape[1] > self.heads * cpu.MAX_GROUPS:
+            return None
+        if not pool.has_room(lanes, 1):
+            pool.grow([length + 1] * self.heads)
+        reach = length + 1
+        if choice is not None:
+            reach = max(reach - choice.edge + choice.sinks + choice.top_k, choice.asked_at + 1)
+        answer: tuple[Tensor, bool] = step(
+            query,
+            key,
+            value,
+            token.position,
+            length,
+            (pool.keys, pool.values, pool.positions),
+            pool.table(lanes),
+            self._sketch,
+            self.sketch_bits,
+            back=back,
+            angles=None if self.rope is None else self.rope.contiguous(reach, key.device),
+            interleaved=self.rope is not None and self.rope.interleaved,
+            choice=choice,
+            scale=token.logits.scale,
+            softcap=token.logits.softcap,
+        )
+        for lane in pool.lanes:
+            lane.length += 1
+        return answer
 
     def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
         pass
