@@ -116,8 +116,9 @@ class Layer:
             self.reserve()
             self._check_budget()
             self._turns = self.rope if self.method.needs_raw_keys else None
-            offered = hasattr(self.method.read, "step") and isinstance(self.segment, RawSegment)
-            self.steps = offered and isinstance(self.method.keep, KeepAll)
+            # What a class inherits may not hold for what it changes.
+            offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
+            self.steps = offered and type(self.method.keep) is KeepAll
         return self.segment
 
     def budget(self, row: int) -> int | None:

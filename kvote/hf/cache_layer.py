@@ -59,12 +59,18 @@ class CacheLayer(CacheLayerMixin):
     @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
+        return self.hand_on(key_states, value_states)
+
+    def hand_on(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``update`` for a caller that is not compiled."""
         before = self.previous
         if before is None and self.followed:
             # The pass before this one never reached the next layer: it was interrupted before attention was called.
             self.pending = False
-        for waiting in (self, before):
-            if waiting is not None and waiting.pending:
+        if self.pending or (before is not None and before.pending):
+            for waiting in (self, before):
+                if waiting is None or not waiting.pending:
+                    continue
                 waiting.pending = False
                 raise InactiveCacheError(
                     "The model ran without kvote's attention, so this cache holds nothing; the attention "

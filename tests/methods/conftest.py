@@ -28,6 +28,8 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
         assert nominate or torch.equal(fused, chosen)
         return fused
 
+    # What happens in one call cannot be watched; tests/store/test_step.py holds it to what happens in several.
+    monkeypatch.setattr(RawSegment, "step", lambda *_: None)
     monkeypatch.setattr(RawSegment, "attend", spy_attend)
     monkeypatch.setattr(RawSegment, "winners", spy_winners)
     monkeypatch.setattr(kernels, "top_k", lambda votes, k: (seen.votes.append(votes.clone()), top_k(votes, k))[1])
