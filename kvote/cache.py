@@ -14,7 +14,7 @@ from kvote.errors import CropError, InactiveCacheError, InputError, InterruptedP
 from kvote.heads import HeadGroups, in_groups
 from kvote.hf.cache_layer import CacheLayer, Turn, check_native_crop, columns_of, forget_states, has_states
 from kvote.hf.compiling import uncompiled
-from kvote.hf.facts import facts_of, rope_of_layer
+from kvote.hf.facts import facts_of, ropes_of
 from kvote.hf.model import native_layers
 from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
@@ -50,11 +50,12 @@ class Cache(TransformersCache):
         self.trial_seconds = facts.seconds
         ours = facts.layers
         self.method.read.check(len(ours))
+        ropes = ropes_of(ours) if self.method.needs_rope else {}
         crew = Crew()
         for index, held in enumerate(native_layers(model)):
             if index in ours:
                 fact = ours[index]
-                rope = rope_of_layer(fact) if self.method.needs_rope else None
+                rope = ropes.get(index)
                 groups = in_groups(index, self.method, rope, len(ours), fact.key_heads, self.passes)
                 layer = groups or Layer(index, self.method, rope, len(ours), crew, passes=self.passes)
                 held = previous = CacheLayer(layer, self.turn, previous, fact.rotated, fact.rotary)

@@ -33,9 +33,7 @@ def read_regular(path: str | Path, largest: int) -> bytes:
             raise
         raise InputError(f"Cannot read {named(path)}: {reason(error)}.") from error
     if data is None:
-        raise InputError(
-            f"{named(path)} is larger than the {largest // 2**20} MiB that are read; is it the right file?"
-        )
+        raise InputError(f"{named(path)} is larger than the {largest // 2**20} MiB that are read.")
     return data
 
 

@@ -42,6 +42,10 @@ class Rope:
     _last: tuple[Tensor, tuple[object, ...], Angles] | None = field(default=None, repr=False)
     _backwards: tuple[Angles, Angles] | None = field(default=None, repr=False)
 
+    def anew(self) -> "Rope":
+        """The same rotation with nothing remembered: what is kept between calls belongs to one cache and its thread."""
+        return Rope(self.module, self.interleaved, self.fresh, self.still)
+
     @property
     def fixed(self) -> bool:
         """Whether angles depend on nothing but the position."""

@@ -19,6 +19,11 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+# torch notes once what makes tensors on a device; it must not note the poisoned ones.
+with torch.device("meta"):
+    torch.empty(0)
+
+
 def _poison_of(dtype: torch.dtype) -> float:
     if dtype == torch.bool:
         return True

@@ -70,6 +70,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = root / name
         assert not path.exists(), f"{name} would replace a file of kvote's"
         path.write_text(text)
+    # An editable installation of kvote would come before the copy.
+    (root / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith('_editable')]\n"
+    )
     front = root / "kvote" / "methods" / "__init__.py"
     text = front.read_text()
     for name in ADDED:

@@ -121,6 +121,6 @@ def test_tables_kept_are_few():
 def test_a_rotation_that_is_not_one_is_refused(monkeypatch):
     net = tiny.model(seed=7)
     modeling = sys.modules[type(net).__module__]
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * cos))
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos[:, None], k * cos[:, None]))
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM rotates keys in a way that kvote cannot undo"):
         find_rope(net, 0)

@@ -57,14 +57,20 @@ def detach(model: PreTrainedModel) -> None:
 
 def find_rope(model: PreTrainedModel, layer: int) -> Rope:
     """The rotary embedding of a layer. Raises UnsupportedModelError with the reason if it cannot be undone."""
-    return rope_of_layer(facts_of(model).layers[layer])
+    return ropes_of({layer: facts_of(model).layers[layer]})[layer]
 
 
-def rope_of_layer(facts: LayerFacts) -> Rope:
-    """Its rope. Raises UnsupportedModelError with the reason if the model's rotation cannot be undone."""
-    if facts.rope is None:
-        raise UnsupportedModelError(facts.why_no_rope)
-    return facts.rope
+def ropes_of(layers: dict[int, LayerFacts]) -> dict[int, Rope]:
+    """The ropes of ``layers`` for one cache; layers that rotate alike share one, and with it what it remembers.
+
+    Raises UnsupportedModelError with the reason if the model's rotation cannot be undone.
+    """
+    own: dict[int, Rope] = {}
+    for layer in layers.values():
+        if layer.rope is None:
+            raise UnsupportedModelError(layer.why_no_rope)
+        own.setdefault(id(layer.rope), layer.rope.anew())
+    return {index: own[id(layer.rope)] for index, layer in layers.items()}
 
 
 def _state(model: PreTrainedModel) -> Any:

@@ -56,7 +56,11 @@ class Carrier(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FACTS:
                 return func(*args, **kwargs)
-            if func in _SAME and isinstance(args[0], cls):
+            # On another device it is the same; as other numbers it is looked into.
+            moved = func in _SAME and not any(
+                isinstance(x, torch.dtype | Tensor) for x in (*args[1:], *kwargs.values())
+            )
+            if moved and isinstance(args[0], cls):
                 return args[0]
             return func(*tree_map(_seen, args), **tree_map(_seen, kwargs))
 

@@ -119,9 +119,11 @@ def find_out(model: PreTrainedModel) -> Facts:
             padded = None  # The model takes no padding, with any cache.
         try:
             attach(model)
-            layers = _watch(model, runner, prompt, native)
-            _compare_dense(model, runner, prompt, native, layers)
-            if padded is not None:
+            layers, finite = _watch(model, runner, prompt, native)
+            # Weights that are no numbers say nothing about attention; who asks such a model is told so.
+            if finite:
+                _compare_dense(model, runner, prompt, native, layers)
+            if finite and padded is not None:
                 _compare_dense(model, runner, prompt.padded(), padded, layers)
         except UnsupportedModelError:
             detach(model)
@@ -241,8 +243,11 @@ def _forward(runner: Any, inputs: dict[str, Tensor], cache: Any) -> Tensor:
     return logits[:, -inputs["input_ids"].shape[1] :]
 
 
-def _watch(model: PreTrainedModel, runner: Any, prompt: _Prompt, native: list[Tensor]) -> dict[int, LayerFacts]:
-    """Runs the switched model with a native cache, compares its logits, and says what each layer does."""
+def _watch(
+    model: PreTrainedModel, runner: Any, prompt: _Prompt, native: list[Tensor]
+) -> tuple[dict[int, LayerFacts], bool]:
+    """Runs the switched model with a native cache, compares its logits, and says what each layer does, and whether all
+    keys were finite."""
     cache = WatchedCache(config=model.config)
     records = []
     for inputs, expected in zip(prompt.passes(), native, strict=True):
@@ -261,11 +266,12 @@ def _watch(model: PreTrainedModel, runner: Any, prompt: _Prompt, native: list[Te
     full = [index for index, layer in enumerate(cache.layers) if is_full_attention(layer)]
     first, second = records
     finder = _RopeFinder(model, first, second)
-    return {
+    layers = {
         index: finder.facts(_only_call(model, index, first), index)
         for index in full
         if any(update.layer == index for update in first.updates)
     }
+    return layers, all(bool(call.key.isfinite().all()) for record in records for call in record.attention)
 
 
 # How far logits may lie apart, relative to their size, where one sum is rounded in another order in every layer.

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-# Share of the time that may be lost before a machine is called busy: an idle one loses a percent or two.
-_LOST = 0.1
+# Share of the time that may be lost before a machine is called busy; less where others were seen, who may have been us:
+# the average goes on telling of programs that have ended.
+_LOST, _LOST_TO_OTHERS = 0.1, 0.03
 # Of the cores, so many may be wanted by more programs than there are, and at least one.
 _CROWD = 0.25
 
@@ -32,7 +33,7 @@ class Load:
     def busy(self) -> bool:
         crowd = max(1.0, _CROWD * self.cores)
         crowded = self.average is not None and self.average + self.threads > self.cores + crowd
-        return crowded or self.waiting_share > _LOST
+        return self.waiting_share > (_LOST_TO_OTHERS if crowded else _LOST)
 
     def __str__(self) -> str:
         average = "" if self.average is None else f", load average {self.average:.1f} before"

@@ -52,4 +52,5 @@ def test_to_code_that_looks_into_it_a_mask_is_the_native_one(native):
     assert carrier.size(-1) == expected.size(-1)
     assert torch.equal(carrier[:, :, 1:], expected[:, :, 1:])
     assert torch.equal(carrier | True, expected | True) if native == "sdpa" else torch.equal(carrier + 1, expected + 1)
+    assert torch.equal(carrier.to(torch.float64), expected.to(torch.float64))
     assert carrier.to("cpu") is carrier

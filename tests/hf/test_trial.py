@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import peft
 import pytest
 import tiny
 import torch
@@ -63,7 +64,6 @@ def test_a_model_that_changed_is_tried_again(trials, change):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_adapter_makes_another_model(trials):
-    peft = pytest.importorskip("peft")
     net = fresh()
     kvote.Cache(net)
     adapted = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()

@@ -14,13 +14,18 @@ def test_an_idle_machine_is_not_busy():
     assert not replace(IDLE, average=None).busy
 
 
-@pytest.mark.parametrize("change", [{"waited": 3.0}, {"average": 4.0}], ids=str)
+@pytest.mark.parametrize("change", [{"waited": 3.0}, {"average": 4.0, "waited": 0.5}], ids=str)
 def test_a_machine_that_others_use_is_busy(change):
     assert replace(IDLE, **change).busy
 
 
+def test_programs_that_have_ended_make_no_machine_busy():
+    """Such as the same command a moment ago."""
+    assert not replace(IDLE, average=2.0).busy
+
+
 def test_of_many_cores_others_may_use_some():
-    many = replace(IDLE, cores=64, threads=32, average=20.0)
+    many = replace(IDLE, cores=64, threads=32, average=20.0, waited=0.5)
     assert not many.busy
     assert replace(many, average=60.0).busy
 

@@ -7,10 +7,6 @@ from kvote import InputError, UnsupportedModelError
 from kvote.measure.geometry import Geometry
 from kvote.measure.shape import shape
 
-# torch notes once what makes tensors on a device; it must not note the poisoned ones of the tests.
-with torch.device("meta"):
-    torch.empty(0)
-
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
