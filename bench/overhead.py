@@ -1,9 +1,9 @@
 """What kvote itself takes of a decode step: where few tokens are held, all else is short.
 
 Times the decode step of a tiny one-layer Llama that holds 64 tokens with kvote, and the same step with transformers'
-DynamicCache and sdpa, in turn in one run; both caches are cropped back outside the clock. The difference of the medians
-is kvote's overhead per layer and step. TokenSelect reads 4 sinks, 16 winners and a window of 16 tokens, and selects anew
-in every step: its counters are shown, and a step that reused a selection ends the run.
+DynamicCache and sdpa, in turn in one run; both caches are cropped back outside the clock. The difference of the
+medians is kvote's overhead per layer and step. TokenSelect reads 4 sinks, 16 winners and a window of 16 tokens, and
+selects anew in every step: its counters are shown, and a step that reused a selection ends the run.
 
     python bench/overhead.py
 """
@@ -92,9 +92,9 @@ def measure(rounds: int) -> dict[str, Any]:
     baseline = 1e6 * median(native.seconds)
     results = {}
     for name, own in subjects.items():
-        selected, reused = (now - then for now, then in zip(
-            (own.activity.selections, own.activity.reused), started[name], strict=True
-        ))
+        selected, reused = (
+            now - then for now, then in zip((own.activity.selections, own.activity.reused), started[name], strict=True)
+        )
         if name != "dense" and (selected != steps or reused):
             raise SystemExit(f"{name} selected {selected} times and reused {reused} selections in {steps} steps.")
         pairs = [1e6 * (mine - its) for mine, its in zip(own.seconds, native.seconds, strict=True)]

@@ -285,7 +285,7 @@ class Layer:
         self.ahead = 0
         if self.seen % PAGE == 0:
             self.count()
-        out: Tensor = answer.to(step.query.dtype).transpose(1, 2)
+        out: Tensor = answer.to(step.query.dtype)
         return out
 
     def count(self) -> None:

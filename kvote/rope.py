@@ -78,11 +78,16 @@ class Rope:
 
     def contiguous(self, count: int, device: torch.device, start: int = 0) -> Angles:
         """Float32 angles [count - start, r] of positions ``start`` .. count - 1, as where ``count`` are in use."""
+        cos, sin = self.table(count, device)
+        return cos[start:count], sin[start:count]
+
+    def table(self, count: int, device: torch.device) -> Angles:
+        """The same of positions 0 .. count - 1 and, where angles are ``fixed``, perhaps of more."""
         # One table that grows serves every count, unless angles depend on the largest position.
         if self.fixed:
-            for (size, place), (cos, sin) in self._tables.items():
+            for (size, place), kept in self._tables.items():
                 if size >= count and place == device:
-                    return cos[start:count], sin[start:count]
+                    return kept
         size = max([1 << max(9, (count - 1).bit_length()), *(n for n, _ in self._tables)]) if self.fixed else count
         if (size, device) not in self._tables:
             if self.fixed or len(self._tables) >= _TABLES_KEPT:
@@ -90,8 +95,7 @@ class Rope:
             module = self.module if self.fresh is None else self.fresh()
             cos, sin = self._angles(module, torch.arange(size, device=device), torch.float32)
             self._tables[(size, device)] = cos.clone(), sin.clone()
-        cos, sin = self._tables[(size, device)]
-        return cos[start:count], sin[start:count]
+        return self._tables[(size, device)]
 
     def once(self, positions: Tensor) -> Angles:
         """``angles`` in float32, with the frequencies that the model last used, for positions that will not be asked
@@ -105,9 +109,9 @@ class Rope:
         length = cos.square() + sin.square()
         return cos / length, -sin / length
 
-    def back_at(self, position: int, dtype: torch.dtype, device: torch.device) -> Angles:
-        """The angles [1, r] that undo what a model of ``dtype`` has rotated to ``position``, where angles are
-        ``fixed``: made for a block of positions at a time."""
+    def back_at(self, position: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """The angles [n, r] each that undo what a model of ``dtype`` has rotated to some positions, and the row that is
+        ``position``; where angles are ``fixed``."""
         key = position // _BLOCK, dtype, device
         block = self._blocks.get(key)
         if block is None:
@@ -117,8 +121,7 @@ class Rope:
             angles = self._angles(self.module, torch.arange(start, start + _BLOCK, device=device)[None], dtype)
             cos, sin = self.back(angles)
             block = self._blocks[key] = cos[0].contiguous(), sin[0].contiguous()
-        at = position % _BLOCK
-        return block[0][at : at + 1], block[1][at : at + 1]
+        return *block, position % _BLOCK
 
     def undo(self, x: Tensor, angles: Angles) -> Tensor:
         """Takes the model's rotation by ``angles`` [rows, n, r] each out of ``x`` [rows, heads, n, d]."""

@@ -7,6 +7,7 @@ of queries goes through torch's own fused CPU kernel (``fused``). ``triton`` run
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kvote.errors import InputError
 from kvote.kernels import cpu, fused, gpu, reference
+from kvote.kernels.cpu import one_step
 from kvote.kernels.masks import end_aligned
 from kvote.kernels.reference import forbid, max_pool, merge, scores, soft_votes, with_sink_logits
 
@@ -24,6 +26,7 @@ __all__ = [
     "chosen",
     "compiled",
     "forbid",
+    "in_one_step",
     "max_pool",
     "merge",
     "named",
@@ -75,6 +78,11 @@ def chosen(*tensors: Tensor) -> str:
 def named(backend: str) -> Any:
     """The kernels 'cpu' or 'triton': modules of the same functions."""
     return cpu if backend == "cpu" else importlib.import_module("kvote.kernels.triton")
+
+
+def in_one_step(backend: str) -> Callable[..., tuple[Tensor, bool]] | None:
+    """The kernel that stores a generated token and answers its query (``cpu.one_step``); None where there is none."""
+    return one_step.step if backend == "cpu" else None
 
 
 def compiled(*tensors: Tensor) -> bool:

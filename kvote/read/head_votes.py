@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.errors import MethodError
-from kvote.kernels.cpu import Choice
+from kvote.kernels.cpu.one_step import Choice
 from kvote.numbers import check_flags, check_whole, is_number
 from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
 from kvote.read.tokens import Activity, Positions, Reading, Span, Token, TokenSet
@@ -162,9 +162,7 @@ class HeadVotes:
             return edge
         return edge // self.reuse_span * self.reuse_span
 
-    def step(
-        self, token: Token, segment: Any, rope: Rope | None, memory: Any, activity: Activity
-    ) -> Tensor | None:
+    def step(self, token: Token, segment: Any, rope: Rope | None, memory: Any, activity: Activity) -> Tensor | None:
         """As ``Everything.step``."""
         if rope is None or not rope.fixed or not self._fused or self.head_map == "paper":
             return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.kernels import cpu
 from kvote.kernels.cpu import Lanes
+from kvote.kernels.cpu.one_step import Choice, Row
 from kvote.read.tokens import Queries, Token, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
@@ -45,7 +46,7 @@ class RawSegment:
         self._backend = kernels.chosen(like)
         self._compiled = self._backend != "reference"
         # The decode step of one sequence in one call, where there is such a kernel, and the lanes of that sequence.
-        self._step = getattr(self._fast, "step", None) if self._compiled else None
+        self._step = kernels.in_one_step(self._backend)
         self._only = tuple(range(heads))
         self.sketch_bits = sketch_bits if self._compiled else 0
         sketch_bytes = 0
@@ -123,8 +124,8 @@ class RawSegment:
         for i in chosen:
             pool.lanes[i].length += t
 
-    def step(self, token: Token, back: Angles | None, choice: cpu.Choice | None) -> tuple[Tensor, bool] | None:
-        """Adds the next token of the only sequence, and answers its query [1, heads, 1, dv] from what is held, as
+    def step(self, token: Token, back: Row | None, choice: Choice | None) -> tuple[Tensor, bool] | None:
+        """Adds the next token of the only sequence, and answers its query [1, 1, heads, dv] from what is held, as
         ``append`` and ``attend`` do at contiguous positions; says whether ``choice.kept`` was read. None, and nothing
         has changed, where that is not one call of a kernel.
 
@@ -140,7 +141,8 @@ class RawSegment:
             return None
         if query.shape[1] > self.heads * cpu.MAX_GROUPS:
             return None
-        if not pool.has_room(lanes, 1):
+        # Without sharing, a page that has been begun has room and one owner.
+        if (pool.shares or length % PAGE == 0) and not pool.has_room(lanes, 1):
             pool.grow([length + 1] * self.heads)
         reach = length + 1
         if choice is not None:
@@ -156,7 +158,7 @@ class RawSegment:
             self._sketch,
             self.sketch_bits,
             back=back,
-            angles=None if self.rope is None else self.rope.contiguous(reach, key.device),
+            angles=None if self.rope is None else self.rope.table(reach, key.device),
             interleaved=self.rope is not None and self.rope.interleaved,
             choice=choice,
             scale=token.logits.scale,

@@ -1,0 +1,127 @@
+"""The decode step of one sequence in one call of C++: its token is stored, and its query reads what is held."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvote.kernels import cpu
+from kvote.kernels.cpu import MAX_GROUPS, Lanes
+
+# Absent where it could not be compiled; nobody calls these functions then.
+_cpu: Any = getattr(cpu, "_cpu", None)
+
+# Cosines and sines [n, r], and the row at which they are read.
+Row = tuple[Tensor, Tensor, int]
+_UNTURNED, _EVERYTHING = (0,) * 6, (0,) * 9
+
+
+def _check(holds: bool, what: str) -> None:
+    """The kernels trust their arguments; what would make them read elsewhere is refused here."""
+    if not holds:
+        raise ValueError(f"kvote.kernels.cpu.one_step: {what}.")
+
+
+class Choice(NamedTuple):
+    """What one query reads: the first ``sinks`` tokens, those from ``edge`` on, and ``top_k`` between.
+
+    ``asked`` float32 [heads * d] and ``winners`` int64 [top_k] are written: the query at position ``asked_at``, as it
+    scores, and the tokens with the most votes. Where its cosine with ``past`` is at least ``theta``, ``kept`` are read
+    and nothing is selected. ``nominate``: how many tokens a sketch only nominates.
+    """
+
+    top_k: int
+    sinks: int
+    edge: int
+    nominate: int
+    asked_at: int
+    asked: Tensor
+    winners: Tensor
+    theta: float = 0.0
+    past: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        past, kept = (0 if t is None else t.data_ptr() for t in (self.past, self.kept))
+        numbers = self.top_k, self.sinks, self.edge, self.nominate, self.asked_at
+        return *numbers, past, kept, self.asked.data_ptr(), self.winners.data_ptr()
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: int,
+    length: int,
+    pools: tuple[Tensor, Tensor, Tensor],
+    lanes: Lanes,
+    sketch: Tensor | None,
+    bits: int,
+    *,
+    back: Row | None,
+    angles: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+    choice: Choice | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, bool]:
+    """Stores the next token of one sequence as ``append`` does and attends to what is held as ``decode`` does: the
+    answer [1, 1, heads, d] in float32, and whether ``choice.kept`` was read.
+
+    ``query`` [1, heads, 1, d], ``key`` and ``value`` [1, h, 1, d]; ``length`` tokens are held before. With ``back``,
+    which takes the model's rotation out of them, keys are held at position 0, and tokens are read at positions
+    0 .. n - 1 by ``angles`` [>= n, r]. ``choice``: what is read; None: all.
+    """
+    heads, h, dim = query.shape[1], key.shape[1], query.shape[3]
+    keys, values, positions = pools
+    _check(query.shape[0] == query.shape[2] == 1 and heads == h * (heads // h), "there must be one query position")
+    _check(key.shape == value.shape and key.shape[3] == dim and heads // h <= MAX_GROUPS, "heads must be of one size")
+    _check(query.stride(3) == key.stride(3) == value.stride(3) == 1, "channels must be contiguous")
+    _check(query.dtype == key.dtype == value.dtype == keys.dtype, "dtypes must be those of the pools")
+    _check(keys.shape == values.shape and lanes.count == h, "pools must be alike, and of one lane for each key head")
+    turn, last, threads = _UNTURNED, length, torch.get_num_threads()
+    if choice is not None:
+        _check(0 < choice.top_k <= choice.edge - choice.sinks and choice.edge <= length, "there must be candidates")
+        last = max(choice.sinks + choice.top_k + length - choice.edge, choice.asked_at)
+    if back is not None and angles is not None:
+        _check(len(angles[0]) > last and angles[0].shape[1] == back[0].shape[1], "angles must reach as far as the list")
+        (back_cos, back_sin, row), (cos, sin), pairs = back, angles, angles[0].shape[1]
+        _check(row < len(back_cos) == len(back_sin), "there must be a row of angles to undo")
+        offset = 4 * pairs * row
+        turn = (
+            back_cos.data_ptr() + offset,
+            back_sin.data_ptr() + offset,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            pairs,
+            interleaved,
+        )
+    out, lse = torch.empty(1, 1, heads, dim), torch.empty(heads)
+    reused: bool = _cpu.step(
+        (query.data_ptr(), query.stride(1), key.data_ptr(), key.stride(1), value.data_ptr(), value.stride(1)),
+        cpu._TYPES[keys.dtype],
+        position,
+        *lanes.address,
+        heads // h,
+        dim,
+        length,
+        (
+            keys.data_ptr(),
+            values.data_ptr(),
+            positions.data_ptr(),
+            0 if sketch is None else sketch.data_ptr(),
+            bits,
+        ),
+        turn,
+        _EVERYTHING if choice is None else choice.addresses,
+        0.0 if choice is None else choice.theta,
+        scale,
+        softcap or 0.0,
+        out.data_ptr(),
+        lse.data_ptr(),
+        threads,
+    )
+    return out, reused
