@@ -94,7 +94,8 @@ class Rope:
                 self._tables.clear()
             module = self.module if self.fresh is None else self.fresh()
             cos, sin = self._angles(module, torch.arange(size, device=device), torch.float32)
-            self._tables[(size, device)] = cos.clone(), sin.clone()
+            rows = torch.contiguous_format
+            self._tables[(size, device)] = cos.clone(memory_format=rows), sin.clone(memory_format=rows)
         return self._tables[(size, device)]
 
     def once(self, positions: Tensor) -> Angles:

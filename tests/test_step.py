@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvote
-from kvote.kernels import backend
+from kvote.kernels import backend, cpu
 from kvote.store.raw import RawSegment
 
 pytestmark = pytest.mark.skipif(backend() != "cpu", reason="the compiled kernels do not run here")
@@ -77,6 +77,17 @@ def test_one_call_answers_what_several_do(spec, dtype):
         assert cache.managed[0].activity.selections == calm.managed[0].activity.selections > 12
     if "theta=0.1" in spec:
         assert 0 < cache.managed[0].activity.reused < 12
+
+
+@pytest.mark.parametrize("name", cpu.instruction_sets() if backend() == "cpu" else [])
+@pytest.mark.parametrize("spec", [SPECS["dense"], SPECS["anew"], SPECS["reused"]])
+def test_every_instruction_set_does(spec, name):
+    before, net = cpu.instruction_set(), model(torch.bfloat16)
+    try:
+        assert cpu.use(name)
+        assert torch.equal(generated(net, spec, [])[0], generated(net, spec, [-1])[0])
+    finally:
+        cpu.use(before)
 
 
 def test_a_cache_outlives_the_inference_mode_of_its_steps():

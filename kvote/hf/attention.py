@@ -1,5 +1,6 @@
 """The attention function: kvote's layers attend by themselves, keys of other caches go to the native function."""
 
+import functools
 import sys
 from contextvars import ContextVar
 from typing import Any
@@ -68,7 +69,7 @@ def attention(
         decode=t == 1 and seen >= owner.turn.end,
         ahead=_ahead(owner.layer, owner.turn, t),
         past=None if padding is None or padding.past is None else padding.past.to(query.device),
-        logits=Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
+        logits=_logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
         sink_logits=kwargs.get("s_aux"),
     )
     # Model files go on with .view(), which needs what transformers' own functions return: contiguous answers.
@@ -76,6 +77,10 @@ def attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) and not out.requires_grad:
         out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
     return out, None
+
+
+# The same in every step.
+_logits = functools.lru_cache(maxsize=64)(Logits)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -122,7 +127,7 @@ def _positions(module: torch.nn.Module, owner: CacheLayer, positions: Tensor | N
 
     Raises UnsupportedModelError where the method has to know and cannot.
     """
-    needed = owner.layer.method.needs_rope and owner.rotated
+    needed = owner.needs_positions
     if owner.rotary is not None:
         positions = owner.rotary.positions()
         if positions is None and needed:

@@ -45,7 +45,9 @@ class CacheLayer(CacheLayerMixin):
         are, what tells them instead."""
         super().__init__()
         self.layer, self.turn, self.previous = layer, turn, previous
-        self.rotated, self.rotary = rotated, rotary
+        self.rotary = rotary
+        # Whether the method has to know at which positions keys were rotated.
+        self.needs_positions = rotated and layer.method.needs_rope
         self.pending = False
         # Whether another layer of kvote's comes after this one in every pass.
         self.followed = False

@@ -46,8 +46,8 @@ class RawSegment:
         self._backend = kernels.chosen(like)
         self._compiled = self._backend != "reference"
         # The decode step of one sequence in one call, where there is such a kernel, and the lanes of that sequence.
-        self._step = kernels.in_one_step(self._backend)
-        self._only = tuple(range(heads))
+        self._step = kernels.in_one_step(self._backend) if dim == value_dim else None
+        self._only, self._most_heads = tuple(range(heads)), heads * cpu.MAX_GROUPS
         self.sketch_bits = sketch_bits if self._compiled else 0
         sketch_bytes = 0
         if self.sketch_bits:
@@ -135,11 +135,9 @@ class RawSegment:
         if step is None or not self.alike or self.labels is not None or (self.rope is None) != (back is None):
             return None
         pool, lanes = self.pool, self._only
-        length, dtype = pool.lanes[0].length, pool.keys.dtype
         query, key, value = token.query, token.key, token.value
-        if key.shape != value.shape or not query.dtype == key.dtype == value.dtype == dtype:
-            return None
-        if query.shape[1] > self.heads * cpu.MAX_GROUPS:
+        length = pool.lanes[0].length
+        if not query.dtype == key.dtype == value.dtype == pool.keys.dtype or query.shape[1] > self._most_heads:
             return None
         # Without sharing, a page that has been begun has room and one owner.
         if (pool.shares or length % PAGE == 0) and not pool.has_room(lanes, 1):

@@ -75,11 +75,14 @@ def step(
     which takes the model's rotation out of them, keys are held at position 0, and tokens are read at positions
     0 .. n - 1 by ``angles`` [>= n, r]. ``choice``: what is read; None: all.
     """
-    heads, h, dim = query.shape[1], key.shape[1], query.shape[3]
+    sequences, heads, rows, dim = query.shape
+    _, h, _, _ = shape = key.shape
+    (_, query_stride, _, query_step), (_, key_stride, _, key_step) = query.stride(), key.stride()
+    _, value_stride, _, value_step = value.stride()
     keys, values, positions = pools
-    _check(query.shape[0] == query.shape[2] == 1 and heads == h * (heads // h), "there must be one query position")
-    _check(key.shape == value.shape and key.shape[3] == dim and heads // h <= MAX_GROUPS, "heads must be of one size")
-    _check(query.stride(3) == key.stride(3) == value.stride(3) == 1, "channels must be contiguous")
+    _check(sequences == rows == 1 and heads == h * (heads // h), "there must be one query position")
+    _check(shape == value.shape == (1, h, 1, dim) and heads // h <= MAX_GROUPS, "heads must be of one size")
+    _check(query_step == key_step == value_step == 1, "channels must be contiguous")
     _check(query.dtype == key.dtype == value.dtype == keys.dtype, "dtypes must be those of the pools")
     _check(keys.shape == values.shape and lanes.count == h, "pools must be alike, and of one lane for each key head")
     turn, last, threads = _UNTURNED, length, torch.get_num_threads()
@@ -89,7 +92,9 @@ def step(
     if back is not None and angles is not None:
         _check(len(angles[0]) > last and angles[0].shape[1] == back[0].shape[1], "angles must reach as far as the list")
         (back_cos, back_sin, row), (cos, sin), pairs = back, angles, angles[0].shape[1]
-        _check(row < len(back_cos) == len(back_sin), "there must be a row of angles to undo")
+        _check(row < len(back_cos) == len(back_sin) and 2 * pairs <= dim, "there must be a row of angles to undo")
+        _check(all(a.is_contiguous() for a in (back_cos, back_sin, cos, sin)), "angles must be contiguous rows")
+        _check(back_cos.dtype == back_sin.dtype == cos.dtype == sin.dtype == torch.float32, "angles must be float32")
         offset = 4 * pairs * row
         turn = (
             back_cos.data_ptr() + offset,
@@ -101,7 +106,7 @@ def step(
         )
     out, lse = torch.empty(1, 1, heads, dim), torch.empty(heads)
     reused: bool = _cpu.step(
-        (query.data_ptr(), query.stride(1), key.data_ptr(), key.stride(1), value.data_ptr(), value.stride(1)),
+        (query.data_ptr(), query_stride, key.data_ptr(), key_stride, value.data_ptr(), value_stride),
         cpu._TYPES[keys.dtype],
         position,
         *lanes.address,
