@@ -155,7 +155,8 @@ class Cache(TransformersCache):
 
     def _agree(self) -> bool:
         """Whether all layers between which a pass may have ended hold equally many columns."""
-        return columns_of(self.layers[self._counting[0]]) == columns_of(self.layers[self._counting[-1]])
+        first, last = self._counting[0], self._counting[-1]
+        return first == last or bool(self.layers[first].get_seq_length() == self.layers[last].get_seq_length())
 
     @property
     def _fewest(self) -> int:
@@ -198,6 +199,9 @@ class Cache(TransformersCache):
             self.check()
         if self._states:
             self._reach(layer_idx, "attention")
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CacheLayer) and not self.offloading:
+            return layer.hand_on(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @uncompiled
@@ -239,8 +243,8 @@ class Cache(TransformersCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As transformers' ``Cache``. Raises InterruptedPassError for layers that differ, and BusyCacheError."""
         self.passes.claim(self)
-        first, last = (self.layers[index].get_seq_length() for index in self._ends)
-        if layer_idx == self._ends[0] and first != last:
+        first, last = self._ends
+        if layer_idx == first and self.layers[first].get_seq_length() != self.layers[last].get_seq_length():
             self.check()
         return super().get_mask_sizes(query_length, layer_idx)
 

@@ -14,13 +14,15 @@ from kvote.inference import outside_inference
 from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
+from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
 from kvote.method import Method
 from kvote.passes import Mark, Passes
-from kvote.read.tokens import Activity, Memory, Queries, Reading, Span
+from kvote.read.tokens import Activity, Memory, Queries, Reading, Span, Token
 from kvote.rope import Rope
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
+from kvote.store.raw import RawSegment
 from kvote.store.segment import Indexed, Logits, Segment
 
 
@@ -65,6 +67,9 @@ class Layer:
     changes: int = 0
     # Bytes held when they were last counted.
     counted: int = 0
+    # Whether a generated token may be stored and answered in one call of the reader, and the rotation it needs.
+    steps: bool = False
+    _turns: Rope | None = field(default=None, repr=False)
     record: Record = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +117,10 @@ class Layer:
             self.record.memory = self.method.keep.new_memory()
             self.reserve()
             self._check_budget()
+            self._turns = self.rope if self.method.needs_raw_keys else None
+            # What a class inherits may not hold for what it changes.
+            offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
+            self.steps = offered and type(self.method.keep) is KeepAll
         return self.segment
 
     def budget(self, row: int) -> int | None:
@@ -195,7 +204,12 @@ class Layer:
     def run(self, step: Step) -> Tensor:
         """As ``attend``, for a caller that sees to interruptions."""
         segment = self.start(step)
-        self.reserve()
+        if self.expected:
+            self.reserve()
+        if self.steps and step.decode:
+            answer = self._step(step)
+            if answer is not None:
+                return answer
         self.activity.calls += 1
         b, heads, t, _ = step.query.shape
         if b != self.sequences:
@@ -259,6 +273,25 @@ class Layer:
                 for layer in self.crew.layers if self.method.spans_layers else [self]:
                     layer.count()
         return out.transpose(1, 2)
+
+    def _step(self, step: Step) -> Tensor | None:
+        """As ``run`` for one generated token of one sequence, in one call of reader and segment: nothing is dropped,
+        encoded or padded. None, and nothing has changed, where that cannot be."""
+        if step.valid is not None or step.past is not None or step.ahead is not None or step.sink_logits is not None:
+            return None
+        if self.columns is not None or self.holes or step.query.shape[0] != 1 or self.sequences != 1:
+            return None
+        token = Token(step.query, step.key, step.value, int(step.positions), step.logits)
+        answer = self.method.read.step(token, self.segment, self._turns, self.memory, self.activity)  # type: ignore[attr-defined]
+        if answer is None:
+            return None
+        self.activity.calls += 1
+        self.seen += 1
+        self.ahead = 0
+        if self.seen % PAGE == 0:
+            self.count()
+        out: Tensor = answer.to(step.query.dtype)
+        return out
 
     def count(self) -> None:
         """Counts the bytes held, for ``Passes.peak``."""

@@ -4,7 +4,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,8 +17,7 @@ R = TypeVar("R")
 _handing_over = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """What a layer was before a pass; ``held`` is the segment's own mark, None where there was no segment yet."""
 
     held: Any

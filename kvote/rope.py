@@ -19,6 +19,8 @@ Angles = tuple[Tensor, Tensor]
 RotaryModule = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 _TABLES_KEPT = 8
+# Positions of a decode step that are looked up together.
+_BLOCK = 64
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Rope:
     fresh: Callable[[], RotaryModule] | None = None
     still: RotaryModule | None = None
     _tables: dict[tuple[int, torch.device], Angles] = field(default_factory=dict, repr=False)
+    _blocks: dict[tuple[int, torch.dtype, torch.device], Angles] = field(default_factory=dict, repr=False)
     # Angles of the last positions asked for: all layers of a forward pass ask for the same. ``_backwards`` undoes them.
     _last: tuple[Tensor, tuple[object, ...], Angles] | None = field(default=None, repr=False)
     _backwards: tuple[Angles, Angles] | None = field(default=None, repr=False)
@@ -51,7 +54,7 @@ class Rope:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept between calls."""
-        kept = [a for table in self._tables.values() for a in table]
+        kept = [a for table in (*self._tables.values(), *self._blocks.values()) for a in table]
         if self._last is not None:
             kept += [self._last[0], *self._last[2]]
         if self._backwards is not None:
@@ -75,20 +78,25 @@ class Rope:
 
     def contiguous(self, count: int, device: torch.device, start: int = 0) -> Angles:
         """Float32 angles [count - start, r] of positions ``start`` .. count - 1, as where ``count`` are in use."""
+        cos, sin = self.table(count, device)
+        return cos[start:count], sin[start:count]
+
+    def table(self, count: int, device: torch.device) -> Angles:
+        """The same of positions 0 .. count - 1 and, where angles are ``fixed``, perhaps of more."""
         # One table that grows serves every count, unless angles depend on the largest position.
         if self.fixed:
-            for (size, place), (cos, sin) in self._tables.items():
+            for (size, place), kept in self._tables.items():
                 if size >= count and place == device:
-                    return cos[start:count], sin[start:count]
+                    return kept
         size = max([1 << max(9, (count - 1).bit_length()), *(n for n, _ in self._tables)]) if self.fixed else count
         if (size, device) not in self._tables:
             if self.fixed or len(self._tables) >= _TABLES_KEPT:
                 self._tables.clear()
             module = self.module if self.fresh is None else self.fresh()
             cos, sin = self._angles(module, torch.arange(size, device=device), torch.float32)
-            self._tables[(size, device)] = cos.clone(), sin.clone()
-        cos, sin = self._tables[(size, device)]
-        return cos[start:count], sin[start:count]
+            rows = torch.contiguous_format
+            self._tables[(size, device)] = cos.clone(memory_format=rows), sin.clone(memory_format=rows)
+        return self._tables[(size, device)]
 
     def once(self, positions: Tensor) -> Angles:
         """``angles`` in float32, with the frequencies that the model last used, for positions that will not be asked
@@ -101,6 +109,20 @@ class Rope:
         cos, sin = angles
         length = cos.square() + sin.square()
         return cos / length, -sin / length
+
+    def back_at(self, position: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """The angles [n, r] each that undo what a model of ``dtype`` has rotated to some positions, and the row that is
+        ``position``; where angles are ``fixed``."""
+        key = position // _BLOCK, dtype, device
+        block = self._blocks.get(key)
+        if block is None:
+            if len(self._blocks) >= _TABLES_KEPT:
+                self._blocks.clear()
+            start = key[0] * _BLOCK
+            angles = self._angles(self.module, torch.arange(start, start + _BLOCK, device=device)[None], dtype)
+            cos, sin = self.back(angles)
+            block = self._blocks[key] = cos[0].contiguous(), sin[0].contiguous()
+        return *block, position % _BLOCK
 
     def undo(self, x: Tensor, angles: Angles) -> Tensor:
         """Takes the model's rotation by ``angles`` [rows, n, r] each out of ``x`` [rows, heads, n, d]."""

@@ -48,7 +48,7 @@ LAYERS = 3
 PROMPT = 66
 # What each kind of pass feeds behind what was fed before: columns before, columns of the pass.
 PASSES = {"prompt": (0, PROMPT), "middle": (20, 25), "chunk": (40, PROMPT - 40), "decode": (PROMPT, 1)}
-STAGES = ("append", "watch", "read", "attend", "keep", "drop", "seal")
+STAGES = ("append", "watch", "read", "attend", "step", "keep", "drop", "seal")
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
@@ -108,11 +108,11 @@ def fails(stage: str, index: int, *, after: bool, error: type[BaseException]) ->
     def begun(layer: Layer, step: Any) -> Any:
         segment = start(layer, step)
         if layer.index == index and not came:
-            if stage in ("append", "watch", "attend", "keep", "seal"):
+            if stage in ("append", "watch", "attend", "step", "keep", "seal") and hasattr(segment, stage):
                 patch.setattr(segment, stage, stopped(getattr(segment, stage)), raising=False)
             elif stage == "drop":
                 patch.setattr(layer, "drop_own", stopped(layer.drop_own))
-            else:
+            elif stage == "read":
                 reader = type(layer.method.read)
                 read = reader.read
 
@@ -175,7 +175,9 @@ def test_whatever_is_interrupted_the_next_answer_is_right_or_refused(method, kin
                 if there:
                     came.add(stage)
                     goes_on(cache, kind, expected)
-    assert {"append", "watch", "read", "attend"} <= came
+    # A generated token is stored and read in one step where that is all that happens to it.
+    one_step = kind == "decode" and calm.managed[0].steps
+    assert ({"step"} if one_step else {"append", "watch", "read", "attend"}) <= came
 
 
 @pytest.mark.parametrize("spec", ["dense", METHODS["tokenselect"], "h2o(budget=20)", "kivi(residual=32)"])

@@ -1,5 +1,6 @@
 """The attention function: kvote's layers attend by themselves, keys of other caches go to the native function."""
 
+import functools
 import sys
 from contextvars import ContextVar
 from typing import Any
@@ -19,6 +20,7 @@ from kvote.layer import Layer, Step
 from kvote.store.segment import Logits
 
 _DRAFTS = 32
+_REFUSED = ("position_bias", "sliding_window", "cache")
 # What transformers collects for its caller in this pass, where this release says so.
 _collected: ContextVar[dict[str, Any] | None] = getattr(
     output_capturing, "_active_collector", ContextVar("nothing collected", default=None)
@@ -50,7 +52,8 @@ def attention(
     owner.pending = False
     _check(module, attention_mask, padding, kwargs)
     # Kernels read rows of channels.
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     t, seen = query.shape[2], owner.layer.seen
     positions = _positions(module, owner, kwargs.get("position_ids"))
     if positions is None:
@@ -60,13 +63,13 @@ def attention(
         query=query,
         key=key,
         value=value,
-        positions=positions.expand(query.shape[0], -1),
+        positions=positions if len(positions) == len(query) else positions.expand(len(query), -1),
         valid=None if padding is None or padding.valid is None else padding.valid.to(query.device),
         solo=_solo(owner.layer, owner.turn, t),
         decode=t == 1 and seen >= owner.turn.end,
         ahead=_ahead(owner.layer, owner.turn, t),
         past=None if padding is None or padding.past is None else padding.past.to(query.device),
-        logits=Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
+        logits=_logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
         sink_logits=kwargs.get("s_aux"),
     )
     # Model files go on with .view(), which needs what transformers' own functions return: contiguous answers.
@@ -74,6 +77,10 @@ def attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) and not out.requires_grad:
         out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
     return out, None
+
+
+# The same in every step.
+_logits = functools.lru_cache(maxsize=64)(Logits)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -104,14 +111,14 @@ def _check(
     module: torch.nn.Module, attention_mask: Tensor | None, padding: Padding | None, kwargs: dict[str, Any]
 ) -> None:
     """Raises UnsupportedModelError for what kvote's attention has not, InputError for attention weights."""
-    refused = [name for name in ("position_bias", "sliding_window", "cache") if kwargs.get(name) is not None]
-    if kwargs.get("dropout"):
-        refused.append("dropout")
-    if attention_mask is not None and padding is None:
-        refused.append("a custom attention mask")
-    if refused:
+    custom = attention_mask is not None and padding is None
+    asked = kwargs.get
+    if custom or asked("dropout") or any(asked(name) is not None for name in _REFUSED if name in kwargs):
+        refused = [name for name in _REFUSED if asked(name) is not None]
+        refused += ["dropout"] * bool(asked("dropout")) + ["a custom attention mask"] * custom
         raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(refused)}; kvote has none.")
-    if kwargs.get("output_attentions") or "attentions" in (_collected.get() or {}):
+    collected = _collected.get()
+    if asked("output_attentions") or (collected and "attentions" in collected):
         raise InputError("kvote returns no attention weights; leave output_attentions out, or use another cache.")
 
 
@@ -120,7 +127,7 @@ def _positions(module: torch.nn.Module, owner: CacheLayer, positions: Tensor | N
 
     Raises UnsupportedModelError where the method has to know and cannot.
     """
-    needed = owner.layer.method.needs_rope and owner.rotated
+    needed = owner.needs_positions
     if owner.rotary is not None:
         positions = owner.rotary.positions()
         if positions is None and needed:

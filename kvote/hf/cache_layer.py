@@ -45,7 +45,9 @@ class CacheLayer(CacheLayerMixin):
         are, what tells them instead."""
         super().__init__()
         self.layer, self.turn, self.previous = layer, turn, previous
-        self.rotated, self.rotary = rotated, rotary
+        self.rotary = rotary
+        # Whether the method has to know at which positions keys were rotated.
+        self.needs_positions = rotated and layer.method.needs_rope
         self.pending = False
         # Whether another layer of kvote's comes after this one in every pass.
         self.followed = False
@@ -59,12 +61,18 @@ class CacheLayer(CacheLayerMixin):
     @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
+        return self.hand_on(key_states, value_states)
+
+    def hand_on(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``update`` for a caller that is not compiled."""
         before = self.previous
         if before is None and self.followed:
             # The pass before this one never reached the next layer: it was interrupted before attention was called.
             self.pending = False
-        for waiting in (self, before):
-            if waiting is not None and waiting.pending:
+        if self.pending or (before is not None and before.pending):
+            for waiting in (self, before):
+                if waiting is None or not waiting.pending:
+                    continue
                 waiting.pending = False
                 raise InactiveCacheError(
                     "The model ran without kvote's attention, so this cache holds nothing; the attention "

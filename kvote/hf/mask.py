@@ -83,12 +83,15 @@ _SAME = {Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.cpu, Tensor.cuda}
 
 
 def mask(native: str, **kwargs: Any) -> Tensor | None:
-    """The mask function: for full attention a ``Carrier``, for all else the native mask."""
-    made: Tensor | None = _mask(native, torch.compiler.is_compiling(), **kwargs)
+    """The mask function: for full attention a ``Carrier``, for all else the native mask; None where ``sdpa_mask`` says
+    that too, for single tokens without padding."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and native == "sdpa" and kwargs.get("attention_mask") is None and _sees_all(kwargs):
+        return None
+    made: Tensor | None = (_mask_apart if compiling else _mask)(native, compiling, **kwargs)
     return made
 
 
-@uncompiled
 def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
     if isinstance(kwargs["q_offset"], Tensor):
         # A static cache counts in place, and the native mask is made after it has counted this pass.
@@ -108,6 +111,8 @@ def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
         new = tokens[:, seen : seen + t]
         valid = None if bool(new.all()) else new
         past = None if bool(tokens[:, :seen].all()) else tokens[:, :seen]
+    if native == "sdpa" and valid is past is None and not compiling and _sees_all(kwargs):
+        return None
     padding = Padding(valid, past, make)
     if compiling:
         # Compiled code cannot be handed a tensor of another class. Code that looked into this one would fail.
@@ -115,6 +120,18 @@ def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
         empty.padding = padding  # type: ignore[attr-defined]
         return empty
     return Carrier.of(padding, (kwargs["batch_size"], 1, t, kwargs["kv_length"]), kwargs["device"])
+
+
+_mask_apart = uncompiled(_mask)
+
+
+def _sees_all(kwargs: dict[str, Any]) -> bool:
+    """Whether a single new token is the last of the keys that it is given, and no mask is asked for nevertheless."""
+    seen = kwargs["q_offset"]
+    if kwargs["q_length"] != 1 or kwargs["mask_function"] is not causal_mask_function or isinstance(seen, Tensor):
+        return False
+    last = kwargs["kv_length"] == seen + 1 and not kwargs.get("kv_offset")
+    return last and kwargs.get("local_size") is None and bool(kwargs.get("allow_is_causal_skip", True))
 
 
 def _no_mask(**kwargs: Any) -> None:

@@ -13,7 +13,8 @@ A backend may refuse a tensor (``why_not``) or a block of attention (``why_not_a
 continues a sentence. What would be read or written wrongly raises ValueError (``checks``).
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -28,6 +29,30 @@ Answer = tuple[Tensor, Tensor]
 PackedPool = tuple[Tensor, Packing, Lanes]
 # Raw pools of keys and of values, where the lanes lie in them, and which tokens are read.
 Recent = tuple[Tensor, Tensor, Lanes, range]
+
+
+# Cosines and sines [n, r], and the row at which they are read.
+Row = tuple[Tensor, Tensor, int]
+
+
+class Choice(NamedTuple):
+    """What one query reads: the first ``sinks`` tokens, those from ``edge`` on, and ``top_k`` between.
+
+    ``asked`` float32 [heads * d] and ``winners`` int64 [top_k] are written: the query at position ``asked_at``, as it
+    scores, and the tokens with the most votes. Where its cosine with ``past`` is at least ``theta``, ``kept`` are read
+    and nothing is selected. ``nominate``: how many tokens a sketch only nominates.
+    """
+
+    top_k: int
+    sinks: int
+    edge: int
+    nominate: int
+    asked_at: int
+    asked: Tensor
+    winners: Tensor
+    theta: float = 0.0
+    past: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class PackedKernels(Protocol):
@@ -68,6 +93,9 @@ class Backend(Protocol):
     MAX_GROUPS: int
     # Tokens that are sketched together; ``sketch_bytes`` is of so many.
     SKETCH_TOKENS: int
+    # Stores the next token of one sequence and answers its query in one call (``cpu.one_step.step``); None where there
+    # is no such kernel.
+    step: Callable[..., tuple[Tensor, bool]] | None
     # Whether to look at a tensor's numbers means to wait for a device.
     ASKING_WAITS: bool
 

@@ -16,10 +16,12 @@ from kvote import kernels
 from kvote.errors import MethodError
 from kvote.index.sketch import NAME as SKETCH
 from kvote.index.sketch import SketchIndex
+from kvote.kernels.contract import Choice
 from kvote.numbers import check_flags, check_whole, is_number
 from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
-from kvote.read.tokens import Positions, Reading, Span, TokenSet
+from kvote.read.tokens import Activity, Positions, Reading, Span, Token, TokenSet
 from kvote.read.votes import vote_named
+from kvote.rope import Rope
 
 # Float32 entries of scores held at a time when many single tokens select (64 MiB).
 _SCORES_HELD = 1 << 24
@@ -147,12 +149,55 @@ class HeadVotes:
             row = stop
 
     def _edge(self, reading: Reading, row: int, stop: int) -> int:
-        """First slot of the local context of query rows ``row`` to ``stop``. Where a list may be reused for a limited
+        """First slot of the local context of query rows ``row`` to ``stop``."""
+        at = reading.first + (row if self.window_from == "start" else stop)
+        return self._edge_from(at, generated=reading.decode)
+
+    def _edge_from(self, at: int, *, generated: bool) -> int:
+        """First slot of a local context that reaches back from slot ``at``. Where a list may be reused for a limited
         span it moves in steps of that, so that the tokens that leave the window meanwhile are still read."""
-        edge = reading.first + (row if self.window_from == "start" else stop) - self.window
-        if not self.reuses or self.reuse_span is None or not reading.decode or edge <= 0:
+        edge = at - self.window
+        if not self.reuses or self.reuse_span is None or not generated or edge <= 0:
             return edge
         return edge // self.reuse_span * self.reuse_span
+
+    def step(self, token: Token, segment: Any, rope: Rope | None, memory: Any, activity: Activity) -> Tensor | None:
+        """As ``Everything.step``."""
+        if rope is None or not rope.fixed or not self._fused or self.head_map == "paper":
+            return None
+        if self.positions != "contiguous":
+            return None
+        first = segment.length(0)
+        edge = self._edge_from(first + (self.window_from == "end"), generated=True)
+        back = rope.back_at(token.position, token.key.dtype, token.key.device)
+        if edge - self.sinks <= self.top_k:
+            answer: tuple[Tensor, bool] | None = segment.step(token, back, None)
+            if answer is not None:
+                activity.tokens_read = first + 1
+            return None if answer is None else answer[0]
+        past = kept = None
+        if memory is not None and memory.serves(1) and self._may_serve(memory, edge):
+            past, kept = memory.query, memory.index
+        asked = torch.empty(1, token.query.shape[1] * token.query.shape[3])
+        winners = torch.empty(1, self.top_k, dtype=torch.int64)
+        nominated = self.nominated if SKETCH in segment.indexes else 0
+        choice = Choice(self.top_k, self.sinks, edge, nominated, self.window, asked, winners, self.theta, past, kept)
+        answer = segment.step(token, back, choice)
+        if answer is None:
+            return None
+        if answer[1]:
+            activity.reused += 1
+        else:
+            activity.selections += 1
+            if memory is not None:
+                memory.remember(asked, winners, edge)
+        activity.tokens_read = self.sinks + self.top_k + first + 1 - edge
+        return answer[0]
+
+    def _may_serve(self, memory: SelectionMemory, edge: int) -> bool:
+        """As ``_within_span``, of the only sequence."""
+        selected = memory.edge_of_first
+        return selected == edge if self.reuse_span is not None else selected >= 0
 
     def _rows_at_once(self, reading: Reading, slot: int) -> int:
         heads = reading.queries.rotated.shape[1] * len(reading.rows)

@@ -20,6 +20,8 @@ class SelectionMemory:
     edge: Tensor | None = None
     # On a GPU they are written in place, so that a step can be captured in a graph.
     in_place: bool = False
+    # The number that the first entry of a tensor ``edge`` holds, so that it is not asked in every step.
+    _known: tuple[Tensor, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -31,6 +33,26 @@ class SelectionMemory:
             self.query = query.new_zeros(sequences, query.shape[1])
             self.index = torch.zeros(sequences, top_k, dtype=torch.int64, device=query.device)
             self.edge = torch.full((sequences,), -1, dtype=torch.int64, device=query.device)
+
+    def serves(self, sequences: int) -> bool:
+        """Whether there is something of each of so many sequences."""
+        return self.edge is not None and len(self.edge) == sequences
+
+    @property
+    def edge_of_first(self) -> int:
+        """The first sequence's ``edge``."""
+        if self.edge is None:
+            return -1
+        if self._known is None or self._known[0] is not self.edge:
+            self._known = self.edge, int(self.edge[0])
+        return self._known[1]
+
+    def remember(self, query: Tensor, index: Tensor, edge: int) -> None:
+        """Replaces what is remembered of the only sequence."""
+        self.query, self.index = query, index
+        if self.edge is None or len(self.edge) != 1 or self.edge_of_first != edge:
+            self.edge = torch.full((1,), edge, dtype=torch.int64)
+            self._known = self.edge, edge
 
     def select(self, index: list[int]) -> None:
         if self.query is not None and self.index is not None and self.edge is not None:

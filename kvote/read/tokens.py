@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from kvote.index.column import Index
     from kvote.rope import Rope
-    from kvote.store.segment import Segment
+    from kvote.store.segment import Logits, Segment
 
 Positions = Literal["original", "contiguous"]
 
@@ -87,6 +87,17 @@ class Queries:
             return self
         raw = None if self.raw is None else self.raw[:, :, start:stop]
         return Queries(self.rotated[:, :, start:stop], raw)
+
+
+class Token(NamedTuple):
+    """A generated token of the only sequence: ``query`` [1, heads, 1, d], ``key`` [1, h, 1, d] and ``value``
+    [1, h, 1, dv] as the model made them, its ``position``, and what is done to the products before the softmax."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position: int
+    logits: "Logits"
 
 
 @dataclass
@@ -236,6 +247,19 @@ def everything(reading: Reading) -> Span:
 @dataclass(frozen=True)
 class Everything(PlainReader):
     """Reads all tokens held, at their own positions: dense attention."""
+
+    def step(
+        self, token: Token, segment: Any, rope: "Rope | None", memory: "Memory | None", activity: Activity
+    ) -> Tensor | None:
+        """Stores and answers a token in one call, as ``read`` and the segment would; None, and nothing has changed,
+        where that cannot be. Readers need not have this."""
+        if rope is not None:
+            return None
+        answer: tuple[Tensor, bool] | None = segment.step(token, None, None)
+        if answer is None:
+            return None
+        activity.tokens_read = segment.length(0)
+        return answer[0]
 
     def read(self, reading: Reading) -> Iterator[Span]:
         yield everything(reading)

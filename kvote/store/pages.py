@@ -66,6 +66,8 @@ class PagePool:
         self.lanes: list[Lane] = []
         # Whether some parts are laid out anew and others not yet: true for good where that was interrupted.
         self.moving = False
+        # Whether lanes were ever copied, so that a page may have several owners.
+        self.shares = False
         # Tables for the kernels, until a page changes hands.
         self._tables: dict[tuple[int, ...], kernels.Lanes] = {}
 
@@ -226,6 +228,7 @@ class PagePool:
         for lane in self.lanes:
             # Pages set aside but not yet written are not shared: two lanes would write into them.
             self.truncate(lane, lane.length)
+        self.shares = True
         chosen = [self.lanes[i] for i in index]
         self._tables.clear()
         self.owners = np.zeros_like(self.owners)

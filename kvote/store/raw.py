@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.index.column import Column, Index
-from kvote.read.tokens import Queries, TokenSet
+from kvote.kernels.contract import Choice, Row
+from kvote.read.tokens import Queries, Token, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
 from kvote.store.pages import PAGE, Lane, RawPool
@@ -39,6 +40,9 @@ class RawSegment:
         self.alike = True
         # What reads this segment; asked once, because a decode step is short.
         self.kernels = kernels.chosen(like)
+        # The decode step of one sequence in one call, where there is such a kernel, and the lanes of that sequence.
+        self._step = self.kernels.step if like.shape[-1] == value_dim else None
+        self._only, self._most_heads = tuple(range(heads)), heads * self.kernels.MAX_GROUPS
         self.pool = RawPool(like.shape[-1], value_dim, like.dtype, like.device)
         self.indexes: dict[str, Column] = {}
         # Of these, the one that the kernel that stores tokens writes on the way, and all others.
@@ -131,6 +135,47 @@ class RawSegment:
                 continue
             for i, start in enumerate(starts):
                 column.write(lanes[i * self.heads : (i + 1) * self.heads], start, key[i : i + 1])
+
+    def step(self, token: Token, back: Row | None, choice: Choice | None) -> tuple[Tensor, bool] | None:
+        """Adds the next token of the only sequence, and answers its query [1, 1, heads, dv] from what is held, as
+        ``append`` and ``attend`` do at contiguous positions; says whether ``choice.kept`` was read. None, and nothing
+        has changed, where that is not one call of a kernel.
+
+        ``back``: the angles that undo the model's rotation, where keys are held at position 0.
+        """
+        step = self._step
+        if step is None or not self.alike or self._written or (self.rope is None) != (back is None):
+            return None
+        pool, lanes = self.pool, self._only
+        query, key, value = token.query, token.key, token.value
+        length = pool.lanes[0].length
+        if not query.dtype == key.dtype == value.dtype == pool.keys.dtype or query.shape[1] > self._most_heads:
+            return None
+        # Without sharing, a page that has been begun has room and one owner.
+        if (pool.shares or length % PAGE == 0) and not pool.has_room(lanes, 1):
+            pool.grow([length + 1] * self.heads)
+        reach = length + 1
+        if choice is not None:
+            reach = max(reach - choice.edge + choice.sinks + choice.top_k, choice.asked_at + 1)
+        answer: tuple[Tensor, bool] = step(
+            query,
+            key,
+            value,
+            token.position,
+            length,
+            (pool.keys, pool.values, pool.positions),
+            pool.table(lanes),
+            *self._codes,
+            back=back,
+            angles=None if self.rope is None else self.rope.table(reach, key.device),
+            interleaved=self.rope is not None and self.rope.interleaved,
+            choice=choice,
+            scale=token.logits.scale,
+            softcap=token.logits.softcap,
+        )
+        for lane in pool.lanes:
+            lane.length += 1
+        return answer
 
     def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
         pass

@@ -14,6 +14,7 @@ from kvote.kernels.cpu.library import (
     use_large_pages,
     why_not,
 )
+from kvote.kernels.cpu.one_step import step
 from kvote.kernels.cpu.scoring import (
     SKETCH_TOKENS,
     label_scores,
@@ -52,6 +53,7 @@ __all__ = [
     "select",
     "sketch",
     "sketch_bytes",
+    "step",
     "thin_decode",
     "top_k",
     "use",

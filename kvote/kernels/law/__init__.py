@@ -19,6 +19,7 @@ from kvote.kernels.law.tokens import append, gather, rotate, why_not
 from kvote.kernels.reference import top_k
 
 NAME = "reference"
+step = None
 MAX_GROUPS = 0
 ASKING_WAITS = False
 
@@ -39,6 +40,7 @@ __all__ = [
     "select",
     "sketch",
     "sketch_bytes",
+    "step",
     "thin_decode",
     "top_k",
     "votes",

@@ -20,6 +20,7 @@ from kvote.kernels.triton.tokens import append, gather, rotate
 from kvote.kernels.triton.votes import scores, select, top_k, votes
 
 NAME = "triton"
+step = None
 ASKING_WAITS = True
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "select",
     "sketch",
     "sketch_bytes",
+    "step",
     "thin_decode",
     "top_k",
     "votes",

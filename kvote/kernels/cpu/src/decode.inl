@@ -339,8 +339,12 @@ void decode(const DecodeArgs& a) {
     std::atomic<int64_t> next{0};
     parallel(threads, [&](const Team& team) {
         QueryRows* mine = queries + team.rank * heads;
-        // Rows beyond the groups are read, never used.
-        std::memset(static_cast<void*>(mine), 0, heads * sizeof *mine);
+        // Rows beyond the groups are read, four at a time, and never used.
+        const int64_t read = (a.groups + 3) / 4 * 4 * a.dim;
+        for (int64_t h = 0; h < heads; ++h) {
+            std::memset(mine[h].wide, 0, read * sizeof(float));
+            std::memset(static_cast<void*>(mine[h].narrow), 0, read * sizeof(bf16));
+        }
         for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
             const int64_t from = item % parts * share, to = from + share < a.count ? from + share : a.count;
             decode_part<T>(a, item / parts, from, to, mine, turned + team.rank * BLOCK * a.dim,

@@ -187,6 +187,35 @@ struct ThinArgs {
     int threads;
 };
 
+// The decode step of one sequence: rows of one head are contiguous, heads are strides in elements apart.
+struct StepArgs {
+    const void *query, *key, *value;  // [heads * groups, dim], [heads, dim], [heads, dim]
+    Type type;
+    std::int64_t query_stride, key_stride, value_stride, position;
+    const Lane* lanes;  // [heads]
+    std::int64_t heads, groups, dim, length;  // `length` tokens are held before
+    void *keys, *values;  // pools
+    std::int32_t* slot_positions;
+    std::uint8_t* sketch;  // or null
+    std::int64_t sketch_bits;
+    // Where keys are held at position 0: what takes the model's rotation out of these rows [pairs], and the rotations
+    // of positions 0 .. [n, pairs], up to that of the last token read and `asked_at`. pairs 0: they are held as given.
+    const float *back_cos, *back_sin, *cos, *sin;
+    std::int64_t pairs;
+    bool interleaved;
+    // Reads the first `sinks` tokens, those from `edge` on, and `top_k` between; top_k 0: all, and the rest is not read.
+    std::int64_t top_k, sinks, edge, nominate, asked_at;
+    float theta;              // from this cosine with `past` on, `kept` [top_k] is read; null: what is selected anew
+    const float* past;        // [heads * groups, dim]
+    const std::int64_t* kept;
+    float* asked;             // out: the query at position `asked_at`, as it scores
+    std::int64_t* winners;    // out [top_k], where a selection was made
+    bool* reused;             // out
+    float scale, softcap;     // softcap 0: none
+    float *out, *lse;         // [heads * groups, dim], [heads * groups]
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     void (*votes)(const VotesArgs&);
@@ -205,6 +234,7 @@ struct Kernels {
     void (*packed_attend)(const PackedAttendArgs&);
     void (*packed_scores)(const PackedScoresArgs&);
     void (*thin_decode)(const ThinArgs&);
+    void (*step)(const StepArgs&);
     std::int64_t (*read_all)(const char* memory, std::int64_t bytes, int threads);  // to measure the bandwidth
 };
 

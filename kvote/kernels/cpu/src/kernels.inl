@@ -22,6 +22,7 @@ using namespace kvote;
 #include "decode.inl"
 #include "thin.inl"
 #include "select.inl"
+#include "step.inl"
 #include "gather.inl"
 #include "mass.inl"
 #include "scores.inl"
@@ -66,10 +67,11 @@ KVOTE_BY_TYPE(run_unpack, unpack_tokens, UnpackArgs, pool.type)
 KVOTE_BY_TYPE(run_packed_attend, packed_attend, PackedAttendArgs, keys.type)
 KVOTE_BY_TYPE(run_packed_scores, packed_scores, PackedScoresArgs, keys.type)
 KVOTE_BY_TYPE(run_thin_decode, thin_decode, ThinArgs, type)
+KVOTE_BY_TYPE(run_step, step, StepArgs, type)
 
 #define KVOTE_KERNELS(name)                                                                        \
     {name, run_votes, run_select, top_k, run_gather, run_sketch, run_decode, run_turn, run_append, \
      run_attention_mass, run_scores, run_label_scores, run_pack, run_unpack, run_packed_attend,    \
-     run_packed_scores, run_thin_decode, read_all}
+     run_packed_scores, run_thin_decode, run_step, read_all}
 
 }  // namespace KVOTE_ISA

@@ -224,6 +224,27 @@ NB_MODULE(_cpu, m) {
                              groups, stride, kept, dim, pages, tokens, stop, scale, softcap, at<float>(out),
                              at<float>(lse), threads});
     });
+    // rows: addresses and strides of query, key and value. pools: keys, values, positions, sketch, bits. turn: cosines
+    // and sines back and of positions, pairs, interleaved. choice: top_k, sinks, edge, nominate, asked_at, and the
+    // addresses of past, kept, asked and winners. Returns whether a selection was reused.
+    m.def("step", [](const std::array<std::int64_t, 6>& rows, int type, std::int64_t position, Address runs,
+                     Address begins, std::int64_t lanes, std::int64_t groups, std::int64_t dim, std::int64_t length,
+                     const std::array<std::int64_t, 5>& pools, const std::array<std::int64_t, 6>& turn,
+                     const std::array<std::int64_t, 9>& choice, float theta, float scale, float softcap, Address out,
+                     Address lse, int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        bool reused = false;
+        active->step({at<const void>(rows[0]), at<const void>(rows[2]), at<const void>(rows[4]), Type(type), rows[1],
+                      rows[3], rows[5], position, table.lanes.data(), lanes, groups, dim, length, at<void>(pools[0]),
+                      at<void>(pools[1]), at<std::int32_t>(pools[2]), at<std::uint8_t>(pools[3]), pools[4],
+                      at<const float>(turn[0]), at<const float>(turn[1]), at<const float>(turn[2]),
+                      at<const float>(turn[3]), turn[4], turn[5] != 0, choice[0], choice[1], choice[2], choice[3],
+                      choice[4], theta, at<const float>(choice[5]), at<const std::int64_t>(choice[6]),
+                      at<float>(choice[7]), at<std::int64_t>(choice[8]), &reused, scale, softcap, at<float>(out),
+                      at<float>(lse), threads});
+        return reused;
+    });
     m.def("read_all", [](Address memory, std::int64_t bytes, int threads) {
         nb::gil_scoped_release release;
         return active->read_all(at<const char>(memory), bytes, threads);
