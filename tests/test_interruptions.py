@@ -29,6 +29,8 @@ METHODS: dict[str, Any] = {
     "h2o": "h2o(budget=20)",
     "h2o-all": "h2o(budget=500)",
     "snapkv": "snapkv(budget=20, window=6)",
+    "pyramidkv": "pyramidkv(budget=20, window=6, beta=4)",
+    "knorm": "knorm(budget=20)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",
     "quest": "quest(token_budget=12, page=4, dense_layers=0)",

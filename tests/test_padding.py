@@ -20,6 +20,8 @@ WHOLE: dict[str, Any] = {
     "random": "random(top_k=500, sinks=2, window=6, chunk=4)",
     "h2o": "h2o(budget=500)",
     "snapkv": "snapkv(budget=500, window=6)",
+    "pyramidkv": "pyramidkv(budget=500, window=6)",
+    "knorm": "knorm(budget=500)",
     "randomkeep": "randomkeep(budget=500, window=6)",
     "tidaldecode": "tidaldecode(top_k=500, first=0)",
     "quest": "quest(token_budget=500, dense_layers=0)",

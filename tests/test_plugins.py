@@ -55,7 +55,7 @@ def test_a_spec_knows_the_method_of_another_package(install):
     install("kv-extra", "lastones")
     method = parse("lastones(recent=5) | tokenselect(top_k=3)")
     assert method.spec == "lastones(recent=5) | tokenselect(top_k=3)"
-    assert method.keep.window == 5
+    assert method.keep.budget.amount == 5
     assert kvote.methods.lastones(recent=5).keep == method.keep
     with pytest.raises(MethodError, match="lastones has no parameter 'recents'; it has recent"):
         parse("lastones(recents=5)")

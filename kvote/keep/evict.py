@@ -3,6 +3,7 @@ prompts and generated tokens are settled here, once for all scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,7 @@ class Evict:
                 f"budget must {verb} {' and '.join(named)}, which always {stay}; got {self.budget.amount}."
             )
 
-    @property
+    @cached_property
     def always(self) -> int:
         """Tokens that stay whatever the budget."""
         return self.sinks + (0 if isinstance(self.window, float) else self.window)
@@ -147,14 +148,16 @@ class Evict:
         self.score.observe(seen, memory)
 
     def survivors(self, held: Held, memory: Any) -> Kept | None:
-        ended = self.score.ended(held, memory)
-        spent = self.always + (self.allocate.margin(held.layers) if self.budget.unit == "bytes" else 0)
-        # A share of the budget is for one recent token at least.
-        most = self.allocate.tokens(held, memory, max(held.budget - spent, int(isinstance(self.window, float))))
-        above = 0 if most is None else held.length - self.always - most
-        kept = None
-        if most is not None and above > (0 if ended else self.slack) and (ended or self.evict_generated):
-            kept = self._cut(held, memory, most if ended else left(most, self.burst))
+        above, kept, ended = 0, None, self.score.ended(held, memory)
+        if ended or self.evict_generated:
+            spent = self.always + (self.allocate.margin(held.layers) if self.budget.unit == "bytes" else 0)
+            # A share of the budget is for one recent token at least.
+            least = 1 if isinstance(self.window, float) else 0
+            most = self.allocate.tokens(held, memory, max(held.budget - spent, least))
+            if most is not None:
+                above = held.length - self.always - most
+                if above > (0 if ended else self.slack):
+                    kept = self._cut(held, memory, most if ended else left(most, self.burst))
         self.score.settled(held, memory, above > 0 and kept is None)
         return kept
 
@@ -175,7 +178,7 @@ class Evict:
         slots = torch.cat([first, *best, last], dim=1)
         cut = Cut(slots, worth, self.sinks, chosen)
         content = None if self.merge is None else self.merge.merged(held, memory, cut)
-        return Kept(slots if self.per_head else slots[0], content)
+        return Kept(slots if len(slots) > 1 else slots[0], content)
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
         return None if self.merge is None else self.merge.aside(queries, rows, logits, memory)
