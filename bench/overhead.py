@@ -18,7 +18,6 @@ from common import save, table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvote
-from kvote.hf.switch import detach
 
 TOKENS, STEPS, VOCABULARY = 64, 8, 256
 METHODS = {
@@ -111,7 +110,7 @@ def measure(rounds: int) -> dict[str, Any]:
             "selections": selected,
             "reused": reused,
         }
-        detach(own.model)
+        kvote.detach(own.model)
     return {
         "tokens": TOKENS,
         "steps_per_round": STEPS,
