@@ -332,6 +332,11 @@ def _checked(model: Any, method: Any) -> Method:
             f"A cache is made for a loaded model, such as AutoModelForCausalLM.from_pretrained({name}); got "
             f"{_short(model)}."
         )
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise InputError(
+            "The model is in training with gradient checkpointing, where transformers takes its cache away; call "
+            "model.eval() first."
+        )
     method = parse(method) if isinstance(method, str) else method
     if not isinstance(method, Method):
         call = f"; call it: {method.__name__}()" if callable(method) and hasattr(method, "__name__") else ""

@@ -22,7 +22,7 @@ from kvote.errors import InputError, UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer, Turn
 from kvote.hf.facts import facts_of
 from kvote.hf.model import native_layers
-from kvote.hf.switch import attach, detach, is_attached
+from kvote.hf.switch import attach, is_attached, switch_back
 from kvote.layer import Step
 from kvote.method import Method
 
@@ -84,7 +84,7 @@ def train_duo(
     attached = is_attached(model)
     facts = facts_of(model).layers
     if not attached:
-        detach(model)
+        switch_back(model)
     ours = list(facts)
     gates = torch.ones(len(ours), facts[ours[0]].key_heads, device=model.device, requires_grad=True)
     optimizer = torch.optim.AdamW([gates], lr=RATE, weight_decay=0.0)
@@ -183,4 +183,4 @@ def _frozen(model: Any) -> Iterator[None]:
         for weight, grad in zip(model.parameters(), grads, strict=True):
             weight.requires_grad_(grad)
         if not attached:
-            detach(model)
+            switch_back(model)

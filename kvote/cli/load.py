@@ -27,7 +27,15 @@ from kvote.models import embedded
 # Its weights are stored in bfloat16, which is slow on CPUs without instructions for it.
 _EMBEDDED_DTYPE = torch.float32
 _SAFE = {"trust_remote_code": False}
-_LARGEST = {"num_hidden_layers": 10**4, "vocab_size": 10**8, "hidden_size": 10**6, "intermediate_size": 10**7}
+_LARGEST = {
+    "num_hidden_layers": 10**4,
+    "num_local_experts": 10**5,
+    "num_experts": 10**5,
+    "head_dim": 10**5,
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+}
 _NO_TOKENIZER = "there is no tokenizer that transformers can read; add its tokenizer.json"
 # Beginnings of what transformers says in paragraphs, in a clause.
 _SHORT = {

@@ -60,7 +60,8 @@ def _greedy(model: PreTrainedModel) -> dict[str, Any]:
     settings.pop("transformers_version", None)
     settings |= GenerationConfig._get_default_generation_params()
     settings |= {name: getattr(model.generation_config, name, None) for name in _KEPT}
-    return settings | {"max_length": None, "use_cache": True, "return_dict_in_generate": True}
+    single = {"num_beams": 1, "num_return_sequences": 1}
+    return settings | single | {"max_length": None, "use_cache": True, "return_dict_in_generate": True}
 
 
 class _Watch(LogitsProcessor):
@@ -100,10 +101,13 @@ def finite(logits: Tensor) -> bool:
 
 def _threw_away(model: PreTrainedModel) -> UnsupportedModelError:
     limit = _switches_at(model)
-    where = f" when the text passed its original_max_position_embeddings of {limit:,} tokens" if limit else ""
+    where, advice = "", "run the model with a cache of its own, or use another model."
+    if limit:
+        where = f" when the text passed its original_max_position_embeddings of {limit:,} tokens"
+        advice = "keep document, question and answer below such a limit, or use another model."
     return UnsupportedModelError(
         f"{type(model).__name__} did not answer from the cache it was given but threw it away{where}, so there is no "
-        "answer of this method; keep document, question and answer below such a limit, or use another model."
+        f"answer of this method; {advice}"
     )
 
 

@@ -78,13 +78,18 @@ class Guard:
         return Guard(memo.get(id(self.model()), self.model()), self.length)
 
 
-def guard(model: Any, length: int) -> None:
-    """Lets ``model`` raise UnsupportedModelError where it would leave a kvote cache out. ``unguard`` ends it."""
-    if _NAME not in vars(model):
-        vars(model)[_NAME] = Guard(model, length)
+def guard(model: Any, length: int | None) -> None:
+    """Lets ``model`` raise UnsupportedModelError where it would leave a kvote cache out, behind ``length`` tokens; None
+    ends it."""
+    inner = _innermost(model)
+    if isinstance(vars(inner).get(_NAME), Guard):
+        del vars(inner)[_NAME]
+    if length is not None and _NAME not in vars(inner):
+        vars(inner)[_NAME] = Guard(inner, length)
 
 
-def unguard(model: Any) -> None:
-    """Ends ``guard``."""
-    if isinstance(vars(model).get(_NAME), Guard):
-        del vars(model)[_NAME]
+def _innermost(model: Any) -> Any:
+    """The model whose own generate() runs, below wrappers of compilation and adapters."""
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else base()

@@ -93,7 +93,7 @@ def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
     if isinstance(kwargs["q_offset"], Tensor):
         # A static cache counts in place, and the native mask is made after it has counted this pass.
         kwargs["q_offset"] = kwargs["q_offset"].clone()
-    make = partial(ALL_MASK_ATTENTION_FUNCTIONS[native], **kwargs)
+    make = partial(ALL_MASK_ATTENTION_FUNCTIONS.get(native, _no_mask), **kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
         return make()
     tokens, t = kwargs.get("attention_mask"), kwargs["q_length"]
@@ -115,6 +115,10 @@ def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
         empty.padding = padding  # type: ignore[attr-defined]
         return empty
     return Carrier.of(padding, (kwargs["batch_size"], 1, t, kwargs["kv_length"]), kwargs["device"])
+
+
+def _no_mask(**kwargs: Any) -> None:
+    """What transformers makes for an attention function that no mask function was registered with."""
 
 
 def padding_of(carrier: Tensor | None) -> Padding | None:

@@ -27,9 +27,15 @@ class Turned:
     positions: Tensor
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding."""
-    rounding = _ROUNDING.get(a.dtype, 1.2e-2)
+def coarsest(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of the least precision in which ``model`` holds weights, of those that numbers are rounded to."""
+    held = {weight.dtype for weight in model.parameters()}
+    return next((dtype for dtype in reversed(_ROUNDING) if dtype in held), torch.float32)
+
+
+def same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal but for rounding to their dtype and to ``dtype``."""
+    rounding = max(_ROUNDING.get(kind, 1.2e-2) for kind in (a.dtype, dtype))
     a, b = a.float(), b.float()
     return bool((a - b).norm() <= rounding * max(float(a.norm()), 1e-30))
 
@@ -44,7 +50,7 @@ def identity() -> Rope:
     return Rope(zero)
 
 
-def rope_of(call: ModuleCall, keys: tuple[Turned, Turned]) -> Rope | None:
+def rope_of(call: ModuleCall, keys: tuple[Turned, Turned], dtype: torch.dtype) -> Rope | None:
     """The rope by which both keys become one un-rotated key again, with the angles of ``call``; None if no form does
     it."""
     raw = caller(call)
@@ -57,20 +63,20 @@ def rope_of(call: ModuleCall, keys: tuple[Turned, Turned]) -> Rope | None:
             None if fresh is None else lambda canonical=canonical, fresh=fresh: canonical(fresh()),  # type: ignore[misc]
             None if still is None else canonical(still),
         )
-        if undoes(rope, keys):
+        if undoes(rope, keys, dtype):
             return rope
     return None
 
 
-def undoes(rope: Rope, states: tuple[Turned, Turned]) -> bool:
-    """Whether ``rope`` makes one of both states."""
+def undoes(rope: Rope, states: tuple[Turned, Turned], dtype: torch.dtype) -> bool:
+    """Whether ``rope`` makes one of both states, but for rounding to ``dtype``."""
     back = []
     for state in states:
         angles = rope.angles(state.positions, state.x.dtype)
         if not 0 < 2 * angles[0].shape[-1] <= state.x.shape[-1]:
             return False
         back.append(rope.undo(state.x, angles))
-    return same(*back)
+    return same(back[0], back[1], dtype)
 
 
 def _halves(x: Tensor) -> Tensor:

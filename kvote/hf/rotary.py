@@ -1,13 +1,14 @@
 """The model's rotary module: where its angles come from, and at which positions it was last asked for them."""
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
+from kvote.errors import InactiveCacheError
 from kvote.hf.watch import ModuleCall
 
 # (positions int64 [rows, n], dtype) -> the model's own (cos, sin), each [rows, n, channels]
@@ -65,36 +66,41 @@ def caller(call: ModuleCall, function: Callable[..., Any] | None = None) -> RawA
     return raw
 
 
-@dataclass
 class RotaryPositions:
     """Notes the positions that a rotary module is called with, where attention is not told them as they are: models
-    with positions in three dimensions hand on others, or none."""
+    with positions in three dimensions hand on others, or none. Each thread is told of its own passes."""
 
-    module: "ref[torch.nn.Module]"
-    _last: Tensor | None = field(default=None, repr=False)
-    _handle: Any = field(default=None, repr=False)
+    def __init__(self, module: torch.nn.Module | None = None) -> None:
+        self._module = None if module is None else ref(module)
+        self._seen = threading.local()
+        self._handle: Any = None
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> "RotaryPositions":
-        return cls(ref(module))
+        """The one of ``module``, whoever asks."""
+        return _watched.setdefault(module, cls(module))
 
     def watch(self) -> None:
         """Starts to note positions, once. ``release`` ends it."""
-        module = self.module()
+        module = None if self._module is None else self._module()
         if self._handle is None and module is not None:
             self._handle = module.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        self._handle = self._last = None
+        self._handle = None
 
     def _note(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._last = positions_given(ModuleCall(module, args, kwargs))
+        # A copy of a model has the hook of the first one, and one of its own.
+        if self._module is not None and self._module() is module:
+            self._seen.positions = positions_given(ModuleCall(module, args, kwargs))
 
     def positions(self) -> Tensor | None:
-        """The latest, [1 or b, t]; None if they have dimensions that differ."""
-        last = self._last
+        """The latest, [1 or b, t]; None if they have dimensions that differ. Raises InactiveCacheError if released."""
+        if self._handle is None:
+            raise InactiveCacheError("kvote.detach(model) was called after this cache was made; make a new one.")
+        last: Tensor | None = getattr(self._seen, "positions", None)
         if last is None or last.dim() == 2:
             return last
         if last.dim() == 1:
@@ -103,3 +109,10 @@ class RotaryPositions:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RotaryPositions":
         return self
+
+    def __reduce__(self) -> Any:
+        # Saved with a model, it watches nothing.
+        return RotaryPositions, ()
+
+
+_watched: "WeakKeyDictionary[torch.nn.Module, RotaryPositions]" = WeakKeyDictionary()

@@ -1,11 +1,11 @@
 """The switch to kvote's attention functions, and back."""
 
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvote.hf.attention import attention
 from kvote.hf.mask import mask
@@ -50,8 +50,6 @@ def attach(model: PreTrainedModel) -> None:
         native = config._attn_implementation or "eager"
         if isinstance(native, AttentionName):
             continue
-        if native not in ALL_MASK_ATTENTION_FUNCTIONS:
-            native = "sdpa"
         name = AttentionName(native)
         AttentionInterface.register(name, partial(attention, native))
         AttentionMaskInterface.register(name, partial(mask, native))
@@ -59,8 +57,8 @@ def attach(model: PreTrainedModel) -> None:
         config._attn_implementation_internal = name
 
 
-def detach(model: PreTrainedModel) -> None:
-    """Gives ``model`` its own attention back. A kvote cache that is still used with it raises InactiveCacheError."""
+def switch_back(model: PreTrainedModel) -> None:
+    """Gives ``model``, and all that share its configs, their own attention back."""
     for config in _configs(model):
         if isinstance(config._attn_implementation, AttentionName):
             config._attn_implementation_internal = config._attn_implementation.native
@@ -69,6 +67,18 @@ def detach(model: PreTrainedModel) -> None:
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether some part of ``model`` has been switched."""
     return any(isinstance(config._attn_implementation, AttentionName) for config in _configs(model))
+
+
+@contextlib.contextmanager
+def names_kept_on_failure(model: PreTrainedModel) -> Iterator[None]:
+    """Where the block raises, the attention of all parts is what it was before."""
+    names = [(config, config._attn_implementation) for config in _configs(model)]
+    try:
+        yield
+    except BaseException:
+        for config, name in names:
+            config._attn_implementation_internal = name
+        raise
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:

@@ -4,8 +4,10 @@ Nothing here goes by names of classes or flags: the model runs with its own atte
 module is seen at work and called again at another position, and what comes out is compared.
 """
 
+import contextlib
 import inspect
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +20,9 @@ from kvote.hf.cache_layer import CacheLayer, Turn
 from kvote.hf.guard import throws_away
 from kvote.hf.mask import padding_of
 from kvote.hf.model import is_full_attention, name_of, native_layers
-from kvote.hf.rope import Turned, identity, rope_of, rotary_calls, same, undoes
+from kvote.hf.rope import Turned, coarsest, identity, rope_of, rotary_calls, same, undoes
 from kvote.hf.rotary import RotaryPositions, positions_given
-from kvote.hf.switch import attach, detach, is_attached
+from kvote.hf.switch import attach, names_kept_on_failure
 from kvote.hf.undisturbed import undisturbed
 from kvote.hf.watch import AttentionCall, ModuleCall, Record, Stop, WatchedCache, recording
 from kvote.layer import Layer
@@ -100,45 +102,36 @@ def find_out(model: PreTrainedModel) -> Facts:
     begin = time.perf_counter()
     native_layers(model)
     prompt = _prompt(model)
-    runner = _runner(model)
-    with undisturbed(model):
-        was_attached = is_attached(model)
-        detach(model)
-        try:
-            runner = _adapted(model, runner, prompt)
+    # A model that is attached already stays so meanwhile: other caches may be at work.
+    with undisturbed(model), names_kept_on_failure(model):
+        with _refusing("{} does not run on a few tokens with transformers' default cache ({}).", model):
+            runner = _adapted(model, _runner(model), prompt)
             native = _native(model, runner, prompt)
-        except UnsupportedModelError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{name_of(model)} does not run on a few tokens with transformers' default cache ({first_line(error)})."
-            ) from error
         try:
             padded = _logits(runner, prompt.padded(), WatchedCache(config=model.config))
         except Exception:
             padded = None  # The model takes no padding, with any cache.
-        try:
-            attach(model)
+        attach(model)
+        with _refusing("{} does not run with kvote's attention ({}).", model):
             layers, finite = _watch(model, runner, prompt, native)
             # Weights that are no numbers say nothing about attention; who asks such a model is told so.
             if finite:
                 _compare_dense(model, runner, prompt, native, layers)
             if finite and padded is not None:
                 _compare_dense(model, runner, prompt.padded(), padded, layers)
-        except UnsupportedModelError:
-            detach(model)
-            raise
-        except Exception as error:
-            detach(model)
-            raise UnsupportedModelError(
-                f"{name_of(model)} does not run with kvote's attention ({first_line(error)})."
-            ) from error
-        except BaseException:
-            if not was_attached:
-                detach(model)
-            raise
         length = throws_away(runner)
     return Facts(layers, length, time.perf_counter() - begin)
+
+
+@contextlib.contextmanager
+def _refusing(sentence: str, model: PreTrainedModel) -> Iterator[None]:
+    """Any exception as an UnsupportedModelError: ``sentence`` with the model's name and what the exception says."""
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(sentence.format(name_of(model), first_line(error))) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -225,7 +218,7 @@ def _native(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> list[Tensor
     if not record.updates:
         raise UnsupportedModelError(_OWN_CACHE.format(name_of(model)))
     first, whole = logits[0], torch.ones_like(prompt.mask[:1, :-1])
-    if not _agree(first[:1, :-1], first[1:2, :-1], whole):
+    if not _agree(model, first[:1, :-1], first[1:2, :-1], whole):
         raise UnsupportedModelError(
             f"{name_of(model)} is not causal: what comes later in a text changes what comes before; kvote stores a "
             "token once, as it was when it came."
@@ -238,9 +231,15 @@ def _logits(runner: Any, prompt: _Prompt, cache: Any) -> list[Tensor]:
 
 
 def _forward(runner: Any, inputs: dict[str, Tensor], cache: Any) -> Tensor:
-    logits: Tensor = runner(**inputs, past_key_values=cache, use_cache=True).logits
+    columns = inputs["input_ids"].shape[1]
+    logits = getattr(runner(**inputs, past_key_values=cache, use_cache=True), "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] < columns:
+        raise UnsupportedModelError(
+            f"{name_of(runner)} gives no logits of a next token for each token; give kvote a model for causal language "
+            "modelling, such as AutoModelForCausalLM makes."
+        )
     # Prompt tuning puts tokens of its own before the others.
-    return logits[:, -inputs["input_ids"].shape[1] :]
+    return logits[:, -columns:]
 
 
 def _watch(
@@ -254,7 +253,7 @@ def _watch(
         with recording(runner) as record:
             logits = _forward(runner, inputs, cache)
         records.append(record)
-        if not _agree(logits, expected, inputs["attention_mask"]):
+        if not _agree(model, logits, expected, inputs["attention_mask"]):
             raise UnsupportedModelError(
                 f"{name_of(model)} gives other logits with its own cache once kvote's attention is registered; it goes "
                 "by the name of its attention implementation."
@@ -278,8 +277,8 @@ def _watch(
 _APART = {torch.float64: 1e-4, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-def _agree(logits: Tensor, expected: Tensor, mask: Tensor) -> bool:
-    """Whether two runs agree where tokens are no padding."""
+def _agree(model: PreTrainedModel, logits: Tensor, expected: Tensor, mask: Tensor) -> bool:
+    """Whether two runs agree where tokens are no padding, but for the rounding of the model's weights."""
     valid = mask[:, -logits.shape[1] :].bool()
     a, b = logits.float()[valid], expected.float()[valid]
     # Models that forbid tokens give them no finite logits.
@@ -287,7 +286,7 @@ def _agree(logits: Tensor, expected: Tensor, mask: Tensor) -> bool:
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
     a, b = a[finite], b[finite]
-    return bool((a - b).norm() <= _APART.get(expected.dtype, 1e-1) * b.norm())
+    return bool((a - b).norm() <= _APART[coarsest(model)] * b.norm())
 
 
 def _only_call(model: PreTrainedModel, index: int, record: Record) -> AttentionCall:
@@ -338,10 +337,11 @@ class _RopeFinder:
         again = self._again(call)
         if isinstance(again, str):
             return replace(seen, why_no_rope=again)
+        dtype = coarsest(self.model)
         before = call.key[:, :, _AGAIN : _AGAIN + 1], call.query[:, :, _AGAIN : _AGAIN + 1]
         after = again.key[:, :, -1:], again.query
-        if same(before[0], after[0]):
-            if not same(before[1], after[1]):
+        if same(before[0], after[0], dtype):
+            if not same(before[1], after[1], dtype):
                 return replace(seen, why_no_rope=self._why(index, "changes queries, but not keys, by their positions"))
             return replace(seen, rope=self._identity, rotated=False)
         for rotary in self._candidates(call):
@@ -349,8 +349,8 @@ class _RopeFinder:
             if places is None:
                 continue
             keys, queries = ((Turned(a, places[0]), Turned(b, places[1])) for a, b in zip(before, after, strict=True))
-            rope = self._shared(rotary, keys) or rope_of(rotary, keys)
-            if rope is not None and not undoes(rope, queries):
+            rope = self._shared(rotary, keys) or rope_of(rotary, keys, dtype)
+            if rope is not None and not undoes(rope, queries, dtype):
                 return replace(seen, why_no_rope=self._why(index, "scales queries by their positions"))
             if rope is not None:
                 self._found.append((self._kind(rotary), rope))
@@ -423,7 +423,7 @@ class _RopeFinder:
         """A rope found for another layer, if it is this one's too."""
         kind = self._kind(rotary)
         for known, rope in self._found:
-            if known[0] is kind[0] and known[1] == kind[1] and undoes(rope, keys):
+            if known[0] is kind[0] and known[1] == kind[1] and undoes(rope, keys, coarsest(self.model)):
                 return rope
         return None
 
@@ -466,7 +466,7 @@ def _compare_dense(
         cache.layers[index] = previous = CacheLayer(Layer(index, Method(), None), turn, previous)
     for inputs, expected in zip(prompt.passes(), native, strict=True):
         logits = _forward(runner, inputs, cache)
-        if not _agree(logits, expected, inputs["attention_mask"]):
+        if not _agree(model, logits, expected, inputs["attention_mask"]):
             worst = float((logits - expected)[inputs["attention_mask"][:, -logits.shape[1] :].bool()].abs().max())
             raise UnsupportedModelError(
                 f"{name_of(model)} gave other logits with kvote's dense attention than with its own (by up to "

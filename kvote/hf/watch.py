@@ -72,11 +72,14 @@ def recording(model: torch.nn.Module | None = None, *, stops: bool = False) -> I
     handles, running = [], dict[torch.nn.Module, ModuleCall]()
 
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Hooks are the model's, a record is one thread's.
+        if _record.get() is not record:
+            return
         running[module] = ModuleCall(module, args, dict(kwargs))
         record.modules.append(running[module])
 
     def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module in running:
+        if _record.get() is record and module in running:
             running.pop(module).output = output
 
     try:
