@@ -3,6 +3,7 @@
 Every kernel answers another query first, so that an answer left over from an earlier call cannot pass for its own.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,12 +115,16 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     assert segment is not None
     assert layer.rope is not None
     watched = Watched(reader)
-    layer.method = Method(read=watched)
+    # What is read cannot be watched where the step is one call of a kernel; that has to answer the same.
+    layer.method, layer.steps, short = Method(read=watched), False, layer.steps
     asked, n = geometry.step(layer.seen), layer.seen
     layer.attend(geometry.step(n))
     layer.crop(1)
-    mine = layer.attend(asked)
-    layer.method = Method(read=reader)
+    mine = [layer.attend(asked)]
+    layer.method, layer.steps = Method(read=reader), short
+    if short:
+        layer.crop(1)
+        mine.append(layer.attend(asked))
     assert watched.read_last is not None
     key, value = segment.decode([0], 0, n + 1)
     raw = layer.rope.undo(asked.query, layer.rope.angles(asked.positions, geometry.dtype)).float()
@@ -132,7 +137,8 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     found(name, index[first : len(index) - last - 1] - first, law)
     placed = turned(key[:, :, index].float(), angles, slice(0, len(index)))
     query = turned(raw, angles, slice(len(index) - 1, len(index)))
-    close(name, mine, attention(query, placed, value[:, :, index], geometry.scale))
+    for out in mine:
+        close(name, out, attention(query, placed, value[:, :, index], geometry.scale))
     layer.crop(1)
 
 
@@ -170,20 +176,28 @@ class Lawful:
 
 def decoding(name: str, layer: Layer | HeadGroups, geometry: Geometry) -> None:
     """Raises WrongAnswerError unless a decode step answers what the law does with the tokens that it reads, as they are
-    stored. The token of the step stays."""
+    stored. The token of the step stays. Where the step is one call of a kernel, a copy takes that, and must answer the
+    same."""
+    step = geometry.step(layer.seen)
+    short = [part.steps for part in layer.parts]
+    answers = [copy.deepcopy(layer).attend(step)[0, 0]] if any(short) else []
     watched = []
     for part in layer.parts:
+        part.steps = False
         reader = Lawful(part.method.read, part, Logits(geometry.scale))
         watched.append((part, part.method, reader))
         part.method = replace(part.method, read=reader)
-    out = layer.attend(geometry.step(layer.seen))[0, 0]
-    for part, method, _ in watched:
-        part.method = method
+    answers.append(layer.attend(step)[0, 0])
+    for (part, method, _), steps in zip(watched, short, strict=True):
+        part.method, part.steps = method, steps
     each = geometry.heads // geometry.kv_heads
-    heads = [g.query_heads(each) for g in layer.groups] if isinstance(layer, HeadGroups) else [list(range(len(out)))]
+    heads = (
+        [g.query_heads(each) for g in layer.groups] if isinstance(layer, HeadGroups) else [list(range(len(answers[0])))]
+    )
     for (_, _, reader), mine in zip(watched, heads, strict=True):
         assert reader.answer is not None
-        close(name, out[mine], reader.answer[0])
+        for out in answers:
+            close(name, out[mine], reader.answer[0])
 
 
 def _lawful(reading: Reading, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:

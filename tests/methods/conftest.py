@@ -22,12 +22,15 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
         return attend(self, queries, rows, tokens, logits)
 
     def spied(winners: Any) -> Any:
-        def spy(self: Any, query: Any, rows: Any, start: int, limits: list[int], k: int, nominate: int = 0) -> Any:
+        def spy(
+            self: Any, query: Any, rows: Any, start: int, limits: list[int], k: int, nominate: int = 0, skip: Any = None
+        ) -> Any:
             # The fused selection is that of votes and top-k one after the other, where the votes can be seen.
-            fused = winners(self, query, rows, start, limits, k, *([nominate] if nominate else []))
+            more = ({"nominate": nominate} if nominate else {}) | ({} if skip is None else {"skip": skip})
+            fused = winners(self, query, rows, start, limits, k, **more)
             votes = kernels.forbid(self.votes(query, rows, start, limits), start, limits)
             chosen = kernels.top_k(votes, k) + start
-            assert nominate or torch.equal(fused, chosen)
+            assert nominate or skip is not None or torch.equal(fused, chosen)
             return fused
 
         return spy
