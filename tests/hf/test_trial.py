@@ -2,12 +2,16 @@
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import peft
 import pytest
 import tiny
 import torch
+import transformers
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from zoo.build import build
 
 import kvote
@@ -46,6 +50,7 @@ CHANGES = {
     "weights": lambda net: net.model.layers[0].self_attn.k_proj.weight.data.mul_(2),
     "loaded weights": lambda net: net.load_state_dict({k: v + 1e-3 for k, v in net.state_dict().items()}),
     "config": lambda net: setattr(net.config, "rms_norm_eps", 1e-3),
+    "another rotary module": lambda net: setattr(net.model, "rotary_emb", copy.deepcopy(net.model.rotary_emb)),
     "a layer taken out": lambda net: net.model.layers.__delitem__(1),
 }
 
@@ -228,3 +233,110 @@ def test_detach_gives_the_model_back():
     with pytest.raises(kvote.InactiveCacheError, match="without kvote's attention"):
         tiny.feed(net, cache, tiny.ids(1, 5))
     tiny.feed(net, kvote.Cache(net), tiny.ids(1, 5))
+
+
+def test_threads_that_make_the_first_cache_wait_for_each_other(trials):
+    net = fresh().train()
+    made: list[Any] = []
+
+    def make() -> None:
+        made.append(kvote.Cache(net, "tokenselect"))
+
+    threads = [threading.Thread(target=make) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 3
+    assert len(trials) == 1
+    assert all(module.training for module in net.modules())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", ["adapter", "compiled"])
+def test_a_model_that_throws_its_cache_away_is_stopped_below_wrappers_too(wrap):
+    net = long_phi()
+    if wrap == "adapter":
+        net = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["qkv_proj"])).eval()
+    else:
+        net = torch.compile(net, backend="eager")
+    tokens = tiny.ids(1, 28)
+    ask = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
+    cache = kvote.Cache(net)
+    with pytest.raises(kvote.UnsupportedModelError, match="more than 32 tokens"), torch.no_grad():
+        net.generate(input_ids=tokens, past_key_values=cache, **ask)
+
+
+def test_an_attention_of_the_users_own_stays_where_kvote_refuses_it():
+    def doubled(module, query, key, value, mask, scaling=None, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=2 * scaling, **kwargs)
+
+    AttentionInterface.register("doubled", doubled)
+    net = fresh()
+    net.set_attn_implementation("doubled")
+    expected = tiny.generate(net, tiny.ids(1, 9)).sequences
+    with pytest.raises(kvote.UnsupportedModelError):
+        kvote.Cache(net)
+    assert net.config._attn_implementation == "doubled"
+    assert torch.equal(tiny.generate(net, tiny.ids(1, 9)).sequences, expected)
+
+
+def test_a_refused_model_leaves_one_that_shares_its_config_attached():
+    net = fresh()
+    cache = kvote.Cache(net)
+
+    class Odd(type(net)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("odd")
+
+    with pytest.raises(kvote.UnsupportedModelError, match=r"Odd does not run .* \(RuntimeError: odd\)"):
+        kvote.Cache(Odd(net.config))
+    tiny.feed(net, cache, tiny.ids(1, 5))
+
+
+@pytest.mark.parametrize("kind", [transformers.LlamaModel, transformers.LlamaForSequenceClassification])
+def test_a_model_without_next_tokens_is_refused_by_its_reason(kind):
+    config = copy.deepcopy(tiny.model().config)
+    with pytest.raises(kvote.UnsupportedModelError, match=f"{kind.__name__} gives no logits of a next token"):
+        kvote.Cache(kind(config).eval())
+
+
+def test_models_of_every_origin_have_a_state():
+    net = fresh()
+    net.config.labels_of_mine = {1: "a", "b": 2}
+    kvote.Cache(net)
+    with torch.inference_mode():
+        other = type(net)(tiny.model().config).eval()
+    kvote.Cache(other)
+
+
+def test_a_model_whose_positions_are_watched_is_saved_and_each_thread_has_its_own():
+    net = build("Qwen2VLForConditionalGeneration")
+    tokens = [tiny.ids(1, 6 + i, seed=i) % 50 + 3 for i in range(2)]
+    expected = [tiny.feed(net, None, ids) for ids in tokens]
+    kvote.Cache(net, "tokenselect")
+    pickle.loads(pickle.dumps(net))
+    got: dict[int, bool] = {}
+
+    def run(i: int) -> None:
+        same = [
+            torch.allclose(tiny.feed(net, kvote.Cache(net, "tokenselect"), tokens[i]), expected[i], atol=1e-4)
+            for _ in range(15)
+        ]
+        got[i] = all(same)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == {0: True, 1: True}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_training_with_gradient_checkpointing_is_refused():
+    net = fresh().train()
+    net.gradient_checkpointing_enable()
+    with pytest.raises(kvote.InputError, match="gradient checkpointing"):
+        kvote.Cache(net)
+    kvote.Cache(net.eval())
