@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from kvote.errors import UnsupportedModelError
 from kvote.hf import switch
 from kvote.hf.guard import guard
-from kvote.hf.trial import Facts, LayerFacts, find_out
+from kvote.hf.layer_facts import LayerFacts
+from kvote.hf.trial import Facts, find_out
 from kvote.rope import Rope
 
 _known: "WeakKeyDictionary[torch.nn.Module, tuple[Any, Facts | UnsupportedModelError]]" = WeakKeyDictionary()
