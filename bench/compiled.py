@@ -23,10 +23,15 @@ SHAPE = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in the cache")
+    parser.add_argument("--layers", type=int, default=30, help="layers of the model; compiling takes long")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each kind")
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, dtype=torch.bfloat16)).to(torch.bfloat16).eval()
+    model = (
+        LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": args.layers}, dtype=torch.bfloat16))
+        .to(torch.bfloat16)
+        .eval()
+    )
     compiled = torch.compile(model)
     caches = {
         "DynamicCache": lambda: DynamicCache(config=model.config),
@@ -38,7 +43,10 @@ def main() -> None:
         plain, fast = steps(model, compiled, make, args.tokens, args.rounds)
         rows.append({"cache": name, "plain_ms": plain, "compiled_ms": fast, "ratio": plain / fast})
         print(f"{name}: {plain:.1f} ms plain, {fast:.1f} ms compiled, {plain / fast:.2f}x", flush=True)
-    save("compiled", {"command": command(), "machine": machine(), "tokens": args.tokens, "rows": rows})
+    save(
+        "compiled",
+        {"command": command(), "machine": machine(), "tokens": args.tokens, "layers": args.layers, "rows": rows},
+    )
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
 
         return spy
 
-    # What happens in one call cannot be watched; tests/store/test_step.py holds it to what happens in several.
+    # What happens in one call cannot be watched; tests/test_step.py holds it to what happens in several.
     monkeypatch.setattr(RawSegment, "step", lambda *_: None)
     monkeypatch.setattr(RawSegment, "attend", spy_attend)
     for voted in (RawSegment, Sketch):
