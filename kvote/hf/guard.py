@@ -12,7 +12,7 @@ import torch
 
 from kvote.errors import UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer
-from kvote.hf.model import name_of
+from kvote.hf.model import innermost, name_of
 from kvote.hf.watch import WatchedCache
 
 _NAME = "prepare_inputs_for_generation"
@@ -81,15 +81,8 @@ class Guard:
 def guard(model: Any, length: int | None) -> None:
     """Lets ``model`` raise UnsupportedModelError where it would leave a kvote cache out, behind ``length`` tokens; None
     ends it."""
-    inner = _innermost(model)
+    inner = innermost(model)
     if isinstance(vars(inner).get(_NAME), Guard):
         del vars(inner)[_NAME]
     if length is not None and _NAME not in vars(inner):
         vars(inner)[_NAME] = Guard(inner, length)
-
-
-def _innermost(model: Any) -> Any:
-    """The model whose own generate() runs, below wrappers of compilation and adapters."""
-    model = getattr(model, "_orig_mod", model)
-    base = getattr(model, "get_base_model", None)
-    return model if base is None else base()

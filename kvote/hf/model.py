@@ -8,11 +8,21 @@ from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAt
 from kvote.errors import UnsupportedModelError
 
 
+def uncompiled_model(model: Any) -> Any:
+    """The model below a wrapper of torch.compile."""
+    return getattr(model, "_orig_mod", model)
+
+
+def innermost(model: Any) -> Any:
+    """The model whose own generate() runs, below wrappers of compilation and adapters."""
+    model = uncompiled_model(model)
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else base()
+
+
 def name_of(model: Any) -> str:
     """The name of the model's class, below wrappers of adapters and compilation."""
-    model = getattr(model, "_orig_mod", model)
-    base = getattr(model, "get_base_model", None)
-    return type(model if base is None else base()).__name__
+    return type(innermost(model)).__name__
 
 
 def native_layers(model: PreTrainedModel) -> list[Any]:

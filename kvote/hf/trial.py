@@ -20,7 +20,7 @@ from kvote.hf.cache_layer import CacheLayer, Turn
 from kvote.hf.guard import throws_away
 from kvote.hf.layer_facts import ROWS, LayerFacts, LayerFinder, first_line
 from kvote.hf.mask import padding_of
-from kvote.hf.model import is_full_attention, name_of, native_layers
+from kvote.hf.model import innermost, is_full_attention, name_of, native_layers, uncompiled_model
 from kvote.hf.rope import coarsest
 from kvote.hf.switch import attach, names_kept_on_failure
 from kvote.hf.undisturbed import undisturbed
@@ -82,7 +82,7 @@ def find_out(model: PreTrainedModel) -> Facts:
     # A model that is attached already stays so meanwhile: other caches may be at work.
     with undisturbed(model), names_kept_on_failure(model):
         with _refusing("{} does not run on a few tokens with transformers' default cache ({}).", model):
-            runner = _adapted(model, _runner(model), prompt)
+            runner = _adapted(model, uncompiled_model(model), prompt)
             native = _native(model, runner, prompt)
         try:
             padded = _logits(runner, prompt.padded(), WatchedCache(config=model.config))
@@ -111,22 +111,17 @@ def _refusing(sentence: str, model: PreTrainedModel) -> Iterator[None]:
         raise UnsupportedModelError(sentence.format(name_of(model), first_line(error))) from error
 
 
-def _runner(model: Any) -> Any:
-    """The model below a wrapper of torch.compile, which would compile for the trial."""
-    return getattr(model, "_orig_mod", model)
-
-
 def _adapted(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> Any:
     """The model below a wrapper of adapters, where the wrapper leaves the cache alone: prompt tuning puts tokens of its
     own before every pass that generate() has not prepared. Raises UnsupportedModelError where it does not."""
-    base = getattr(runner, "get_base_model", None)
-    if base is None:
+    base = innermost(runner)
+    if base is runner:
         return runner
     with recording() as record:
         _forward(runner, prompt.passes()[0], WatchedCache(config=model.config))
     if not record.updates:
         raise UnsupportedModelError(_OWN_CACHE.format(name_of(model)))
-    return base()
+    return base
 
 
 _OWN_CACHE = (
@@ -148,7 +143,7 @@ def _prompt(model: PreTrainedModel) -> _Prompt:
     ids = torch.tensor([row[:_TOKENS]] * ROWS)
     ids[1, -1] = row[_TOKENS + 1]
     ids, after = (x.to(_device(model)) for x in (ids, torch.tensor([[row[_TOKENS]]] * ROWS)))
-    positions = "position_ids" in inspect.signature(_runner(model).forward).parameters
+    positions = "position_ids" in inspect.signature(uncompiled_model(model).forward).parameters
     return _Prompt(ids, torch.ones_like(ids), after, positions)
 
 
