@@ -8,7 +8,7 @@ import torch
 from kvote.method import Method
 from kvote.store.low_rank import SharedLowRank
 from kvote.store.pages import PAGE
-from kvote.store.raw import ROOM, token_bytes
+from kvote.store.raw_tokens import ROOM, token_bytes
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PagePool
-from kvote.store.raw import RawSegment, token_bytes
+from kvote.store.raw import RawSegment
+from kvote.store.raw_tokens import token_bytes
 from kvote.store.segment import Logits, Segment
 
 Answer = tuple[Tensor, Tensor]
