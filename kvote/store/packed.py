@@ -64,9 +64,9 @@ class PackedLanes:
         for i in chosen:
             self.pool.lanes[i].length += x.shape[2]
 
-    def unpack(self, rows: list[int], tokens: range | Tensor) -> Tensor:
-        """Tokens as they decode, [b, h, m, d]: a range, or lists int64 [b, m]; with a list for each of several query
-        heads per key head, [b, heads, m], as many heads as lists."""
+    def unpack(self, rows: list[int], tokens: range | Tensor, room: int = 0) -> Tensor:
+        """Tokens as they decode, [b, h, m + room, d]: a range, or lists int64 [b, m]; with a list for each of several
+        query heads per key head, [b, heads, m], as many heads as lists. What lies in the last ``room`` is undefined."""
         pages, form, lanes = self.pool.parts["pages"], self.form, self._lanes(rows)
         sequences, heads = len(rows), self.heads
         m = len(tokens) if isinstance(tokens, range) else tokens.shape[-1]
@@ -74,9 +74,9 @@ class PackedLanes:
             # A head with a list of its own is a sequence of one head.
             lanes = tuple(lane for lane in lanes for _ in range(tokens.shape[1] // heads))
             sequences, heads, tokens = len(lanes), tokens.shape[1], tokens.reshape(-1, m)
-        out = torch.empty(len(lanes), m, form.dim, dtype=form.dtype, device=pages.device)
+        out = torch.empty(len(lanes), m + room, form.dim, dtype=form.dtype, device=pages.device)
         self.backend.packed.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
-        return out.view(len(rows), heads, m, form.dim)
+        return out.view(len(rows), heads, m + room, form.dim)
 
     def reads(self, groups: int) -> bool:
         """Whether queries of so many heads per key head read codes in place; else, tokens are decoded first."""

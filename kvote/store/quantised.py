@@ -304,14 +304,8 @@ class QuantisedSegment:
         [b, heads, 1, m] per query head, which makes h as many heads."""
         assert isinstance(tokens.index, Tensor)
         index = tokens.index[..., 0, :].contiguous()
-        body, first = self.values.length(rows[0]), self._first[rows[0]]
-        recent = (index - first).clamp(min=0)
-        key, value, _ = self.raw.read(rows, TokenSet(recent[..., None, :]))
         each = index if tokens.by_head else index[:, None]
-        if bool((index < body).any()):
-            old, where = index.clamp(max=body - 1), (each < body)[..., None]
-            key = torch.where(where, self.keys.unpack(rows, old), key)
-            value = torch.where(where, self.values.unpack(rows, old), value)
+        key, value = self._held(rows, index)
         if self.rope is None:
             return key, value
         if tokens.positions == "original":
@@ -323,6 +317,28 @@ class QuantisedSegment:
         angles = self.raw.angles(tokens)
         assert angles is not None
         return self.rope.apply(key, angles), value
+
+    def _held(self, rows: list[int], index: Tensor) -> Answer:
+        """Keys and values [b, h, m, c], as they are held, of one list [b, m] per sequence, or [b, heads, m] per query
+        head, which makes h as many heads."""
+        body, first, m = self.values.length(rows[0]), self._first[rows[0]], index.shape[-1]
+        # Lists ascend, so what is packed comes first: in all of them at least so many tokens, at most so many.
+        counts = (index < body).sum(dim=-1)
+        least, most = int(counts.min()), int(counts.max())
+        if most == 0:
+            return self.raw.read(rows, TokenSet((index - first)[..., None, :]))[:2]
+        old = index[..., :most].clamp(max=body - 1).contiguous()
+        key, value = (part.unpack(rows, old, room=m - most) for part in (self.keys, self.values))
+        if least == m:
+            return key, value
+        # Only the last tokens of a list can be raw ones.
+        late = index[..., least:]
+        recent = self.raw.read(rows, TokenSet((late - first).clamp(min=0)[..., None, :]))
+        where = (late >= body)[..., None]
+        for held, raw in zip((key, value), recent[:2], strict=True):
+            last = held[:, :, least:]
+            last.copy_(raw if least == most else torch.where(where if index.dim() == 3 else where[:, None], raw, last))
+        return key, value
 
     def attention_mass(
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
