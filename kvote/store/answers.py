@@ -1,12 +1,21 @@
 """What queries read in tokens that lie before them as tensors."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.read.tokens import TokenSet
+from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.segment import Logits
+
+
+def asked_by(queries: Queries, tokens: TokenSet, at: slice | list[int]) -> tuple[Queries, TokenSet]:
+    """The queries of some of the sequences, and what those read."""
+    raw = None if queries.raw is None else queries.raw[at]
+    index = tokens.index if isinstance(tokens.index, range) else tokens.index[at]
+    return Queries(queries.rotated[at], raw), replace(tokens, index=index)
 
 
 def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:

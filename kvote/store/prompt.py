@@ -12,7 +12,7 @@ from kvote import kernels
 from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
-from kvote.store.answers import answers, received
+from kvote.store.answers import answers, asked_by, received
 from kvote.store.raw import RawSegment
 from kvote.store.segment import NO_INDEXES, Logits
 
@@ -207,7 +207,11 @@ class PromptSegment:
         alike = [list(group) for _, group in groupby(range(len(rows)), key=lambda i: self.encoded(rows[i]))]
         if len(alike) == 1:
             return self._alike(queries, rows, tokens, logits)
-        return _joined([self._alike(*_some(queries, rows, tokens, some), logits) for some in alike], dim=0)
+        parts = []
+        for some in alike:
+            its, own = asked_by(queries, tokens, some)
+            parts.append(self._alike(its, [rows[i] for i in some], own, logits))
+        return _joined(parts, dim=0)
 
     def _alike(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         """The answers of sequences of which equally many tokens are encoded."""
@@ -398,13 +402,6 @@ class PromptSegment:
 def head_of(slots: Tensor, heads: int) -> Tensor:
     """The key heads [lists, 1], of ``heads``, that ``slots`` [lists, m] of key heads or of query heads are of."""
     return torch.arange(heads, device=slots.device).repeat_interleave(len(slots) // heads)[:, None]
-
-
-def _some(queries: Queries, rows: list[int], tokens: TokenSet, some: list[int]) -> tuple[Queries, list[int], TokenSet]:
-    """What some of the sequences of a group ask."""
-    raw = None if queries.raw is None else queries.raw[some]
-    index = tokens.index if isinstance(tokens.index, range) else tokens.index[some]
-    return Queries(queries.rotated[some], raw), [rows[i] for i in some], replace(tokens, index=index)
 
 
 def _cut(angles: Angles | None, start: int, stop: int) -> Angles | None:

@@ -19,7 +19,7 @@ from kvote.memory import storage_bytes
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store import packed
-from kvote.store.answers import angles_at, answers, received
+from kvote.store.answers import angles_at, answers, asked_by, received
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PAGE, PagePool
 from kvote.store.raw import RawSegment
@@ -190,9 +190,8 @@ class QuantisedSegment:
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
         def some(part: list[int], at: slice | list[int]) -> Answer:
-            raw = None if queries.raw is None else queries.raw[at]
-            own = tokens if isinstance(tokens.index, range) else replace(tokens, index=tokens.index[at])
-            return self._attend(Queries(queries.rotated[at], raw), part, own, logits)
+            its, own = asked_by(queries, tokens, at)
+            return self._attend(its, part, own, logits)
 
         if len(rows) == 1:
             return self._attend(queries, rows, tokens, logits)
@@ -344,9 +343,8 @@ class QuantisedSegment:
         self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
     ) -> Tensor:
         def some(part: list[int], at: slice | list[int]) -> tuple[Tensor]:
-            raw = None if queries.raw is None else queries.raw[at]
-            own = tokens if isinstance(tokens.index, range) else replace(tokens, index=tokens.index[at])
-            return (self._mass(Queries(queries.rotated[at], raw), lse[at], part, own, logits),)
+            its, own = asked_by(queries, tokens, at)
+            return (self._mass(its, lse[at], part, own, logits),)
 
         return self._by_body(rows, some)[0]
 
