@@ -124,7 +124,7 @@ def decode(
     ``query`` [sequences, heads, d], head = h_kv * g + i, is rounded to the dtype of the keys; lanes are (sequence, key
     head) in that order. ``tokens``: a range that all read, or int64 [sequences, m]; with ``angles`` [m, r] keys are
     rotated as they are read. ``stops`` int32 [sequences], on the device: sequence i reads its tokens before
-    ``stops[i]`` only, so that one captured call serves lengths up to that of the range; int32 [lanes]: so does each lane.
+    ``stops[i]`` only, so that one captured call serves lengths up to that of the range; int32 [lanes]: each lane does.
     """
     if ends is not None:
         checks.ends_of(ends, tokens, lanes)
