@@ -238,7 +238,7 @@ class Layer:
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)
-            first = segment.length(rows[0]) if len(groups) > 1 or b == 1 else max(before)
+            first = max(map(segment.length, rows))
             segment.append(rows, group.cut(raw_key), group.cut(step.value), group.cut(step.positions[:, None])[:, 0])
             reading = Reading(
                 queries=Queries(group.cut(queries.rotated), None if raw_query is None else group.cut(raw_query)),

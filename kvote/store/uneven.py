@@ -31,7 +31,7 @@ class UnevenSegment(RawSegment):
 
     def length(self, row: int) -> int:
         """Of its longest key head."""
-        return max(self.lengths(row)) if self.by_head else super().length(row)
+        return max(self.lengths(row)) if self.by_head else self.pool.lanes[row * self.heads].length
 
     def joins(self, query_heads: int) -> bool:
         """Whether sequences of any lengths are read in one call, a query each."""
