@@ -126,6 +126,12 @@ def test_a_generated_token_is_answered_in_one_call_for_all_heads():
     assert calls.count("decode") == (1 if kernels.MAX_GROUPS else 0)
 
 
+def test_a_share_that_leaves_no_more_than_the_window_keeps_the_window():
+    fed = skewed(f"adakv(budget=0.1, window={WINDOW})")
+    fed.feed(N)
+    assert kept(fed) == [list(range(N - WINDOW, N))] * 4
+
+
 def test_the_next_turn_divides_anew_and_no_head_has_more_than_it_held():
     fed = skewed(f"{SPEC}, safeguard=0.2)")
     fed.feed(N)

@@ -34,7 +34,10 @@ class Joint:
 
     def tokens(self, worth: Sequence[Tensor], mean: int) -> list[int]:
         together = torch.cat(list(worth))
-        best = kernels.top_k(together[None], min(len(worth) * mean, len(together)))[0]
+        most = min(len(worth) * mean, len(together))
+        if not most:
+            return [0] * len(worth)
+        best = kernels.top_k(together[None], most)[0]
         sizes = torch.tensor([len(own) for own in worth], device=best.device)
         won = torch.bucketize(best, sizes.cumsum(0), right=True).bincount(minlength=len(worth))
         return torch.round(won * (1 - self.safeguard) + int(mean * self.safeguard)).int().tolist()
