@@ -80,10 +80,10 @@ class Evict:
     over_heads: OverHeads | None = None
 
     def __post_init__(self) -> None:
-        if self.uneven and not (self.score.per_head and self.score.uneven and self.merge is None):
+        if self.over_heads is not None and not (self.score.per_head and self.score.uneven and self.merge is None):
             raise MethodError(
-                "a budget is divided over key heads only where each is judged by itself, by a score of single tokens, "
-                "and nothing is merged."
+                "a budget is divided over key heads only where each keeps its own tokens (per_head=True), nothing is "
+                f"merged, and the score says that heads may differ in length (uneven); got {type(self.score).__name__}."
             )
         check_whole(self, sinks=0)
         check_flags(self, "evict_generated")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvote.kernels import reference
 from kvote.read.tokens import Queries, TokenSet
+from kvote.rope import Rope
 from kvote.store.answers import answers, received
 from kvote.store.pages import PAGE, Lane
 from kvote.store.raw import RawSegment
@@ -22,8 +23,10 @@ class UnevenSegment(RawSegment):
     """As ``RawSegment``; where lanes differ, ranges are places, and what a lane has not got there is left out of
     answers, 0 in attention received and in tokens, and -inf in scores."""
 
-    # Whether key heads of a sequence differ in length.
-    by_head = False
+    def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> None:
+        super().__init__(heads, like, value_dim, rope)
+        # Whether key heads of a sequence differ in length.
+        self.by_head = False
 
     def lengths(self, row: int) -> list[int]:
         """Tokens held by each key head of a sequence."""

@@ -6,12 +6,13 @@ import pytest
 import tiny
 import torch
 
-from kvote import kernels
+from kvote import MethodError, kernels
 from kvote.keep.allocate.over_heads import Joint
 from kvote.keep.budget import Budget
 from kvote.keep.evict import Evict
 from kvote.keep.score.norms import SmallKeys
 from kvote.keep.score.received import Received
+from kvote.keep.score.recency import Recency
 from kvote.method import Method
 from kvote.read.tokens import Queries, TokenSet
 from kvote.store.raw import Raw
@@ -95,6 +96,12 @@ def test_any_score_of_single_tokens_may_divide_a_budget_over_heads(score, sinks)
             assert sum(map(len, lanes)) == 40
             differ += len(lanes[0]) != len(lanes[1])
     assert differ
+
+
+def test_a_score_that_does_not_say_that_heads_may_differ_is_refused():
+    for score in (Recency(per_head=True), Received(per_head=False)):
+        with pytest.raises(MethodError, match=r"heads may differ in length \(uneven\)"):
+            Evict(score, Budget(20), over_heads=Joint(0.2))
 
 
 def counted(cache: Any) -> list[str]:
