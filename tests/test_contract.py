@@ -37,6 +37,8 @@ METHODS = {
     "snapkv": "snapkv(budget=20, window=6)",
     "knorm-all": "knorm(budget=500)",
     "knorm": "knorm(budget=20)",
+    "adakv-all": "adakv(budget=500, window=6)",
+    "adakv": "adakv(budget=20, window=6, safeguard=0.1)",
     "pyramidkv-all": "pyramidkv(budget=500, window=6)",
     "pyramidkv": "pyramidkv(budget=20, window=6, beta=4)",
     "randomkeep-all": "randomkeep(budget=500, window=6)",
