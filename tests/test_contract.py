@@ -37,6 +37,10 @@ METHODS = {
     "snapkv": "snapkv(budget=20, window=6)",
     "knorm-all": "knorm(budget=500)",
     "knorm": "knorm(budget=20)",
+    "expectedattention-all": "expectedattention(budget=500)",
+    "expectedattention": "expectedattention(budget=20, sinks=2, future=16)",
+    # A smaller budget asks for the prompt to be read again: tests/methods/test_kvzip.py.
+    "kvzip-all": "kvzip(budget=500)",
     "pyramidkv-all": "pyramidkv(budget=500, window=6)",
     "pyramidkv": "pyramidkv(budget=20, window=6, beta=4)",
     "randomkeep-all": "randomkeep(budget=500, window=6)",

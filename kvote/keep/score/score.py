@@ -17,12 +17,14 @@ class Score:
     ``per_head``: every key head keeps its own tokens; False: all keep the same, by the sum over heads. ``per_layer``:
     whether layers may differ. ``adds_up``: whether what was observed cannot be taken back. ``token_bytes``: what is
     remembered for good, per token and key head. ``spare``: tokens that a budget must leave to it besides sinks and
-    window.
+    window. ``needs_rope`` and ``echo`` as those of a ``Keeper``.
     """
 
     per_head: bool = True
     per_layer = True
     spare = 1
+    needs_rope = False
+    echo = 0
 
     def __post_init__(self) -> None:
         check_flags(self, "per_head")
@@ -45,6 +47,10 @@ class Score:
 
     def observe(self, seen: Observation, memory: Any) -> None:
         """Is shown the passes that it asked for."""
+
+    def due(self, memory: Any) -> bool:
+        """As ``Keeper.due``."""
+        return False
 
     def ended(self, held: Held, memory: Any) -> bool:
         """Whether a prompt of this sequence has just ended; otherwise its new tokens were generated."""
