@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
         return
     table = plain_table()
     for column in ("method", "decides", "what it does"):
-        name = column == "method"
+        first = column == "method"
         table.add_column(
-            column, no_wrap=not name, overflow="fold" if name else "ellipsis", min_width=_NAME if name else None
+            column, no_wrap=not first, overflow="fold" if first else "ellipsis", min_width=_NAME if first else None
         )
     for name in sorted(METHODS):
         made = METHODS[name]

@@ -124,7 +124,7 @@ def test_keys_held_without_rotation_receive_the_same(passes):
 
 
 def test_weights_of_a_long_repeat_are_taken_piece_by_piece(monkeypatch, received):
-    monkeypatch.setattr(repeated, "_WEIGHTS_HELD", 1000)
+    monkeypatch.setattr(repeated, "_LOGITS_HELD", 1000)
     test_worth_is_the_most_attention_of_a_repeat_over_sinks_chunk_and_itself(received, 23, True)
 
 

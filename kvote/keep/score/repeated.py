@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvote import kernels
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.score.score import Score
 from kvote.keep.turned import keys_in_place
 from kvote.memory import storage_bytes
 from kvote.numbers import check_whole
+from kvote.read.tokens import Queries, TokenSet
 
-# Float32 weights (16 MiB) that are held at a time.
-_WEIGHTS_HELD = 1 << 22
+# Float32 logits (4 MiB) that are held at a time.
+_LOGITS_HELD = 1 << 20
 
 
 @dataclass
@@ -80,24 +82,24 @@ class ReadAgain(Score):
     def _most(self, seen: Observation, i: int, chunk: range) -> Tensor:
         """The largest weight [h, n] that each token of ``chunk`` received from the i-th sequence of a pass."""
         row, t, h = seen.rows[i], seen.count, seen.segment.heads
-        rope = None if seen.queries.raw is None else seen.rope
-        sinks = range(min(self.sinks, chunk.start))
-        parts = [(r.start, r.stop) for r in (sinks, chunk, range(seen.first, seen.first + t)) if len(r)]
-        key = torch.cat([keys_in_place(seen.segment, row, a, z, rope) for a, z in parts], dim=1).transpose(1, 2)
-        queries = seen.queries.rotated[i].float() * seen.logits.scale
-        queries = queries.reshape(h, -1, t, queries.shape[-1])
-        before, most = key.shape[2] - t, key.new_zeros(h, len(chunk))
-        step = max(1, _WEIGHTS_HELD // (queries.shape[0] * queries.shape[1] * key.shape[2]))
-        at = torch.arange(key.shape[2], device=key.device)
+        if not len(chunk):
+            return torch.zeros(h, 0, device=seen.lse.device)
+        raw = seen.queries.raw
+        queries = Queries(seen.queries.rotated[i : i + 1], None if raw is None else raw[i : i + 1])
+        own = range(seen.first, seen.first + t)
+        sets = [TokenSet(part, causal=part is own) for part in (range(min(self.sinks, chunk.start)), chunk, own)]
+        answers = [seen.segment.attend(queries, [row], part, seen.logits) for part in sets if len(part)]
+        total = kernels.merge(answers)[1][0].reshape(h, -1, t, 1)
+        key = keys_in_place(seen.segment, row, chunk.start, chunk.stop, None if raw is None else seen.rope)
+        query = queries.rotated[0].float().reshape(h, -1, t, key.shape[2]) * seen.logits.scale
+        most = torch.full((h, len(chunk)), float("-inf"), device=key.device)
+        step = max(1, _LOGITS_HELD // (query.shape[0] * query.shape[1] * len(chunk)))
         for a in range(0, t, step):
-            z = min(t, a + step)
-            logits = queries[:, :, a:z] @ key[:, None]
+            logits = query[:, :, a : a + step] @ key[:, None].transpose(2, 3)
             if seen.logits.softcap is not None:
-                logits = seen.logits.softcap * torch.tanh(logits / seen.logits.softcap)
-            unseen = at[None] > torch.arange(before + a, before + z, device=key.device)[:, None]
-            weights = logits.masked_fill(unseen, float("-inf")).softmax(dim=-1)
-            most = torch.maximum(most, weights[..., len(sinks) : len(sinks) + len(chunk)].amax(dim=(1, 2)))
-        return most
+                logits = logits.div_(seen.logits.softcap).tanh_().mul_(seen.logits.softcap)
+            most = torch.maximum(most, logits.sub_(total[:, :, a : a + step]).amax(dim=(1, 2)))
+        return most.exp()
 
     def ended(self, held: Held, memory: Repeated) -> bool:
         waits = held.row not in memory.heard and not held.generated
