@@ -14,6 +14,11 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
             "the tokens kept differ from head to head, but the reader takes one list of tokens for all heads, in which "
             "the same place would mean other tokens in every head; write per_head=False"
         )
+    if getattr(keep, "uneven", False):
+        if not getattr(store, "uneven", False):
+            return "key heads would hold different numbers of tokens, and what is stored needs equally many"
+        if not getattr(read, "uneven", False):
+            return "key heads would hold different numbers of tokens, and the reader names one place in all of them"
     if store.regroups and keep.drops and keep.while_generating:
         return (
             "tokens would be dropped while generating, and every time what is stored would have to be decoded and "

@@ -18,12 +18,13 @@ from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
 from kvote.method import Method
 from kvote.passes import Mark, Passes, unheard
-from kvote.read.tokens import Activity, Memory, Queries, Reading, Span, Token
+from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Span, Token
 from kvote.rope import Rope
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
 from kvote.store.segment import Indexed, Logits, Segment
+from kvote.store.uneven import UnevenSegment
 
 
 @dataclass
@@ -88,7 +89,14 @@ class Layer:
     @property
     def held(self) -> int:
         """Tokens held, of all sequences together."""
-        return 0 if self.segment is None else sum(self.segment.length(row) for row in range(self.sequences))
+        return 0 if self.segment is None else sum(self._held(row) for row in range(self.sequences))
+
+    def _held(self, row: int) -> int:
+        """Tokens of a sequence, the mean of its key heads where they differ."""
+        assert self.segment is not None
+        if isinstance(self.segment, UnevenSegment) and self.segment.by_head:
+            return -(-sum(self.segment.lengths(row)) // self.segment.heads)
+        return self.segment.length(row)
 
     @property
     def nbytes(self) -> int:
@@ -227,17 +235,19 @@ class Layer:
         queries = Queries(step.query, raw_query)
         before = [] if b == 1 and step.valid is None else [segment.length(row) for row in range(b)]
         groups = alike(before, step.valid, t)
+        if len(groups) > 1 and self._joins(groups, step):
+            groups = [(list(range(b)), None)]
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)
-            first = segment.length(rows[0])
+            first = max(map(segment.length, rows))
             segment.append(rows, group.cut(raw_key), group.cut(step.value), group.cut(step.positions[:, None])[:, 0])
             reading = Reading(
                 queries=Queries(group.cut(queries.rotated), None if raw_query is None else group.cut(raw_query)),
                 segment=segment,
                 rows=rows,
                 first=first,
-                solo=min(step.solo, segment.length(rows[0]) - first),
+                solo=min(step.solo, max(map(segment.length, rows)) - first),
                 decode=step.decode,
                 layer=self.index,
                 sequences=b,
@@ -280,6 +290,20 @@ class Layer:
                 for layer in self.crew.layers if self.method.spans_layers else [self]:
                     layer.count()
         return out.transpose(1, 2)
+
+    def _joins(self, groups: list[tuple[list[int], Tensor | None]], step: Step) -> bool:
+        """Whether rows of different length are answered in one call: each adds a generated token, and reads all that it
+        holds."""
+        whole = all(columns is None for _, columns in groups) and sum(len(rows) for rows, _ in groups) == self.sequences
+        return (
+            whole
+            and step.decode
+            and self.passes.repeats is None
+            and type(self.method.read) is Everything
+            and isinstance(self.segment, UnevenSegment)
+            and self.segment.joins(step.query.shape[1])
+            and not self.method.keep.observes(step.ahead)
+        )
 
     def _step(self, step: Step) -> Tensor | None:
         """As ``run`` for one generated token of one sequence, in one call of reader and segment: nothing is dropped,
@@ -400,17 +424,20 @@ class Layer:
         before = self.activity.dropped
         memories = [layer.record.memory for layer in self.crew.layers] if self.method.keep.cascades else ()
         rope = None if self.method.needs_raw_keys else self.rope
+        uneven = getattr(self.method.keep, "uneven", False)
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
             budget = length if budget is None else budget
             place = (self.number, observed, rope, generated, len(self.crew))
-            held = Held(row, length, budget, self.segment, memories, *place, self.tokens_seen(row), self.rope)
+            lanes = self.segment.lengths(row) if uneven and isinstance(self.segment, UnevenSegment) else ()
+            held = Held(row, length, budget, self.segment, memories, *place, self.tokens_seen(row), self.rope, lanes)
             kept = self.method.keep.survivors(held, self.record.memory)
             if kept is not None:
+                had = self._held(row)
                 self.segment.keep(row, kept.slots, kept.content)
                 if self.record.memory is not None:
                     self.record.memory.keep(row, kept.slots)
-                self.activity.dropped += length - kept.slots.shape[-1]
+                self.activity.dropped += had - self._held(row) or int(uneven)
                 self.settled = self.seen
         if self.memory is not None and self.activity.dropped > before:
             # What a reader remembers are slots, and other tokens stand there now.

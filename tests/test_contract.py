@@ -39,8 +39,11 @@ METHODS = {
     "knorm": "knorm(budget=20)",
     "expectedattention-all": "expectedattention(budget=500)",
     "expectedattention": "expectedattention(budget=20, sinks=2, future=16)",
+    "expectedattention-even": "expectedattention(budget=20, sinks=2, future=16, per_head=False)",
     # A smaller budget asks for the prompt to be read again: tests/methods/test_kvzip.py.
     "kvzip-all": "kvzip(budget=500)",
+    "adakv-all": "adakv(budget=500, window=6)",
+    "adakv": "adakv(budget=20, window=6, safeguard=0.1)",
     "pyramidkv-all": "pyramidkv(budget=500, window=6)",
     "pyramidkv": "pyramidkv(budget=20, window=6, beta=4)",
     "randomkeep-all": "randomkeep(budget=500, window=6)",

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.keep.allocate.allocation import Allocation, Even
+from kvote.keep.allocate.over_heads import OverHeads, each_by_itself
 from kvote.keep.budget import Budget, check_burst, left, whole
 from kvote.keep.keeper import Held, Kept, Share
 from kvote.keep.observation import Observation
@@ -19,6 +20,7 @@ from kvote.keep.score.recency import Recency
 from kvote.keep.score.score import Score
 from kvote.numbers import check_flags, check_whole
 from kvote.read.tokens import Queries
+from kvote.store.pages import PAGE
 from kvote.store.segment import Logits
 
 
@@ -56,7 +58,8 @@ class Merge(Protocol):
 @dataclass(frozen=True)
 class Evict:
     """The first ``sinks`` tokens and the last ``window`` ones stay (a fraction: that share of all but the sinks), and
-    besides them those of the largest ``score``, up to the ``budget``, which ``allocate`` divides over layers.
+    besides them those of the largest ``score``, up to the ``budget``, which ``allocate`` divides over layers, and
+    ``over_heads`` over the key heads of a layer; None: evenly.
 
     ``evict_generated``: whether generated tokens make some go, a ``burst`` at a time, or come on top until the next
     prompt ends; before anything goes, they may exceed the budget by ``slack``. ``waits``: an announced prompt stays
@@ -74,8 +77,14 @@ class Evict:
     merge: Merge | None = None
     slack: int = 0
     waits: bool = True
+    over_heads: OverHeads | None = None
 
     def __post_init__(self) -> None:
+        if self.over_heads is not None and not (self.score.per_head and self.score.uneven and self.merge is None):
+            raise MethodError(
+                "a budget is divided over key heads only where each keeps its own tokens (per_head=True), nothing is "
+                f"merged, and the score says that heads may differ in length (uneven); got {type(self.score).__name__}."
+            )
         check_whole(self, sinks=0)
         check_flags(self, "evict_generated")
         check_burst(self.burst)
@@ -105,6 +114,11 @@ class Evict:
     @property
     def per_head(self) -> bool:
         return self.score.per_head
+
+    @property
+    def uneven(self) -> bool:
+        """Whether key heads may hold different numbers of tokens."""
+        return self.over_heads is not None
 
     @property
     def adds_up(self) -> bool:
@@ -157,16 +171,20 @@ class Evict:
     def survivors(self, held: Held, memory: Any) -> Kept | None:
         above, kept, ended = 0, None, self.score.ended(held, memory)
         if ended or self.evict_generated:
-            spent = self.always + (self.allocate.margin(held.layers) if self.budget.unit == "bytes" else 0)
+            spent = self.always + (self._margin(held.layers) if self.budget.unit == "bytes" else 0)
             # A share of the budget is for one recent token at least.
             least = 1 if isinstance(self.window, float) else 0
             most = self.allocate.tokens(held, memory, max(held.budget - spent, least))
             if most is not None:
-                above = held.length - self.always - most
+                above = held.mean - self.always - most
                 if above > (0 if ended else self.slack):
                     kept = self._cut(held, memory, most if ended else left(most, self.burst))
         self.score.settled(held, memory, above > 0 and kept is None)
         return kept
+
+    def _margin(self, layers: int) -> int:
+        # Heads that differ in length need up to a page more each; steps of rounding are within it.
+        return self.allocate.margin(layers) + (PAGE + 1 if self.uneven else 0)
 
     def _cut(self, held: Held, memory: Any, stays: int) -> Kept | None:
         """``stays``: tokens besides those that always stay."""
@@ -175,6 +193,8 @@ class Evict:
         worth = self.score.of(held, memory, edge)
         if worth is None:
             return None
+        if self.over_heads is not None:
+            return each_by_itself(worth, held, self.over_heads, edge, self.sinks, chosen)
         worth = worth if self.per_head else worth.sum(dim=0, keepdim=True)
         edge = min(edge, worth.shape[1])
         if edge - self.sinks <= chosen:

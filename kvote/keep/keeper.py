@@ -26,7 +26,8 @@ class Held:
     rotation, in either case. ``generated``: whether all
     that came since the last such moment was generated: a prompt is cut down to its budget, generated tokens may go in
     bursts (``keep.budget.left``). ``layers``: how many there are; ``seen``: tokens of the sequence so far, dropped
-    ones among them."""
+    ones among them. ``lanes``: tokens of each key head, where they may differ; ``length`` is then the largest, and
+    slots are places that are aligned at the heads' ends (``store.uneven``)."""
 
     row: int
     length: int
@@ -40,6 +41,12 @@ class Held:
     layers: int = 1
     seen: int = 0
     turns: Rope | None = None
+    lanes: Sequence[int] = ()
+
+    @property
+    def mean(self) -> int:
+        """Tokens that a key head holds on average, rounded up."""
+        return -(-sum(self.lanes) // len(self.lanes)) if self.lanes else self.length
 
     def each(self, function: Callable[[Tensor, Tensor], Tensor], stop: int) -> Tensor:
         """What ``function`` gives, [h, m] in float32, for keys [h, m, d] and values [h, m, dv] in float32, of the first
@@ -53,8 +60,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Kept:
-    """``slots`` that stay, ascending: [m] for all key heads, or [h, m]. ``content``: keys [h, m, d] and values
-    [h, m, dv] that they hold from now on, where dropped tokens were merged into them."""
+    """``slots`` that stay, ascending: [m] for all key heads, or [h, m], with -1 in front where a key head keeps fewer
+    than others. ``content``: keys [h, m, d] and values [h, m, dv] that they hold from now on, where dropped tokens were
+    merged into them."""
 
     slots: Tensor
     content: tuple[Tensor, Tensor] | None = None

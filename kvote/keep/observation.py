@@ -95,7 +95,9 @@ class Observation:
         scores = self.segment.scores(query, self.rows, tokens.index.start, tokens.index.stop)
         logits = scores.transpose(1, 2).float() * self.logits.scale
         if self.logits.softcap is not None:
-            logits = self.logits.softcap * torch.tanh(logits / self.logits.softcap)
+            capped = self.logits.softcap * torch.tanh(logits / self.logits.softcap)
+            # A lane may have no token there.
+            logits = capped.masked_fill(logits == float("-inf"), float("-inf"))
         if tokens.causal:
             unseen = ~end_aligned(z - a, m, tokens.window, logits.device)
             logits = logits.masked_fill(unseen, float("-inf"))

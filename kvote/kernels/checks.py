@@ -38,6 +38,13 @@ def tokens_of(tokens: Tensor | range, sequences: int) -> tuple[int, int]:
     return 0, tokens.shape[1]
 
 
+def ends_of(ends: Sequence[int] | None, tokens: Tensor | range, lanes: Lanes) -> None:
+    """There is an end for each lane, if any, and a range that it ends."""
+    if ends is not None:
+        check(isinstance(tokens, range), "lists have no ends")
+        check(len(ends) == lanes.count, "there must be one end per lane")
+
+
 def pair_of_pools(keys: Tensor, values: Tensor, dim: int) -> None:
     """Keys and values are pools of pages, both with the head size ``dim``."""
     shape = keys.shape

@@ -171,10 +171,12 @@ class Backend(Protocol):
         interleaved: bool,
         scale: float,
         softcap: float | None,
+        ends: list[int] | None = None,
     ) -> Answer:
         """Attention of one query position per sequence, ``query`` [b, heads, d], over a range that all read or a list
         [b, m]: out [b, heads, d] and lse [b, heads], float32. With ``angles`` [m, r], keys are rotated as they are
-        read. At most ``MAX_GROUPS`` query heads per lane."""
+        read. At most ``MAX_GROUPS`` query heads per lane. ``ends``: of a range, each lane's tokens before its own end
+        only, so that one call serves lanes of any lengths; a lane that reads none answers 0, its lse -inf."""
 
     def attention_mass(
         self,

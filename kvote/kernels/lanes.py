@@ -37,6 +37,10 @@ class Lanes:
         runs, begins, _ = self.address
         return runs, begins + first * self.begins.itemsize, count
 
+    def only(self, lane: int) -> Lanes:
+        """That lane alone."""
+        return Lanes([[(first, n) for first, n in self.runs[self.begins[lane] : self.begins[lane + 1]].tolist()]])
+
     def pages(self) -> list[np.ndarray]:
         """The pages of each lane in token order, int64."""
         lanes = np.split(self.runs, self.begins[1:-1])

@@ -248,6 +248,9 @@ def everything(reading: Reading) -> Span:
 class Everything(PlainReader):
     """Reads all tokens held, at their own positions: dense attention."""
 
+    # Whether key heads may hold different numbers of tokens.
+    uneven: bool = True
+
     def step(
         self, token: Token, segment: Any, rope: "Rope | None", memory: "Memory | None", activity: Activity
     ) -> Tensor | None:

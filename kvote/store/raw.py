@@ -487,8 +487,13 @@ class Raw:
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         return token_bytes(dim, dim, dtype)
 
+    # Whether key heads may hold different numbers of tokens.
+    uneven: bool = True
+
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> RawSegment:
-        return RawSegment(heads, like, value_dim, rope)
+        from kvote.store.uneven import UnevenSegment
+
+        return UnevenSegment(heads, like, value_dim, rope)
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
         return False

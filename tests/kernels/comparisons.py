@@ -11,7 +11,7 @@ import torch
 from paged import PAGE, Case, Paged, guarded, guarding, intact
 from torch import Tensor
 
-from kvote.kernels import cpu, reference
+from kvote.kernels import cpu, law, reference
 
 Limits = Sequence[int]
 
@@ -183,8 +183,10 @@ def decode_equals_the_reference(
     pairs: int = 0,
     interleaved: bool = False,
     softcap: float | None = None,
+    ends: list[int] | None = None,
 ) -> list[Tensor]:
-    """One query position per sequence over a range, or over ``tokens`` of them, a list of its own for each."""
+    """One query position per sequence over a range, or over ``tokens`` of them, a list of its own for each; ``ends``:
+    of the range, each lane as far as its own."""
     pool = Paged(case)
     query = pool.query()
     index = pool.some_tokens(tokens) if isinstance(tokens, int) else tokens
@@ -200,12 +202,19 @@ def decode_equals_the_reference(
         interleaved=interleaved,
         scale=case.scale,
         softcap=softcap,
+        ends=ends,
     )
     lists = index if isinstance(index, Tensor) else torch.tensor(index, dtype=torch.int64).expand(case.sequences, -1)
     places = lists[:, None, :, None].expand(-1, case.heads, -1, case.d)
     key, value = pool.key.gather(2, places), pool.value.gather(2, places)
     key = reference.rotate(key, *angles, interleaved=interleaved) if angles else key
-    expected, total = reference.attend(query[:, :, None], key.float(), value.float(), scale=case.scale, softcap=softcap)
+    if ends is None:
+        rule = {"scale": case.scale, "softcap": softcap}
+        expected, total = reference.attend(query[:, :, None], key.float(), value.float(), **rule)
+    else:
+        given = query, pool.keys, pool.values, pool.table(), index
+        rule = {"angles": angles, "interleaved": interleaved, "scale": case.scale, "softcap": softcap}
+        expected, total = (x[:, :, None] for x in law.decode(*given, **rule, ends=ends))
     slack = 4 * pool.slack(query, case.scale)
     if angles and case.dtype != torch.float32:
         # A turned key may round to either neighbour.

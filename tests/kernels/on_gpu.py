@@ -52,6 +52,7 @@ def decode_equals_the_law(
     interleaved: bool = False,
     softcap: float | None = None,
     stops: list[int] | None = None,
+    ends: list[int] | None = None,
 ) -> None:
     pool = There(case)
     query = pool.query()
@@ -68,6 +69,7 @@ def decode_equals_the_law(
         interleaved=interleaved,
         scale=case.scale,
         softcap=softcap,
+        ends=ends,
         stops=None if stops is None else torch.tensor(stops, dtype=torch.int32, device=DEVICE),
     )
     assert out.dtype == lse.dtype == torch.float32
@@ -75,7 +77,11 @@ def decode_equals_the_law(
     places = lists[:, None, :, None].expand(-1, case.heads, -1, case.d)
     key, value = pool.key.gather(2, places), pool.value.gather(2, places)
     key = reference.rotate(key, *angles, interleaved=interleaved) if angles else key
-    for i in range(case.sequences):
+    if ends is not None:
+        key, value = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
+        query, out, lse = (x.reshape(len(ends), case.groups, *x.shape[2:]) for x in (query, out, lse))
+        stops = ends
+    for i in range(len(key)):
         seen = slice(None) if stops is None else slice(0, stops[i] - (index.start if isinstance(index, range) else 0))
         mine = (x[i : i + 1, :, seen].float() for x in (key, value))
         expected, total = reference.attend(query[i : i + 1, :, None], *mine, scale=case.scale, softcap=softcap)

@@ -233,12 +233,24 @@ void try_all(const Kernels& kernels) {
             std::vector<float> out(lanes * groups * dim), lse(lanes * groups);
             kernels.decode({query.data(), keys.data(), values.data(), type, pages.lanes.data(), lanes, groups, dim,
                             index, heads, n - count, count, cos.data(), sin.data(), pairs, interleaved, 0.1f, softcap,
-                            out.data(), lse.data(), threads});
+                            out.data(), lse.data(), threads, nullptr});
             Bytes answer;
             keep(answer, out);
             keep(answer, lse);
             return answer;
         });
+    std::vector<int64_t> ends;
+    for (int64_t i = 0; i < lanes; ++i) ends.push_back(i % 3 ? n - count / (i + 1) : 0);
+    try_threads(kernels, "decode of lanes that end apart", [&](int threads) {
+        std::vector<float> out(lanes * groups * dim), lse(lanes * groups);
+        kernels.decode({query.data(), keys.data(), values.data(), type, pages.lanes.data(), lanes, groups, dim, nullptr,
+                        heads, n - count, count, cos.data(), sin.data(), pairs, interleaved, 0.1f, softcap, out.data(),
+                        lse.data(), threads, ends.data()});
+        Bytes answer;
+        keep(answer, out);
+        keep(answer, lse);
+        return answer;
+    });
     try_threads(kernels, "gather", [&](int threads) {
         Bytes out_keys(heads * count * dim * size), out_values(heads * count * dim * size), answer;
         kernels.gather({keys.data(), values.data(), type, pages.lanes.data(), heads, dim, count, lists.data(),

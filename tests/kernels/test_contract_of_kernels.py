@@ -101,6 +101,35 @@ def test_the_law_over_pages_is_the_law(case):
     assert torch.equal(won, reference.top_k(reference.forbid(votes, 1, limits), 3) + 1)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_law_reads_each_lane_as_far_as_its_own_end(case, turned):
+    pool, start, ends = Paged(case), 2, [case.n, 0, 2, case.n // 2]
+    query, rule = pool.query(), {"scale": case.scale, "softcap": 3.0}
+    angles = pool.angles(case.n - start, pairs=8) if turned else None
+    given = query, pool.keys, pool.values, pool.table(), range(start, case.n)
+    out, lse = law.decode(*given, angles=angles, interleaved=False, ends=ends, **rule)
+    for lane, end in enumerate(ends):
+        row, head = divmod(lane, case.heads)
+        heads = slice(head * case.groups, (head + 1) * case.groups)
+        key, value = (x[row : row + 1, head : head + 1, start:end] for x in (pool.key, pool.value))
+        if angles is not None:
+            key = reference.rotate(key, *(a[: key.shape[2]] for a in angles))
+        wanted, total = reference.attend(query[row : row + 1, heads, None], key, value, **rule)
+        torch.testing.assert_close(out[row, heads], wanted[0, :, 0])
+        torch.testing.assert_close(lse[row, heads], total[0, :, 0])
+
+
+def test_ends_that_fit_nothing_are_refused():
+    pool = Paged(CASES[0])
+    rule = {"angles": None, "interleaved": False, "scale": 1.0, "softcap": None}
+    for held in (law, *([] if cpu.why_not() else [cpu])):
+        with pytest.raises(ValueError, match="one end per lane"):
+            held.decode(pool.query(), pool.keys, pool.values, pool.table(), range(9), ends=[1], **rule)
+        with pytest.raises(ValueError, match="lists have no ends"):
+            held.decode(pool.query(), pool.keys, pool.values, pool.table(), pool.some_tokens(2), ends=[1] * 4, **rule)
+
+
 @pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("own", [False, True])

@@ -117,6 +117,19 @@ def test_decode_over_a_range_equals_the_reference(case, softcap, interleaved, da
     comparisons.decode_equals_the_reference(case, tokens, pairs=pairs, interleaved=interleaved, softcap=softcap)
 
 
+@given_cases
+@given(cases(), st.sampled_from([None, 2.0]), st.booleans(), st.data())
+def test_decode_reads_each_lane_as_far_as_its_own_end(case, softcap, interleaved, data):
+    start = data.draw(st.integers(0, case.n - 1) | st.just(0))
+    pairs = 0 if case.size > 1 else pairs_of(data, case.d)
+    lanes = case.sequences * case.heads
+    ends = data.draw(st.lists(st.integers(0, case.n) | st.just(case.n), min_size=lanes, max_size=lanes))
+    tokens = range(start, case.n)
+    comparisons.decode_equals_the_reference(
+        case, tokens, pairs=pairs, interleaved=interleaved, softcap=softcap, ends=ends
+    )
+
+
 @pytest.mark.parametrize("start", [0, 10])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_over_a_range_answers_the_same_bits_wherever_pages_lie(dtype, start):

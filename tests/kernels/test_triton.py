@@ -27,6 +27,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
     [
         (Case(n=300, sequences=2, groups=7, d=80, dtype=BF16), range(5, 300), {}),
         (Case(n=300, sequences=2, groups=4, d=64), range(300), {"stops": [17, 300]}),
+        (Case(n=300, sequences=2, groups=4, d=64), range(300), {"ends": [17, 300, 0, 128]}),
         (Case(n=1, groups=8, d=128, dtype=F16), range(1), {}),
         (Case(n=700, heads=1, groups=1, d=256, dtype=BF16, pages="run"), range(700), {"softcap": 5.0}),
         (Case(n=129, heads=1, groups=17, d=16, pages="mixed"), range(64, 129), {}),

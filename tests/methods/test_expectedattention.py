@@ -14,7 +14,8 @@ from kvote.keep.score.expected import ExpectedQueries, Gaussian, log_expected
 from kvote.method import parse
 
 N, BUDGET, SINKS, FUTURE = 64, 24, 4, 16
-SPEC = f"expectedattention(budget={BUDGET}, sinks={SINKS}, future={FUTURE}"
+JOINT = f"expectedattention(budget={BUDGET}, sinks={SINKS}, future={FUTURE}"
+SPEC = f"{JOINT}, safeguard=1"
 
 
 def matrix(fed: Fed, position: int) -> Tensor:
@@ -23,8 +24,8 @@ def matrix(fed: Fed, position: int) -> Tensor:
     return torch.stack([fed.rope.apply(unit[None, None], (cos, sin))[0, 0] for unit in torch.eye(DIM)], dim=1)
 
 
-def slow(fed: Fed, n: int, row: int = 0, shared: bool = False, future: int = FUTURE, **rules: bool) -> list[list[int]]:
-    """The published lines, query head by query head, in float64."""
+def worth_of(fed: Fed, n: int, row: int = 0, future: int = FUTURE, **rules: bool) -> Tensor:
+    """The published lines, query head by query head, in float64, of tokens after the sinks [h, n]."""
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
     mean_turn = torch.stack([matrix(fed, n + i) for i in range(future)]).mean(0).double()
     keys, worth = fed.turned(fed.key, 0, n)[row].double(), torch.zeros(kv_heads, n - SINKS, dtype=torch.float64)
@@ -38,7 +39,13 @@ def slow(fed: Fed, n: int, row: int = 0, shared: bool = False, future: int = FUT
         worth[head // groups] += z.softmax(0) / groups
     if rules.get("values", True):
         worth *= fed.value[row, :, SINKS:n].double().norm(dim=-1)
-    worth = worth.sum(0, keepdim=True).expand(kv_heads, -1) if shared else worth
+    return worth
+
+
+def slow(fed: Fed, n: int, row: int = 0, shared: bool = False, **rules: bool) -> list[list[int]]:
+    """What stays where all key heads keep equally many."""
+    worth = worth_of(fed, n, row, **rules)
+    worth = worth.sum(0, keepdim=True).expand(len(worth), -1) if shared else worth
     best = worth[:, : n - SINKS - 1].topk(BUDGET - SINKS - 1).indices + SINKS
     return [[*range(SINKS), *sorted(head.tolist()), n - 1] for head in best]
 
@@ -69,6 +76,44 @@ def test_queries_of_an_announced_prompt_count_together(passes):
     assert kept(fed) == slow(fed, N)
 
 
+def test_heads_of_a_layer_compete():
+    fed = Fed(f"{JOINT}, safeguard=0.0)")
+    fed.value[:, 0] *= 1.3
+    fed.feed(N)
+    worth = worth_of(fed, N)[:, :-1]
+    best = worth.flatten().topk(2 * (BUDGET - SINKS - 1)).indices
+    expected = [sorted((best[best // worth.shape[1] == head] % worth.shape[1] + SINKS).tolist()) for head in (0, 1)]
+    assert kept(fed) == [[*range(SINKS), *own, N - 1] for own in expected]
+    assert len(expected[0]) > len(expected[1])
+
+
+def test_a_later_turn_is_judged_by_its_own_queries_where_heads_hold_different_numbers():
+    fed = Fed(f"{JOINT}, safeguard=0.0)", n=N + 20)
+    fed.value[:, 0] *= 1.3
+    fed.feed(N)
+    before = kept(fed)
+    fed.feed(20)
+    mean_turn = torch.stack([matrix(fed, N + 20 + i) for i in range(FUTURE)]).mean(0).double()
+    keys, places, values = fed.turned(fed.key, 0, N + 20)[0].double(), [], []
+    for head, lane in enumerate(before):
+        held = [*lane, *range(N, N + 20)]
+        worth = torch.zeros(len(held) - SINKS, dtype=torch.float64)
+        for queries in fed.query[0, 2 * head : 2 * head + 2, N:].double():
+            mu, sigma = mean_turn @ queries.mean(0), mean_turn @ torch.cov(queries.T, correction=0) @ mean_turn.T
+            key = keys[head, held[SINKS:]]
+            z = key @ mu / DIM**0.5 + 0.5 * torch.einsum("nd,de,ne->n", key, sigma, key) / DIM
+            worth += z.softmax(0) / 2
+        places.append(held[SINKS:-1])
+        values.append((worth * fed.value[0, head, held[SINKS:]].double().norm(dim=-1))[:-1])
+    chosen = torch.cat(values).topk(2 * (BUDGET - SINKS - 1)).indices.tolist()
+    first = len(places[0])
+    expected = [
+        sorted(places[0][i] for i in chosen if i < first),
+        sorted(places[1][i - first] for i in chosen if i >= first),
+    ]
+    assert kept(fed) == [[*range(SINKS), *own, N + 19] for own in expected]
+
+
 def test_what_is_generated_stays():
     fed = Fed(f"{SPEC})")
     fed.feed(48)
@@ -92,7 +137,7 @@ def test_the_expected_attention_is_that_of_queries_drawn_from_the_distribution()
 
 
 def test_equal_queries_and_one_position_ahead_give_the_attention_of_that_query():
-    fed = Fed(f"expectedattention(budget={BUDGET}, sinks=0, future=1, values=False)", heads=2)
+    fed = Fed(f"expectedattention(budget={BUDGET}, sinks=0, future=1, values=False, safeguard=1)", heads=2)
     fed.query = fed.query[:, :, :1].expand(-1, -1, N, -1).clone()
     fed.feed(N)
     query, key = matrix(fed, N) @ fed.query[0, :, 0, :, None], fed.turned(fed.key, 0, N)[0]
@@ -183,6 +228,7 @@ def test_covering_everything_equals_dense():
         ("expectedattention(future=0)", "future must be a whole number"),
         ("expectedattention(epsilon=-1)", "epsilon must be a finite number"),
         ("expectedattention(covariance=1)", "covariance must be True or False"),
+        ("expectedattention(safeguard=2)", "safeguard must be a share"),
         ("expectedattention(sinks=-1)", "sinks must be a whole number"),
         ("expectedattention | tokenselect", "differ from head to head"),
     ],

@@ -15,7 +15,8 @@ from kvote.keep.score.repeated import ReadAgain, Repeated
 from kvote.method import parse
 
 N, BUDGET, SINKS = 60, 20, 4
-SPEC = f"kvzip(budget={BUDGET}, sinks={SINKS}"
+JOINT = f"kvzip(budget={BUDGET}, sinks={SINKS}"
+SPEC = f"{JOINT}, even=True"
 
 
 class Words:
@@ -109,6 +110,39 @@ def test_where_one_piece_covers_the_text_it_is_dense_attention(received):
     torch.testing.assert_close(torch.stack(received), dense, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("chunk", [100, 23])
+def test_layers_and_heads_compete_for_one_budget(chunk):
+    tokens = tiny.ids(1, N)
+    found = worth(tokens, repeats(tokens, chunk), chunk)[..., SINKS : N - 1]
+    layers, heads, total = 2, 2, 2 * 2 * (BUDGET - SINKS - 1)
+    won = found.flatten().topk(total).indices // found[0].numel()
+    held = kept(read(f"{JOINT}, chunk={chunk})", tokens, tokenizer=Words()))
+    counts = [sum(map(len, layer)) - heads * (SINKS + 1) for layer in held]
+    assert sum(counts) == total
+    for layer in range(layers):
+        assert abs(counts[layer] - int((won == layer).sum())) <= heads
+        best = found[layer].flatten().topk(counts[layer]).indices
+        expected = [
+            sorted((best[best // found.shape[-1] == head] % found.shape[-1] + SINKS).tolist()) for head in (0, 1)
+        ]
+        assert held[layer] == [[*range(SINKS), *own, N - 1] for own in expected]
+    # It is not what each keeps by itself.
+    assert len({len(lane) for layer in held for lane in layer}) > 1
+
+
+def test_a_share_of_all_layers_is_exactly_the_budget_and_bytes_are_freed():
+    net, tokens = tiny.model(num_hidden_layers=4), tiny.ids(2, 400)
+    cache = tiny.cache(net, "kvzip(budget=0.3)")
+    tiny.feed(net, cache, tokens)
+    before = cache.nbytes()
+    kvote.read_again(net, cache, tokens, tokenizer=Words())
+    for row in range(2):
+        assert sum(len(lane) for layer in kept(cache, row) for lane in layer) == 4 * 2 * 120
+    assert cache.nbytes() < 0.7 * before
+    extra = tiny.feed(net, cache, tiny.ids(2, 3, seed=1), passes=1)
+    assert bool(extra.isfinite().all())
+
+
 def test_heads_may_keep_the_same():
     tokens = tiny.ids(1, N)
     expected = best(worth(tokens, repeats(tokens, 23), 23), shared=True)
@@ -158,7 +192,7 @@ def test_covering_everything_equals_dense_and_needs_no_repeat():
     net, tokens = tiny.model(), tiny.ids(2, N)
     expected = tiny.generate(net, tokens).sequences
     assert torch.equal(tiny.generate(net, tokens, tiny.cache(net, "kvzip(budget=100)")).sequences, expected)
-    cache = read("kvzip(budget=1.0)", tokens[:, :-1], tokenizer=Words())
+    cache = read("kvzip(budget=1.0, chunk=23)", tokens[:, :-1], tokenizer=Words())
     assert torch.equal(tiny.generate(net, tokens, cache).sequences, expected)
     assert all(layer.dropped == 0 for layer in cache.report().layers)
 
@@ -263,9 +297,11 @@ def test_a_rule_switched_off_shows(monkeypatch, received, fault):
     ("spec", "message"),
     [
         ("kvzip(budget=5)", "budget must exceed the 4 sinks and the window of 1"),
-        ("kvzip(chunk=0)", "echo must be a whole number"),
-        ("kvzip | kivi", "a prompt is read again before it is known"),
+        ("kvzip(even=1)", "even must be True or False"),
+        ("kvzip(chunk=0)", "chunk must be a whole number"),
+        ("kvzip(per_head=False) | kivi", "a prompt is read again before it is known"),
         ("kvzip | tokenselect", "differ from head to head"),
+        ("kvzip | quest", "different numbers of tokens"),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused(spec, message):

@@ -29,6 +29,7 @@ class ExpectedQueries(Score):
     values: bool
     epsilon: float
     needs_rope = True
+    uneven = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +70,11 @@ class ExpectedQueries(Score):
             key = keys_in_place(held.segment, held.row, start, stop, rope)
             expected.append(log_expected(key, mean, spread, queries.scale))
         logits = torch.cat(expected, dim=2)
-        logits[:, :, : self.sinks] = float("-inf")
+        # A head that holds fewer has nothing in front.
+        begins = [held.length - lane + self.sinks for lane in held.lanes or [held.length] * heads]
+        at = torch.arange(held.length, device=logits.device)
+        early = at < torch.tensor(begins, device=logits.device)[:, None]
+        logits = logits.masked_fill(early[:, None], float("-inf"))
         worth = logits.softmax(dim=2).mean(dim=1) + self.epsilon
         return worth * held.each(lambda key, value: value.norm(dim=-1), held.length) if self.values else worth
 
@@ -92,5 +97,8 @@ def _without_rotation(seen: Observation, i: int, row: int, start: int, stop: int
     if seen.queries.raw is not None:
         return seen.queries.raw[i, :, start:stop].float()
     assert seen.rope is not None
-    places = seen.segment.positions(row)[0][seen.first + start : seen.first + stop].long()
+    # Slots are places that are aligned at the heads' ends.
+    lane = seen.segment.positions(row)[0]
+    begin = seen.first - (seen.segment.length(row) - len(lane))
+    places = lane[begin + start : begin + stop].long()
     return seen.rope.apply(seen.queries.rotated[i, :, start:stop].float(), seen.rope.back(seen.rope.once(places)))

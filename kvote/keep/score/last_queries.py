@@ -25,6 +25,7 @@ class LastQueries(Score):
     window: int
     kernel: int
     pooling: str
+    uneven = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

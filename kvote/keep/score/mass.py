@@ -30,7 +30,9 @@ class Mass:
     def keep(self, row: int, slots: Tensor) -> None:
         if row in self.rows:
             held = self.rows[row]
-            self.rows[row] = held.gather(1, slots.to(held.device).expand(held.shape[0], -1))
+            slots = slots.to(held.device).expand(held.shape[0], -1)
+            # A head that keeps fewer has nothing in front.
+            self.rows[row] = held.gather(1, slots.clamp_min(0)).masked_fill_(slots < 0, 0)
 
     def truncate(self, row: int, length: int) -> None:
         if row in self.rows:

@@ -12,5 +12,7 @@ from kvote.keep.score.score import Score
 class SmallKeys(Score):
     """The smaller the Euclidean norm of its key, which no rotation changes, the more a token is worth."""
 
+    uneven = True
+
     def of(self, held: Held, memory: None, edge: int) -> Tensor:
         return -held.each(lambda key, value: key.norm(dim=-1), edge)

@@ -16,6 +16,7 @@ class Received(Score):
 
     adds_up = True
     token_bytes = 4
+    uneven = True
 
     def new_memory(self) -> Mass:
         return Mass()

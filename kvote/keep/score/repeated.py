@@ -21,7 +21,8 @@ _LOGITS_HELD = 1 << 20
 @dataclass
 class Repeated:
     """By sequence: what its first tokens received so far (``received``, float32 [h, n]), and, once all have been read
-    again, how many these were (``heard``); ``due``: sequences that hold too much because they were not.
+    again, how many these were (``heard``); ``due``: sequences that hold too much because they were not; ``shares``:
+    tokens that a layer may hold, where layers compete.
 
     Tensors are never changed in place, so sequences may share them.
     """
@@ -29,6 +30,7 @@ class Repeated:
     received: dict[int, Tensor] = field(default_factory=dict)
     heard: dict[int, int] = field(default_factory=dict)
     due: set[int] = field(default_factory=set)
+    shares: dict[int, int] = field(default_factory=dict)
 
     def whole(self, held: Held) -> bool:
         """Whether all that is held has been read again."""
@@ -38,6 +40,7 @@ class Repeated:
         self.received = {i: self.received[old] for i, old in enumerate(index) if old in self.received}
         self.heard = {i: self.heard[old] for i, old in enumerate(index) if old in self.heard}
         self.due = {i for i, old in enumerate(index) if old in self.due}
+        self.shares = {i: self.shares[old] for i, old in enumerate(index) if old in self.shares}
 
     def keep(self, row: int, slots: Tensor) -> None:
         self.heard[row] = slots.shape[-1]
@@ -56,14 +59,20 @@ class Repeated:
 @dataclass(frozen=True, kw_only=True)
 class ReadAgain(Score):
     """The most attention that any query of a repeat paid, in any query head of a key head. Tokens are read again
-    ``echo`` at a time; a softmax goes over the first ``sinks`` tokens, those repeated, and the repeat itself."""
+    ``chunk`` at a time; a softmax goes over the first ``sinks`` tokens, those repeated, and the repeat itself."""
 
-    echo: int
+    chunk: int
     sinks: int
+    # Tokens are judged once, when all key heads hold equally many.
+    uneven = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole(self, echo=1, sinks=0)
+        check_whole(self, chunk=1, sinks=0)
+
+    @property
+    def echo(self) -> int:
+        return self.chunk
 
     def new_memory(self) -> Repeated:
         return Repeated()
@@ -110,8 +119,8 @@ class ReadAgain(Score):
 
     def settled(self, held: Held, memory: Repeated, over: bool) -> None:
         memory.due.discard(held.row)
-        if over:
-            memory.due.add(held.row)
         if memory.whole(held):
             memory.heard[held.row] = held.length
             del memory.received[held.row]
+        elif over:
+            memory.due.add(held.row)

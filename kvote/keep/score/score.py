@@ -17,14 +17,16 @@ class Score:
     ``per_head``: every key head keeps its own tokens; False: all keep the same, by the sum over heads. ``per_layer``:
     whether layers may differ. ``adds_up``: whether what was observed cannot be taken back. ``token_bytes``: what is
     remembered for good, per token and key head. ``spare``: tokens that a budget must leave to it besides sinks and
-    window. ``needs_rope`` and ``echo`` as those of a ``Keeper``.
+    window. ``uneven``: whether it can judge key heads that hold different numbers of tokens, which
+    are places aligned at their ends (``store.uneven``), with nothing in front of the shorter ones. ``needs_rope``
+    and ``echo`` as those of a ``Keeper``.
     """
 
     per_head: bool = True
     per_layer = True
     spare = 1
     needs_rope = False
-    echo = 0
+    uneven = False
 
     def __post_init__(self) -> None:
         check_flags(self, "per_head")
@@ -32,6 +34,10 @@ class Score:
     @property
     def adds_up(self) -> bool:
         return False
+
+    @property
+    def echo(self) -> int:
+        return 0
 
     @property
     def token_bytes(self) -> int:

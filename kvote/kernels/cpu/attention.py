@@ -22,11 +22,13 @@ def decode(
     interleaved: bool,
     scale: float,
     softcap: float | None,
+    ends: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query position per sequence: out [b, heads, d] and lse [b, heads], float32.
 
     ``query`` [b, heads, d]. ``tokens``: a range that all read, or int64 [b, m], ascending in each; with ``angles``
-    [m, r] keys are rotated as they are read. The same bits for any number of threads.
+    [m, r] keys are rotated as they are read. ``ends``: of a range, each lane's tokens before ``ends[lane]`` only. The
+    same bits for any number of threads.
     """
     sequences, heads, dim = query.shape
     groups = checks.groups_of(sequences * heads, lanes, MAX_GROUPS)
@@ -39,6 +41,30 @@ def decode(
         checks.angles_fit(angles, count, dim)
         cos, sin = (a.float().contiguous() for a in angles)
         pairs = cos.shape[-1]
+    if ends is not None:
+        checks.ends_of(ends, tokens, lanes)
+        _cpu.decode_ragged(
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            TYPES[keys.dtype],
+            *lanes.address,
+            groups,
+            dim,
+            start,
+            count,
+            ends,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            pairs,
+            interleaved,
+            scale,
+            softcap or 0.0,
+            out.data_ptr(),
+            lse.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out, lse
     _cpu.decode(
         query.data_ptr(),
         keys.data_ptr(),

@@ -66,13 +66,29 @@ def decode(
     interleaved: bool,
     scale: float,
     softcap: float | None,
+    ends: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query position per sequence, ``query`` [b, heads, d], over a range that all read or int64
-    [b, m]: out [b, heads, d] and lse [b, heads], float32. With ``angles`` [m, r] keys are rotated first."""
+    [b, m]: out [b, heads, d] and lse [b, heads], float32. With ``angles`` [m, r] keys are rotated first. ``ends``:
+    of a range, each lane's tokens before ``ends[lane]`` only."""
     sequences, heads, dim = query.shape
     checks.groups_of(sequences * heads, lanes, heads)
     checks.pair_of_pools(keys, values, dim)
+    checks.ends_of(ends, tokens, lanes)
     start, count = checks.tokens_of(tokens, sequences)
+    if ends is not None:
+        # Lane by lane, each a sequence of one key head.
+        rows = query.float().view(lanes.count, -1, 1, dim)
+        parts = []
+        for i, end in enumerate(ends):
+            at = torch.arange(start, max(start, min(end, start + count)), device=query.device)
+            own = lanes.only(i)
+            key, value = listed(keys, own, at[None]), listed(values, own, at[None])
+            if angles is not None:
+                key = reference.rotate(key, angles[0][: len(at)], angles[1][: len(at)], interleaved=interleaved)
+            parts.append(reference.attend(rows[i : i + 1], key, value, scale=scale, softcap=softcap))
+        out, lse = (torch.cat(each).view(sequences, heads, -1) for each in zip(*parts, strict=True))
+        return out, lse[..., 0]
     if isinstance(tokens, Tensor):
         key, value = listed(keys, lanes, tokens), listed(values, lanes, tokens)
     else:

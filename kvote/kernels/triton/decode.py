@@ -31,7 +31,9 @@ from kvote.kernels.triton.merge import merge_parts
 MAX_GROUPS = 64
 
 
-@triton.jit(do_not_specialize=("kv_heads", "table_width", "start", "count", "each", "ahead", "slots", "pairs"))
+@triton.jit(
+    do_not_specialize=("kv_heads", "sharing", "table_width", "start", "count", "each", "ahead", "slots", "pairs")
+)
 def _decode(
     query,
     keys,
@@ -44,6 +46,7 @@ def _decode(
     outs,
     lses,
     kv_heads,
+    sharing,
     table_width,
     start,
     count,
@@ -75,7 +78,7 @@ def _decode(
     sums = tl.zeros([ROWS, DP], tl.float32)
     end = tl.minimum(count, (part + 1) * each)
     if RAGGED:
-        end = tl.minimum(end, tl.load(stops + sequence) - start)
+        end = tl.minimum(end, tl.load(stops + lane // sharing) - start)
     for at in range(part * each, end, BLOCK):
         place = at + some
         held = place < end
@@ -113,6 +116,7 @@ def decode(
     interleaved: bool,
     scale: float,
     softcap: float | None,
+    ends: list[int] | None = None,
     stops: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As in the contract: out [sequences, heads, d] and lse [sequences, heads] in float32.
@@ -120,8 +124,11 @@ def decode(
     ``query`` [sequences, heads, d], head = h_kv * g + i, is rounded to the dtype of the keys; lanes are (sequence, key
     head) in that order. ``tokens``: a range that all read, or int64 [sequences, m]; with ``angles`` [m, r] keys are
     rotated as they are read. ``stops`` int32 [sequences], on the device: sequence i reads its tokens before
-    ``stops[i]`` only, so that one captured call serves lengths up to that of the range.
+    ``stops[i]`` only, so that one captured call serves lengths up to that of the range; int32 [lanes]: each lane does.
     """
+    if ends is not None:
+        checks.ends_of(ends, tokens, lanes)
+        stops = torch.tensor(ends, dtype=torch.int32).to(query.device, non_blocking=True)
     return merge_parts(
         *decode_parts(
             query,
@@ -189,6 +196,7 @@ def decode_parts(
         outs,
         lses,
         lanes.count // sequences,
+        lanes.count // (lanes.count if stops is None else len(stops)),
         pages.shape[1],
         start,
         count,

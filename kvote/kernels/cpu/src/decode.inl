@@ -319,12 +319,23 @@ inline void merge_parts(const Partial* first, int64_t stride, int64_t parts, int
 }
 
 template <class T>
-void decode(const DecodeArgs& a) {
+void decode(const DecodeArgs& given) {
+    DecodeArgs a = given;
+    // Lanes with ends of their own are sequences of one head: a range is read key head by key head anyway.
+    if (a.ends) a.lanes_per_sequence = 1;
     const int64_t heads = a.lanes_per_sequence, sequences = a.lanes_count / heads;
+    auto read_by = [&](int64_t sequence) {
+        return a.ends ? std::min(std::max<int64_t>(a.ends[sequence] - a.start, 0), a.count) : a.count;
+    };
+    int64_t all = 0;
+    for (int64_t i = 0; i < sequences; ++i) all += read_by(i);
     // Parts of whole blocks, at least two, 32 parts or so in all.
-    int64_t share = (a.count * sequences / 32 + BLOCK - 1) / BLOCK * BLOCK;
+    int64_t share = (all / 32 + BLOCK - 1) / BLOCK * BLOCK;
     share = share < 2 * BLOCK ? 2 * BLOCK : share;
-    const int64_t parts = (a.count + share - 1) / share, items = sequences * parts, slots = items * heads;
+    // Where the parts of each sequence begin.
+    std::vector<int64_t> begins(sequences + 1);
+    for (int64_t i = 0; i < sequences; ++i) begins[i + 1] = begins[i] + (read_by(i) + share - 1) / share;
+    const int64_t items = begins[sequences], slots = items * heads;
     const int threads = std::max(1, items < a.threads ? int(items) : a.threads);
     Workspace space(Workspace::bytes<float>(slots * a.groups * (a.dim + 2)) + Workspace::bytes<Partial>(slots) +
                     threads * (Workspace::bytes<QueryRows>(heads) + Workspace::bytes<T>(BLOCK * a.dim)));
@@ -346,13 +357,15 @@ void decode(const DecodeArgs& a) {
             std::memset(static_cast<void*>(mine[h].narrow), 0, read * sizeof(bf16));
         }
         for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-            const int64_t from = item % parts * share, to = from + share < a.count ? from + share : a.count;
-            decode_part<T>(a, item / parts, from, to, mine, turned + team.rank * BLOCK * a.dim,
-                           partial + item * heads);
+            const int64_t sequence = std::upper_bound(begins.begin(), begins.end(), item) - begins.begin() - 1;
+            const int64_t from = (item - begins[sequence]) * share, to = std::min(from + share, read_by(sequence));
+            decode_part<T>(a, sequence, from, to, mine, turned + team.rank * BLOCK * a.dim, partial + item * heads);
         }
     });
-    for (int64_t lane = 0; lane < a.lanes_count; ++lane)
+    for (int64_t lane = 0; lane < a.lanes_count; ++lane) {
+        const int64_t first = begins[lane / heads], parts = begins[lane / heads + 1] - first;
         for (int64_t g = 0; g < a.groups; ++g)
-            merge_parts(partial + lane / heads * parts * heads + lane % heads, heads, parts, g, a.dim, a.dim,
+            merge_parts(partial + first * heads + lane % heads, heads, parts, g, a.dim, a.dim,
                         a.out + (lane * a.groups + g) * a.dim, a.lse[lane * a.groups + g]);
+    }
 }

@@ -61,6 +61,7 @@ struct DecodeArgs {
     float scale, softcap;  // softcap 0: none
     float *out, *lse;      // [lanes, groups, dim], [lanes, groups]
     int threads;
+    const std::int64_t* ends;  // [lanes]: tokens of the range from here on are not read in this lane; null: all are read
 };
 
 struct TurnArgs {

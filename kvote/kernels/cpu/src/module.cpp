@@ -127,7 +127,20 @@ NB_MODULE(_cpu, m) {
         active->decode({at<const float>(query), at<const void>(keys), at<const void>(values), Type(type),
                         table.lanes.data(), lanes, groups, dim, at<const std::int64_t>(index), lanes_per_sequence, start,
                         count, at<const float>(cos), at<const float>(sin), pairs, interleaved, scale, softcap,
-                        at<float>(out), at<float>(lse), threads});
+                        at<float>(out), at<float>(lse), threads, nullptr});
+    });
+    // The same over a range of which lane i reads what stands before ends[i].
+    m.def("decode_ragged", [](Address query, Address keys, Address values, int type, Address runs, Address begins,
+                              std::int64_t lanes, std::int64_t groups, std::int64_t dim, std::int64_t start,
+                              std::int64_t count, const std::vector<std::int64_t>& ends, Address cos, Address sin,
+                              std::int64_t pairs, bool interleaved, float scale, float softcap, Address out,
+                              Address lse, int threads) {
+        nb::gil_scoped_release release;
+        LaneTable table(runs, begins, lanes);
+        active->decode({at<const float>(query), at<const void>(keys), at<const void>(values), Type(type),
+                        table.lanes.data(), lanes, groups, dim, nullptr, 1, start, count, at<const float>(cos),
+                        at<const float>(sin), pairs, interleaved, scale, softcap, at<float>(out), at<float>(lse),
+                        threads, ends.data()});
     });
     m.def("turn", [](Address in, int type, std::int64_t sequences, std::int64_t heads, std::int64_t count,
                      std::int64_t dim, std::int64_t sequence_stride, std::int64_t head_stride,

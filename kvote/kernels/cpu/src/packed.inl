@@ -487,7 +487,7 @@ void attend_recent(const PackedAttendArgs& a, int64_t sequence, QueryRows* queri
     std::memset(static_cast<void*>(queries), 0, recent.lanes_per_sequence * sizeof *queries);
     const DecodeArgs args{a.query, recent.keys, recent.values, a.keys.type, recent.lanes, a.keys.lanes_count, groups,
                           dim, nullptr, recent.lanes_per_sequence, recent.start, recent.count, nullptr, nullptr, 0,
-                          false, a.scale, a.softcap, nullptr, nullptr, 1};
+                          false, a.scale, a.softcap, nullptr, nullptr, 1, nullptr};
     decode_part<T>(args, sequence, 0, recent.count, queries, nullptr, parts, stride);
     for (int64_t h = 0; h < recent.lanes_per_sequence; ++h)
         for (int64_t g = groups - 1; g > 0; --g)

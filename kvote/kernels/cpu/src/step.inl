@@ -68,5 +68,5 @@ void step(const StepArgs& a) {
     }
     decode<T>({placed.data(), a.keys, a.values, a.type, a.lanes, a.heads, a.groups, dim,
                list.empty() ? nullptr : list.data(), a.heads, 0, count, a.cos, a.sin, a.pairs, a.interleaved, a.scale,
-               a.softcap, a.out, a.lse, a.threads});
+               a.softcap, a.out, a.lse, a.threads, nullptr});
 }
