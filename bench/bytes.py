@@ -95,6 +95,7 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "snapkv | tokenselect": lambda n: _quarter(n) + _angles(_LIST),
     "h2o": lambda n: _quarter(n) + n / 4 * 4,
     "adakv": _quarter,
+    "expectedattention": _quarter,
     "cake": _quarter,
     "ems": lambda n: _quarter(n) + n / 4 * 4,
     # Two of all 16 key heads keep everything, the others a fifth.

@@ -10,6 +10,7 @@ if typing.TYPE_CHECKING:
     from kvote import methods, models
     from kvote.cache import Cache
     from kvote.document import Answer, Document
+    from kvote.echo import read_again
     from kvote.errors import (
         BusyCacheError,
         CropError,
@@ -46,6 +47,7 @@ _HOME = {
     "Report": "report",
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
+    "read_again": "echo",
 }
 # Modules that are part of the interface.
 _MODULES = ("methods", "models")
@@ -70,6 +72,7 @@ __all__ = [
     "detach",
     "methods",
     "models",
+    "read_again",
 ]
 
 

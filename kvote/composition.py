@@ -33,6 +33,11 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
         return "the reader scores keys as the model rotated them, but the store holds keys without rotation"
     if store.needs_plain_keys and read.needs_raw_keys:
         return "what is stored is made of keys as the model rotated them, but the reader needs them without rotation"
+    if keep.echo and not store.indexed:
+        return (
+            "a prompt is read again before it is known which of its tokens stay, and would be encoded by then; "
+            "use a method that holds tokens as the model made them"
+        )
     for index in read.indexes:
         if index.required and not store.indexed:
             return f"the reader scores {index.name}, and they are kept beside keys as the model made them only"

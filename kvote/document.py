@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from kvote.cache import Cache
+from kvote.echo import read_again
 from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
 from kvote.hf.cache_layer import recording
 from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_finite
@@ -123,6 +124,7 @@ class Document:
                     raise NotFiniteError(self._who_is_not_finite(self.token_ids))
                 if progress is not None:
                     progress(ids.shape[1])
+        read_again(self.model, self.cache, self.token_ids, tokenizer=self.tokenizer)
 
     def _roll_back(self) -> bool:
         """Forgets all that came behind the document; False if what is left is not the document."""
@@ -148,6 +150,7 @@ class Document:
     def _who_is_not_finite(self, ids: Tensor) -> str:
         """A sentence that names the first layer that gives what is no number, found by reading ``ids`` again."""
         cache, fine = Cache(self.model, self.cache.method), True
+        cache.expect(ids.shape[1])
         with torch.no_grad(), where_not_finite(self.model) as found:
             for part in passes(ids, self.model, self._tokens_per_pass):
                 output = self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)

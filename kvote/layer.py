@@ -17,7 +17,7 @@ from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
 from kvote.method import Method
-from kvote.passes import Mark, Passes
+from kvote.passes import Mark, Passes, unheard
 from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Span, Token
 from kvote.rope import Rope
 from kvote.step import Step as Step
@@ -211,7 +211,9 @@ class Layer:
     @outside_inference
     def run(self, step: Step) -> Tensor:
         """As ``attend``, for a caller that sees to interruptions."""
-        segment = self.start(step)
+        segment, again = self.start(step), self.passes.repeats
+        if again is None and self.method.keep.due(self.record.memory):
+            raise unheard(self.method.spec)
         if self.expected:
             self.reserve()
         if self.steps and step.decode:
@@ -257,9 +259,14 @@ class Layer:
             )
             answer, lse, spans = self._answers(reading, step)
             segment.watch(reading.queries, rows, step.ahead)
-            if self.method.keep.observes(step.ahead):
-                seen = Observation(reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
-                self.record.waiting.append(seen)
+            if again is not None or self.method.keep.observes(step.ahead):
+                parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
+                seen = Observation(*parts, self.rope, again)
+                if again is None:
+                    self.record.waiting.append(seen)
+                else:
+                    # It is about tokens that stay, by queries that will be gone.
+                    self.method.keep.observe(seen, self.record.memory)
             if group.is_everything:
                 out = answer
                 break
@@ -291,6 +298,7 @@ class Layer:
         return (
             whole
             and step.decode
+            and self.passes.repeats is None
             and type(self.method.read) is Everything
             and isinstance(self.segment, UnevenSegment)
             and self.segment.joins(step.query.shape[1])
@@ -422,7 +430,7 @@ class Layer:
             budget = length if budget is None else budget
             place = (self.number, observed, rope, generated, len(self.crew))
             lanes = self.segment.lengths(row) if uneven and isinstance(self.segment, UnevenSegment) else ()
-            held = Held(row, length, budget, self.segment, memories, *place, self.tokens_seen(row), lanes)
+            held = Held(row, length, budget, self.segment, memories, *place, self.tokens_seen(row), self.rope, lanes)
             kept = self.method.keep.survivors(held, self.record.memory)
             if kept is not None:
                 had = self._held(row)
@@ -498,7 +506,8 @@ class Layer:
         """Cuts sequences to ``lengths``, and what the keeper has seen of them: votes for a prompt that is no more are
         forgotten, and passes that it has not been shown are cut."""
         assert self.segment is not None
-        if not self.method.keep.adds_up and ahead is None:
+        # What was heard of a prompt that was read again outlives a crop.
+        if not (self.method.keep.adds_up or self.method.keep.echo) and ahead is None:
             self.record.memory = self.method.keep.new_memory()
         # Before the tokens go: what remains of a pass may be listed together with them.
         self.record.settle(lengths)

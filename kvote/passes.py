@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
-from kvote.errors import BusyCacheError, InterruptedPassError
+from kvote.errors import BusyCacheError, InputError, InterruptedPassError
 from kvote.keep.observation import Observation
 
 P = ParamSpec("P")
@@ -45,7 +45,8 @@ class Part(Protocol):
 class Passes:
     """Shared by the layers of a cache. ``torn``: a change was interrupted and could not be taken back, so what the
     layers hold is worth nothing any more. ``thread`` used the cache last. ``held``: bytes of all layers when they were
-    last counted, ``peak`` the most they ever were."""
+    last counted, ``peak`` the most they ever were. ``repeats``: slots, by sequence, of the tokens that the pass at work
+    reads again."""
 
     torn: bool = False
     # Whether the model has native layers whose states an interrupted pass leaves changed.
@@ -53,6 +54,7 @@ class Passes:
     thread: int = 0
     held: int = 0
     peak: int = 0
+    repeats: Sequence[range] | None = None
     # The layer that a pass through layers with such states has reached, and what it has updated in the first one.
     reached: int | None = None
     updated: set[str] = field(default_factory=set)
@@ -133,3 +135,12 @@ def _is_inside(thread: int, cache: object) -> bool:
                     return True
         frame = frame.f_back
     return False
+
+
+def unheard(spec: str) -> InputError:
+    """The refusal of a pass behind a prompt that should have been read again first."""
+    return InputError(
+        f"{spec} drops tokens of a prompt once that was read again, which it was not; call "
+        "kvote.read_again(model, cache, ids) behind the prompt (cache.expect announces one in several passes), or use "
+        "kvote.Document."
+    )

@@ -37,6 +37,11 @@ METHODS = {
     "snapkv": "snapkv(budget=20, window=6)",
     "knorm-all": "knorm(budget=500)",
     "knorm": "knorm(budget=20)",
+    "expectedattention-all": "expectedattention(budget=500)",
+    "expectedattention": "expectedattention(budget=20, sinks=2, future=16)",
+    "expectedattention-even": "expectedattention(budget=20, sinks=2, future=16, per_head=False)",
+    # A smaller budget asks for the prompt to be read again: tests/methods/test_kvzip.py.
+    "kvzip-all": "kvzip(budget=500)",
     "adakv-all": "adakv(budget=500, window=6)",
     "adakv": "adakv(budget=20, window=6, safeguard=0.1)",
     "pyramidkv-all": "pyramidkv(budget=500, window=6)",

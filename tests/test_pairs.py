@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from kvote import Cache, MethodError
+from kvote import Cache, MethodError, read_again
 from kvote.calibration.example import example, examples
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.cli.page import page
@@ -33,6 +33,7 @@ def test_a_pair_that_composes_runs(pair, monkeypatch):
     left, right = (_first(name, pair.given) for name in (pair.left, pair.right))
     cache = Cache(net, left | right)
     assert bool(tiny.feed(net, cache, tiny.ids(2, 300)).isfinite().all())
+    read_again(net, cache, tiny.ids(2, 300))
     assert bool(tiny.feed(net, cache, tiny.ids(2, 3), passes=1).isfinite().all())
     assert cache.get_seq_length() == 303
     assert cache.nbytes() > 0

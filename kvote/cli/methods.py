@@ -18,7 +18,9 @@ from kvote.pairs import Pair, pairs
 
 _FIELDS = ("name", "rooms", "summary", "source", "needs", "package")
 # Characters of a summary that leave a line of 80 whole.
-_SUMMARY = 48
+_SUMMARY = 44
+# The longest name of kvote's own.
+_NAME = 17
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
         return
     table = plain_table()
     for column in ("method", "decides", "what it does"):
-        table.add_column(column, no_wrap=column != "method", overflow="ellipsis" if column != "method" else "fold")
+        first = column == "method"
+        table.add_column(
+            column, no_wrap=not first, overflow="fold" if first else "ellipsis", min_width=_NAME if first else None
+        )
     for name in sorted(METHODS):
         made = METHODS[name]
         table.add_row(name, made.rooms, shorten(made.summary, _SUMMARY, placeholder=" …"))

@@ -142,7 +142,11 @@ class Evict:
 
     @property
     def needs_rope(self) -> bool:
-        return self.merge is not None and self.merge.needs_rope
+        return self.score.needs_rope or (self.merge is not None and self.merge.needs_rope)
+
+    @property
+    def echo(self) -> int:
+        return self.score.echo
 
     @property
     def splits(self) -> bool:
@@ -154,6 +158,9 @@ class Evict:
     def new_memory(self) -> Any:
         own = None if self.merge is None else self.merge.new_memory()
         return self.score.new_memory() if own is None else own
+
+    def due(self, memory: Any) -> bool:
+        return self.score.due(memory)
 
     def observes(self, ahead: int | None) -> bool:
         return self.score.observes(ahead)

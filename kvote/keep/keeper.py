@@ -22,7 +22,8 @@ class Held:
     """One sequence when something may be dropped: its ``row`` in the ``segment``, the tokens it holds, and how many its
     budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer`` and
     the first ``observed`` have been through this pass; empty unless the keeper ``cascades``. ``rope``: the rotation
-    that is in the keys held, for a keeper that needs it; None where keys are held without. ``generated``: whether all
+    that is in the keys held, for a keeper that needs it; None where keys are held without. ``turns``: the layer's
+    rotation, in either case. ``generated``: whether all
     that came since the last such moment was generated: a prompt is cut down to its budget, generated tokens may go in
     bursts (``keep.budget.left``). ``layers``: how many there are; ``seen``: tokens of the sequence so far, dropped
     ones among them. ``lanes``: tokens of each key head, where they may differ; ``length`` is then the largest, and
@@ -39,6 +40,7 @@ class Held:
     generated: bool = False
     layers: int = 1
     seen: int = 0
+    turns: Rope | None = None
     lanes: Sequence[int] = ()
 
     @property
@@ -111,6 +113,8 @@ class Keeper(Protocol):
     tokens. ``cascades``: whether what it observes in a layer changes what earlier layers may hold.
     ``needs_plain_keys``: whether it works with keys as the model rotated them; ``needs_rope``: whether it takes that
     rotation out of them itself. ``splits``: whether key heads of a layer may be groups with keepers of their own.
+    ``echo``: of how many tokens at a time it wants a prompt read again once that has ended (``kvote.echo``); 0: not at
+    all.
     """
 
     @property
@@ -137,6 +141,8 @@ class Keeper(Protocol):
     def needs_rope(self) -> bool: ...
     @property
     def splits(self) -> bool: ...
+    @property
+    def echo(self) -> int: ...
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         """Keepers for groups of the ``heads`` key heads of a layer, every head in one of them; None: one for all."""
@@ -151,6 +157,10 @@ class Keeper(Protocol):
         ...
 
     def observe(self, seen: Observation, memory: Any) -> None: ...
+
+    def due(self, memory: Any) -> bool:
+        """Whether tokens stay above the budget only because the prompt has not been read again."""
+        ...
 
     def survivors(self, held: Held, memory: Any) -> Kept | None:
         """What stays; None keeps all."""

@@ -1,5 +1,6 @@
 """Observation: what a keeper sees of one pass. Attention received is computed from it, never stored as a matrix."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from kvote.kernels.masks import end_aligned
 from kvote.read.tokens import Queries, Span, TokenSet
+from kvote.rope import Rope
 from kvote.store.segment import Logits, Segment
 
 
@@ -16,7 +18,8 @@ class Observation:
 
     ``lse`` [b, heads, t]: log-sum-exp of all that each query row read, which was ``spans``. ``ahead``: tokens of the
     prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None where the
-    tokens are generated ones.
+    tokens are generated ones. ``rope``: the layer's rotation, where the method has to know it. ``repeats``: of a pass
+    that reads tokens again (``kvote.echo``), their slots in each sequence of the batch.
     """
 
     queries: Queries
@@ -27,6 +30,8 @@ class Observation:
     spans: list[Span]
     logits: Logits
     ahead: int | None
+    rope: Rope | None = None
+    repeats: Sequence[range] | None = None
 
     @property
     def count(self) -> int:

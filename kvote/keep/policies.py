@@ -24,10 +24,14 @@ class Plain:
     cascades = False
     needs_plain_keys = False
     needs_rope = False
+    echo = 0
     splits = False
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         return None
+
+    def due(self, memory: Any) -> bool:
+        return False
 
     def observes(self, ahead: int | None) -> bool:
         return False

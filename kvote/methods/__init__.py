@@ -12,9 +12,11 @@ from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
+from kvote.methods.expectedattention import expectedattention
 from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
+from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
@@ -35,9 +37,11 @@ __all__ = [
     "doublesparsity",
     "duoattention",
     "ems",
+    "expectedattention",
     "h2o",
     "kivi",
     "knorm",
+    "kvzip",
     "mikv",
     "pyramidkv",
     "quest",

@@ -18,12 +18,14 @@ class Score:
     whether layers may differ. ``adds_up``: whether what was observed cannot be taken back. ``token_bytes``: what is
     remembered for good, per token and key head. ``spare``: tokens that a budget must leave to it besides sinks and
     window. ``uneven``: whether it can judge key heads that hold different numbers of tokens, which
-    are places aligned at their ends (``store.uneven``), with nothing in front of the shorter ones.
+    are places aligned at their ends (``store.uneven``), with nothing in front of the shorter ones. ``needs_rope``
+    and ``echo`` as those of a ``Keeper``.
     """
 
     per_head: bool = True
     per_layer = True
     spare = 1
+    needs_rope = False
     uneven = False
 
     def __post_init__(self) -> None:
@@ -32,6 +34,10 @@ class Score:
     @property
     def adds_up(self) -> bool:
         return False
+
+    @property
+    def echo(self) -> int:
+        return 0
 
     @property
     def token_bytes(self) -> int:
@@ -47,6 +53,10 @@ class Score:
 
     def observe(self, seen: Observation, memory: Any) -> None:
         """Is shown the passes that it asked for."""
+
+    def due(self, memory: Any) -> bool:
+        """As ``Keeper.due``."""
+        return False
 
     def ended(self, held: Held, memory: Any) -> bool:
         """Whether a prompt of this sequence has just ended; otherwise its new tokens were generated."""
