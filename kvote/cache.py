@@ -319,6 +319,7 @@ class Cache(TransformersCache):
             if layer.rope is not None:
                 memo[id(layer.rope)] = layer.rope
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        clone.passes.joined = None
         return clone
 
     def _check_active(self) -> None:

@@ -51,11 +51,18 @@ class Passes:
     # Whether the model has native layers whose states an interrupted pass leaves changed.
     unmarked: bool = False
     thread: int = 0
+    # The batch of several caches that this one has joined, as a weak reference.
+    joined: Any = None
     held: int = 0
     peak: int = 0
     # The layer that a pass through layers with such states has reached, and what it has updated in the first one.
     reached: int | None = None
     updated: set[str] = field(default_factory=set)
+
+    @property
+    def batch(self) -> Any:
+        """The batch of several caches that this one has joined, None where there is none."""
+        return None if self.joined is None else self.joined()
 
     def begin_anew(self) -> None:
         """Nothing is held any more."""
@@ -107,17 +114,38 @@ class Passes:
         return result
 
     def claim(self, cache: object) -> None:
-        """Notes that this thread uses ``cache`` now. Raises BusyCacheError if another one is in the middle of it."""
+        """Notes that this thread uses ``cache`` now. Raises BusyCacheError if another one is in the middle of it, or of
+        the batch that it has joined."""
         thread = threading.get_ident()
         if thread == self.thread:
             return
         with _handing_over:
-            if self.thread and _is_inside(self.thread, cache):
+            if self.thread and any(_is_inside(self.thread, each) for each in (cache, self.batch) if each is not None):
                 raise BusyCacheError(
                     "Another thread is generating with this cache; give every thread a cache of its own, or wait "
                     "until that one has returned."
                 )
             self.thread = thread
+
+
+def whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
+    """As ``Passes.whole``, of several caches: all are as they were before, or those that could not be taken back are
+    ``torn``."""
+    for passes, _ in parts:
+        passes.check()
+    marks = [[part.mark() for part in own] for _, own in parts]
+    try:
+        for passes, _ in parts:
+            passes.torn = True
+        result = run()
+    except BaseException:
+        for (passes, own), before in zip(parts, marks, strict=True):
+            restored = [part.restore(mark) for part, mark in zip(own, before, strict=True)]
+            passes.torn = passes.unmarked or not all(restored)
+        raise
+    for passes, _ in parts:
+        passes.torn = False
+    return result
 
 
 def _is_inside(thread: int, cache: object) -> bool:
