@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -53,11 +54,17 @@ class Passes:
     thread: int = 0
     # The batch of several caches that this one has joined, as a weak reference.
     joined: Any = None
+    # Held while a layer changes, where caches share pages; None: this one has its own.
+    lock: Any = None
     held: int = 0
     peak: int = 0
     # The layer that a pass through layers with such states has reached, and what it has updated in the first one.
     reached: int | None = None
     updated: set[str] = field(default_factory=set)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies stand alone."""
+        return {**vars(self), "joined": None, "lock": None}
 
     @property
     def batch(self) -> Any:
@@ -100,6 +107,12 @@ class Passes:
 
         Raises InterruptedPassError as ``check``.
         """
+        if self.lock is not None:
+            with self.lock:
+                return self._whole(parts, run, *args, **kwargs)
+        return self._whole(parts, run, *args, **kwargs)
+
+    def _whole(self, parts: Sequence[Part], run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         self.check()
         # Set first and taken back last, so that an interruption of what follows counts as well.
         self.torn = True
@@ -131,6 +144,15 @@ class Passes:
 def whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
     """As ``Passes.whole``, of several caches: all are as they were before, or those that could not be taken back are
     ``torn``."""
+    # In one order for all threads.
+    locks = {id(passes.lock): passes.lock for passes, _ in parts if passes.lock is not None}
+    with ExitStack() as held:
+        for _, lock in sorted(locks.items()):
+            held.enter_context(lock)
+        return _whole_of_all(parts, run)
+
+
+def _whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
     for passes, _ in parts:
         passes.check()
     marks = [[part.mark() for part in own] for _, own in parts]

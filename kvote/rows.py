@@ -18,6 +18,7 @@ from kvote.hf.mask import NewColumns
 from kvote.hf.model import name_of, native_layers
 from kvote.hf.rows_layer import RowsLayer, is_window
 from kvote.passes import Passes
+from kvote.store.pages import counted_once
 
 
 class Rows(TransformersCache):
@@ -163,5 +164,6 @@ class Rows(TransformersCache):
         self.reorder_cache(indices)
 
     def nbytes(self) -> int:
-        """Bytes held by all caches that have joined."""
-        return sum(cache.nbytes() for cache in self._members)
+        """Bytes held by all caches that have joined; pages that forks among them share are counted once."""
+        with counted_once():
+            return sum(cache.nbytes() for cache in self._members)
