@@ -22,7 +22,7 @@ from kvote.method import Method, parse
 from kvote.numbers import is_whole
 from kvote.passes import Passes
 from kvote.report import LayerReport, Report
-from kvote.store.pages import FORK
+from kvote.store.family import FORK
 
 # Positions are counted in 32 bits.
 _MOST_TOKENS = 2**31 - 1

@@ -18,7 +18,7 @@ from kvote.hf.mask import NewColumns
 from kvote.hf.model import name_of, native_layers
 from kvote.hf.rows_layer import RowsLayer, is_window
 from kvote.passes import Passes
-from kvote.store.pages import counted_once
+from kvote.store.family import counted_once
 
 
 class Rows(TransformersCache):

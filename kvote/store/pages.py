@@ -9,10 +9,7 @@ which is the usual state: a lane then is a plain strided tensor and reading it c
 """
 
 import copy
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -25,6 +22,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.errors import InterruptedPassError
 from kvote.kernels.lanes import PAGE as PAGE
+from kvote.store.family import FORK, Family, counted
 
 # Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
 _ROOM = 8
@@ -33,20 +31,6 @@ _UNUSED = 2
 # Bytes of tables per page at most: its owners, and a run of its own.
 _TABLES = 20
 _NONE = np.empty(0, np.int64)
-# In the memo of a deep copy: pools are to share their pages with the copy.
-FORK = "kvote.fork"
-# Families whose pages are counted already, while several caches are counted together.
-_counted: ContextVar[set[int] | None] = ContextVar("counted", default=None)
-
-
-@contextmanager
-def counted_once() -> Iterator[None]:
-    """Within, pages that several caches share are counted with the first of them."""
-    token = _counted.set(set())
-    try:
-        yield
-    finally:
-        _counted.reset(token)
 
 
 @dataclass
@@ -71,36 +55,6 @@ class Lane:
             self.runs[-1] = (self.runs[-1][0], self.runs[-1][1] + count)
         else:
             self.runs.append((first, count))
-
-
-class Family:
-    """The pools of caches that were forked from one: they share pages, the count of their owners, and the tensors. It
-    keeps none alive; one that goes, wherever that happens, only is no longer there when owners are counted again."""
-
-    def __init__(self) -> None:
-        self._pools: list[weakref.ref[PagePool]] = []
-
-    @property
-    def pools(self) -> "list[PagePool]":
-        return [pool for each in self._pools if (pool := each()) is not None]
-
-    @property
-    def lost_some(self) -> bool:
-        return any(each() is None for each in self._pools)
-
-    def add(self, pool: "PagePool") -> None:
-        self._pools.append(weakref.ref(pool))
-
-    def recount(self) -> None:
-        """Counts the owners of every page among the pools that are left."""
-        pools = self.pools
-        self._pools = [weakref.ref(pool) for pool in pools]
-        owners = pools[0].owners
-        owners[:] = 0
-        for pool in pools:
-            for lane in pool.lanes:
-                for first, count in lane.runs:
-                    owners[first : first + count] += 1
 
 
 class PagePool:
@@ -171,15 +125,15 @@ class PagePool:
         pages = sum(part.untyped_storage().nbytes() for part in self.parts.values())
         if self._family is None:
             return tables + pages
-        counted = _counted.get()
-        if counted is None:
+        families = counted.get()
+        if families is None:
             # Of a fork, all that would stay if the others went: its pages, shared ones among them, and unused ones.
             held = np.zeros(len(self.owners), bool)
             for lane in self.lanes:
                 held[lane.page_ids()] = True
             return tables + pages - int(((self.owners > 0) & ~held).sum()) * (self._page_bytes - _TABLES)
-        pages = 0 if id(self._family) in counted else pages
-        counted.add(id(self._family))
+        pages = 0 if id(self._family) in families else pages
+        families.add(id(self._family))
         return tables + pages
 
     def table(self, lanes: tuple[int, ...]) -> kernels.Lanes:
