@@ -33,7 +33,7 @@ def main() -> None:
         hidden_size=given.hidden,
         intermediate_size=4 * given.hidden,
         num_hidden_layers=8,
-        num_attention_heads=8,
+        num_attention_heads=max(2, given.hidden // 64),
         num_key_value_heads=2,
     )
     net = LlamaForCausalLM(config).eval()
