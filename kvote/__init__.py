@@ -26,6 +26,7 @@ if typing.TYPE_CHECKING:
     from kvote.hf.facts import detach
     from kvote.method import Method
     from kvote.report import LayerReport, Report
+    from kvote.rows import Rows
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOME = {
     "NotFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "Report": "report",
+    "Rows": "rows",
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
     "read_again": "echo",
@@ -68,6 +70,7 @@ __all__ = [
     "NotFiniteError",
     "OutOfMemoryError",
     "Report",
+    "Rows",
     "UnsupportedModelError",
     "detach",
     "methods",

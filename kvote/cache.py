@@ -1,8 +1,9 @@
 """Cache: what ``generate()`` holds. One kvote layer per full-attention layer of the model, native layers elsewhere."""
 
 import copy
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from kvote.method import Method, parse
 from kvote.numbers import is_whole
 from kvote.passes import Passes
 from kvote.report import LayerReport, Report
+from kvote.store.family import FORK
 
 # Positions are counted in 32 bits.
 _MOST_TOKENS = 2**31 - 1
@@ -91,8 +93,9 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.turn.end = self.get_seq_length() + tokens
         self.turn.question_follows = question_follows
-        for layer in self._own:
-            layer.expect(tokens)
+        with self._turn_taken:
+            for layer in self._own:
+                layer.expect(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` columns in every layer, or, if one of them cannot, in none.
@@ -182,12 +185,18 @@ class Cache(TransformersCache):
                 f"The last pass was interrupted and has left layers with {last} to {first} columns; {self._way_back()}."
             )
 
+    @property
+    def _turn_taken(self) -> AbstractContextManager[Any]:
+        """Forks that share pages change one after the other."""
+        return nullcontext() if self.passes.lock is None else self.passes.lock
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """For what changes all layers: interrupted in the middle of it, they cannot be relied on any more."""
-        self.passes.torn = True
-        yield
-        self.passes.torn = False
+        with self._turn_taken:
+            self.passes.torn = True
+            yield
+            self.passes.torn = False
 
     @uncompiled
     def update(
@@ -310,7 +319,7 @@ class Cache(TransformersCache):
             self.method.spec, layers, nbytes, max(nbytes, self.passes.peak + nbytes - own), self.trial_seconds
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
+    def __deepcopy__(self, memo: dict[Any, Any]) -> "Cache":
         """An independent copy of everything held; the model it belongs to is shared."""
         clone = object.__new__(type(self))
         memo[id(self)] = clone
@@ -319,6 +328,25 @@ class Cache(TransformersCache):
             if layer.rope is not None:
                 memo[id(layer.rope)] = layer.rope
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def fork(self) -> "Cache":
+        """A second cache that holds the same and goes on by itself. Pages of tokens are shared until one of both writes
+        to them, so a fork costs what differs; what a store holds elsewhere (a low-rank prompt, say), native layers and
+        what readers and keepers remember are copied.
+
+        ``nbytes()`` of each counts the pages that it shares. Forks may be used by different threads, whose layers then
+        take turns, and may sit in one ``Rows``. Pages that only a fork held are free once it is gone. Raises
+        InterruptedPassError if the last pass was interrupted.
+        """
+        self.passes.claim(self)
+        self.check()
+        self._check_active()
+        if self.passes.lock is None:
+            self.passes.lock = threading.RLock()
+        with self.passes.lock:
+            clone = self.__deepcopy__({FORK: True})
+            clone.passes.lock = self.passes.lock
         return clone
 
     def _check_active(self) -> None:

@@ -69,7 +69,11 @@ class HeadGroups:
         return sum(layer.nbytes for layer in self.parts)
 
     def attend(self, step: Step) -> Tensor:
-        """As ``Layer.attend``. Raises UnsupportedModelError if the layer has other key heads than the model's config
+        """As ``Layer.attend``."""
+        return self.parts[0].passes.whole(self.parts, self.run, step)
+
+    def run(self, step: Step) -> Tensor:
+        """As ``Layer.run``. Raises UnsupportedModelError if the layer has other key heads than the model's config
         tells."""
         kv_heads = sum(len(group.heads) for group in self.groups)
         if step.key.shape[1] != kv_heads:
@@ -77,9 +81,6 @@ class HeadGroups:
                 f"Layer {self.index} has {step.key.shape[1]} key heads and not the {kv_heads} of the model's config "
                 f"that {self.method.spec} goes by."
             )
-        return self.parts[0].passes.whole(self.parts, self._run, step)
-
-    def _run(self, step: Step) -> Tensor:
         b, heads, t, _ = step.query.shape
         out = step.value.new_empty(b, t, heads, step.value.shape[3])
         for group in self.groups:

@@ -3,27 +3,28 @@
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from kvote import kernels
+from kvote.affordable import affordable, check_budget
+from kvote.asking import answers_of, asides_of
+from kvote.columns import pad_past, remember_columns
 from kvote.crew import Crew as Crew
-from kvote.errors import CropError, InputError, MethodError
+from kvote.errors import CropError, InputError
 from kvote.groups import Group, alike, answer_pads
 from kvote.inference import outside_inference
-from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
+from kvote.marks import mark_of, restore, take_back
 from kvote.method import Method
 from kvote.passes import Mark, Passes, unheard
-from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Span, Token
+from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Token
 from kvote.rope import Rope
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
-from kvote.store.segment import Indexed, Logits, Segment
+from kvote.store.segment import Indexed, Segment
 from kvote.store.uneven import UnevenSegment
 
 
@@ -124,7 +125,7 @@ class Layer:
             self.memory = self.method.read.new_memory()
             self.record.memory = self.method.keep.new_memory()
             self.reserve()
-            self._check_budget()
+            check_budget(self)
             self._turns = self.rope if self.method.needs_raw_keys else None
             # What a class inherits may not hold for what it changes.
             offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
@@ -139,23 +140,10 @@ class Layer:
         if dial.unit != "bytes":
             return dial.tokens(self.tokens_seen(row))
         # Once there are tokens, a budget that no longer suffices (copies were made) must not end a pass half way.
-        return max(1, self._affordable(dial))
+        return max(1, affordable(self, dial))
 
     def tokens_seen(self, row: int) -> int:
         return self.seen if self.columns is None else int(self.columns[row].sum())
-
-    def _affordable(self, dial: Budget) -> int:
-        assert self.segment is not None
-        return self.segment.tokens_within(dial.amount / self.layers, self.method.keep.token_bytes)
-
-    def _check_budget(self) -> None:
-        """Raises MethodError if a budget of bytes leaves no page of tokens to a key head."""
-        dial = self.method.keep.budget
-        if dial is not None and dial.unit == "bytes" and self._affordable(dial) < 1:
-            raise MethodError(
-                f"{self.method.spec}: {dial.amount:,.0f} bytes for {self.layers:g} layers and {self.sequences} "
-                "sequences leave no page of tokens to a key head; give a larger budget."
-            )
 
     def expect(self, tokens: int) -> None:
         """Announces ``tokens`` columns."""
@@ -175,38 +163,16 @@ class Layer:
     def attend(self, step: Step) -> Tensor:
         """The attention output [b, t, heads, dv] of new tokens that are kept, stored and read as the method says.
 
-        Raises InputError if the batch size changed. Whatever interrupts it, the layer is as it was before, or the cache
-        refuses to go on (``passes``).
+        Raises InputError if the batch size changed. Interrupted, the layer is as before, or the cache refuses to go on.
         """
         return self.passes.whole([self], self.run, step)
 
     def mark(self) -> Mark:
-        return Mark(
-            None if self.segment is None else self.segment.mark(),
-            None if self.memory is None else self.memory.mark(),
-            list(self.record.waiting),
-            dict(vars(self.activity)),
-            self.columns,
-            (self.seen, self.expected, self.ahead, self.prompted, self.holes),
-            self.changes,
-        )
+        return mark_of(self)
 
     def restore(self, mark: Mark) -> bool:
         """Forgets what a pass has added since ``mark``; False if it has dropped or encoded something."""
-        if self.changes != mark.changes:
-            return False
-        if mark.held is None:
-            self.segment, self.memory, self.record.memory = None, None, None
-        elif self.segment is not None:
-            if not self.segment.restore(mark.held):
-                return False
-            if self.memory is not None:
-                self.memory.restore(mark.memory)
-        self.record.waiting = mark.waiting
-        vars(self.activity).update(mark.activity)
-        self.columns = mark.columns
-        self.seen, self.expected, self.ahead, self.prompted, self.holes = mark.numbers
-        return True
+        return restore(self, mark)
 
     @outside_inference
     def run(self, step: Step) -> Tensor:
@@ -225,8 +191,8 @@ class Layer:
         if b != self.sequences:
             raise InputError(f"This cache holds {self.sequences} sequences, but the batch has {b}; reset the cache.")
         if step.past is not None or self.columns is not None:
-            self._pad_past(step.past)
-        self._remember_columns(step.valid, b, t)
+            pad_past(self, step.past)
+        remember_columns(self, step.valid, b, t)
         raw_key, raw_query = step.key, None
         rope = self.rope if self.method.needs_raw_keys else None
         if rope is not None:
@@ -257,7 +223,7 @@ class Layer:
                 memories=[layer.memory for layer in self.crew.layers] if self.method.read.crosses_layers else (),
                 number=self.number,
             )
-            answer, lse, spans = self._answers(reading, step)
+            answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)
             if again is not None or self.method.keep.observes(step.ahead):
                 parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
@@ -275,7 +241,7 @@ class Layer:
             group.put(out, answer)
         out = step.query.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
         if step.valid is not None:
-            asides = partial(self._asides, logits=step.logits)
+            asides = partial(asides_of, self, logits=step.logits)
             self.holes |= answer_pads(out, step, segment, before, asides)
         self.seen += t
         self.ahead = max(0, step.ahead or 0)
@@ -337,63 +303,6 @@ class Layer:
         if not dropped and not encoded:
             self.changes -= 1
 
-    def _answers(self, reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
-        """What the queries answer [b, heads, t, dv], the log-sum-exp of what they read, and what that was."""
-        pieces, totals, spans = [], [], []
-        for span in self.method.read.read(reading):
-            if self.holes:
-                span = span.in_place(reading.first + span.stop)
-            queries = reading.queries.rows(span.start, span.stop)
-            answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
-            answers += self._asides(queries, reading.rows, step.logits)
-            out, lse = kernels.merge(answers)
-            if step.sink_logits is not None:
-                out = kernels.with_sink_logits(out, lse, step.sink_logits)
-                lse = torch.logaddexp(lse, step.sink_logits.float().reshape(1, -1, 1))
-            pieces.append(out)
-            totals.append(lse)
-            spans.append(span)
-        if len(pieces) == 1:
-            return pieces[0], totals[0], spans
-        return torch.cat(pieces, dim=2), torch.cat(totals, dim=2), spans
-
-    def _asides(self, queries: Queries, rows: list[int], logits: Logits) -> list[tuple[Tensor, Tensor]]:
-        """What tokens answer that have no slot and that every query reads."""
-        assert self.segment is not None
-        held = self.segment.aside(queries, rows, logits)
-        gone = self.method.keep.aside(queries, rows, logits, self.record.memory)
-        return [answer for answer in (held, gone) if answer is not None]
-
-    def _remember_columns(self, valid: Tensor | None, b: int, t: int) -> None:
-        """Which columns of the batch were tokens. Nothing is stored until a padded column appears."""
-        if valid is None and self.columns is None:
-            return
-        device = self.segment.device if self.segment else None
-        if self.columns is None:
-            self.columns = torch.ones(b, self.seen, dtype=torch.bool, device=device)
-        new = torch.ones(b, t, dtype=torch.bool, device=device) if valid is None else valid
-        self.columns = torch.cat([self.columns, new], dim=1)
-
-    def _pad_past(self, past: Tensor | None) -> None:
-        """Takes tokens out that the mask now calls padding (rows that ended before others, in a later turn)."""
-        assert self.segment is not None
-        everything = torch.ones(self.sequences, self.seen, dtype=torch.bool, device=self.segment.device)
-        known = everything if self.columns is None else self.columns
-        past = everything if past is None else past
-        if torch.equal(known, past):
-            return
-        if self.method.keep.drops or self.others_drop or bool((past & ~known).any()):
-            raise InputError(
-                f"The attention mask changed for tokens that {self.method.spec} has already read; pass the same mask "
-                "as before, or start anew with cache.reset()."
-            )
-        for row in (known & ~past).any(dim=1).nonzero()[:, 0].tolist():
-            self.changes += 1
-            self.segment.keep(row, past[row][known[row]].nonzero()[:, 0].cpu())
-        self.columns = past.clone()
-        if self.memory is not None:
-            self.memory.forget()
-
     @outside_inference
     def drop(self) -> bool:
         """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep, here and in the
@@ -450,8 +359,7 @@ class Layer:
         if not self.method.keep.cascades:
             return self.seal()
         if self.number == len(self.crew.layers) - 1:
-            sealed = [layer.seal() for layer in self.crew.layers]
-            return any(sealed)
+            return sum(layer.seal() for layer in self.crew.layers) > 0
         return False
 
     @outside_inference
@@ -492,7 +400,7 @@ class Layer:
             gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
             lengths.append(self.segment.length(row) - gone)
         if columns:
-            self._take_back(lengths, ahead)
+            take_back(self, lengths, ahead)
         self.seen -= columns
         if self.columns is not None:
             self.columns = self.columns[:, : self.seen].clone()
@@ -501,21 +409,6 @@ class Layer:
         self.segment.trim()
         self.drop()
         self.seal_all()
-
-    def _take_back(self, lengths: list[int], ahead: int | None) -> None:
-        """Cuts sequences to ``lengths``, and what the keeper has seen of them: votes for a prompt that is no more are
-        forgotten, and passes that it has not been shown are cut."""
-        assert self.segment is not None
-        # What was heard of a prompt that was read again outlives a crop.
-        if not (self.method.keep.adds_up or self.method.keep.echo) and ahead is None:
-            self.record.memory = self.method.keep.new_memory()
-        # Before the tokens go: what remains of a pass may be listed together with them.
-        self.record.settle(lengths)
-        self.record.truncate(lengths)
-        for row, length in enumerate(lengths):
-            if length < self.segment.length(row):
-                self.segment.truncate(row, length)
-        self.ahead = ahead or 0
 
     @outside_inference
     def select(self, index: list[int]) -> None:

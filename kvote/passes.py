@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -52,12 +53,25 @@ class Passes:
     # Whether the model has native layers whose states an interrupted pass leaves changed.
     unmarked: bool = False
     thread: int = 0
+    # The batch of several caches that this one has joined, as a weak reference.
+    joined: Any = None
+    # Held while a layer changes, where caches share pages; None: this one has its own.
+    lock: Any = None
     held: int = 0
     peak: int = 0
     repeats: Sequence[range] | None = None
     # The layer that a pass through layers with such states has reached, and what it has updated in the first one.
     reached: int | None = None
     updated: set[str] = field(default_factory=set)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies stand alone."""
+        return {**vars(self), "joined": None, "lock": None}
+
+    @property
+    def batch(self) -> Any:
+        """The batch of several caches that this one has joined, None where there is none."""
+        return None if self.joined is None else self.joined()
 
     def begin_anew(self) -> None:
         """Nothing is held any more."""
@@ -95,6 +109,12 @@ class Passes:
 
         Raises InterruptedPassError as ``check``.
         """
+        if self.lock is not None:
+            with self.lock:
+                return self._whole(parts, run, *args, **kwargs)
+        return self._whole(parts, run, *args, **kwargs)
+
+    def _whole(self, parts: Sequence[Part], run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         self.check()
         # Set first and taken back last, so that an interruption of what follows counts as well.
         self.torn = True
@@ -109,17 +129,47 @@ class Passes:
         return result
 
     def claim(self, cache: object) -> None:
-        """Notes that this thread uses ``cache`` now. Raises BusyCacheError if another one is in the middle of it."""
+        """Notes that this thread uses ``cache`` now. Raises BusyCacheError if another one is in the middle of it, or of
+        the batch that it has joined."""
         thread = threading.get_ident()
         if thread == self.thread:
             return
         with _handing_over:
-            if self.thread and _is_inside(self.thread, cache):
+            if self.thread and any(_is_inside(self.thread, each) for each in (cache, self.batch) if each is not None):
                 raise BusyCacheError(
                     "Another thread is generating with this cache; give every thread a cache of its own, or wait "
                     "until that one has returned."
                 )
             self.thread = thread
+
+
+def whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
+    """As ``Passes.whole``, of several caches: all are as they were before, or those that could not be taken back are
+    ``torn``."""
+    # In one order for all threads.
+    locks = {id(passes.lock): passes.lock for passes, _ in parts if passes.lock is not None}
+    with ExitStack() as held:
+        for _, lock in sorted(locks.items()):
+            held.enter_context(lock)
+        return _whole_of_all(parts, run)
+
+
+def _whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
+    for passes, _ in parts:
+        passes.check()
+    marks = [[part.mark() for part in own] for _, own in parts]
+    try:
+        for passes, _ in parts:
+            passes.torn = True
+        result = run()
+    except BaseException:
+        for (passes, own), before in zip(parts, marks, strict=True):
+            restored = [part.restore(mark) for part, mark in zip(own, before, strict=True)]
+            passes.torn = passes.unmarked or not all(restored)
+        raise
+    for passes, _ in parts:
+        passes.torn = False
+    return result
 
 
 def _is_inside(thread: int, cache: object) -> bool:

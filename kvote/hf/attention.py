@@ -3,6 +3,7 @@
 import functools
 import sys
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from kvote.errors import InputError, UnsupportedModelError
-from kvote.heads import HeadGroups
-from kvote.hf.cache_layer import CacheLayer, Turn, owner_of
+from kvote.hf.cache_layer import CacheLayer, owner_of
 from kvote.hf.compiling import uncompiled
 from kvote.hf.mask import Padding, padding_of
+from kvote.hf.rows_layer import Given, RowsLayer
 from kvote.hf.watch import note_attention
-from kvote.layer import Layer, Step
 from kvote.store.segment import Logits
 
-_DRAFTS = 32
 _REFUSED = ("position_bias", "sliding_window", "cache")
 # What transformers collects for its caller in this pass, where this release says so.
 _collected: ContextVar[dict[str, Any] | None] = getattr(
@@ -49,34 +48,40 @@ def attention(
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, _eager_of(module))
         mask = attention_mask if padding is None else padding.native_mask()
         return attend(module, query, key, value, mask, **kwargs)
+    if isinstance(owner, RowsLayer) and not owner.pending:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} reads the keys of another layer, which several caches in one batch cannot do; "
+            "run each cache by itself."
+        )
     owner.pending = False
-    _check(module, attention_mask, padding, kwargs)
+    _check(module, attention_mask, padding, kwargs, windowed=owner.is_sliding)
     # Kernels read rows of channels.
     if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    t, seen = query.shape[2], owner.layer.seen
     positions = _positions(module, owner, kwargs.get("position_ids"))
-    if positions is None:
-        positions = torch.arange(seen, seen + t, device=query.device)[None]
     scaling = kwargs.get("scaling")
-    step = Step(
-        query=query,
-        key=key,
-        value=value,
-        positions=positions if len(positions) == len(query) else positions.expand(len(query), -1),
-        valid=None if padding is None or padding.valid is None else padding.valid.to(query.device),
-        solo=_solo(owner.layer, owner.turn, t),
-        decode=t == 1 and seen >= owner.turn.end,
-        ahead=_ahead(owner.layer, owner.turn, t),
-        past=None if padding is None or padding.past is None else padding.past.to(query.device),
-        logits=_logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")),
-        sink_logits=kwargs.get("s_aux"),
-    )
+    logits, sinks = _logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")), "s_aux"
+    if isinstance(owner, RowsLayer):
+        given = Given(query, key, value, positions, padding, logits, kwargs.get(sinks))
+        out = owner.attend(given, partial(_native, native, module, kwargs))
+    else:
+        valid = None if padding is None or padding.valid is None else padding.valid.to(query.device)
+        past = None if padding is None or padding.past is None else padding.past.to(query.device)
+        out = owner.layer.attend(owner.step(query, key, value, positions, logits, kwargs.get(sinks), valid, past))
     # Model files go on with .view(), which needs what transformers' own functions return: contiguous answers.
-    out = owner.layer.attend(step).contiguous()
+    out = out.contiguous()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) and not out.requires_grad:
         out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
     return out, None
+
+
+def _native(
+    native: str, module: torch.nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, mask: Any
+) -> Tensor:
+    """What the native function answers, [1, t, heads, dv], to one row of a batch."""
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, _eager_of(module))
+    out: Tensor = attend(module, query, key, value, mask, **{**kwargs, "position_ids": None})[0]
+    return out
 
 
 # The same in every step.
@@ -108,21 +113,29 @@ def _eager_of(module: torch.nn.Module) -> Any:
 
 
 def _check(
-    module: torch.nn.Module, attention_mask: Tensor | None, padding: Padding | None, kwargs: dict[str, Any]
+    module: torch.nn.Module,
+    attention_mask: Tensor | None,
+    padding: Padding | None,
+    kwargs: dict[str, Any],
+    *,
+    windowed: bool,
 ) -> None:
-    """Raises UnsupportedModelError for what kvote's attention has not, InputError for attention weights."""
+    """Raises UnsupportedModelError for what kvote's attention has not, InputError for attention weights. ``windowed``:
+    rows of a batch whose own native layers attend, to which a window may be passed on."""
     custom = attention_mask is not None and padding is None
     asked = kwargs.get
     if custom or asked("dropout") or any(asked(name) is not None for name in _REFUSED if name in kwargs):
-        refused = [name for name in _REFUSED if asked(name) is not None]
+        refused = [name for name in _REFUSED if asked(name) is not None and not (windowed and name == "sliding_window")]
         refused += ["dropout"] * bool(asked("dropout")) + ["a custom attention mask"] * custom
-        raise UnsupportedModelError(f"{type(module).__name__} asks attention for {', '.join(refused)}; kvote has none.")
+        if refused:
+            asks = f"{type(module).__name__} asks attention for {', '.join(refused)}"
+            raise UnsupportedModelError(f"{asks}; kvote has none.")
     collected = _collected.get()
     if asked("output_attentions") or (collected and "attentions" in collected):
         raise InputError("kvote returns no attention weights; leave output_attentions out, or use another cache.")
 
 
-def _positions(module: torch.nn.Module, owner: CacheLayer, positions: Tensor | None) -> Tensor | None:
+def _positions(module: torch.nn.Module, owner: CacheLayer | RowsLayer, positions: Tensor | None) -> Tensor | None:
     """The positions [1 or b, t] of the new tokens; None where the model does not tell, and nothing is rotated.
 
     Raises UnsupportedModelError where the method has to know and cannot.
@@ -144,25 +157,3 @@ def _positions(module: torch.nn.Module, owner: CacheLayer, positions: Tensor | N
             )
         positions = None
     return positions
-
-
-def _solo(layer: Layer | HeadGroups, turn: Turn, t: int) -> int:
-    """How many of the next ``t`` columns belong to the tail of a prompt or turn, or come after it."""
-    tail = layer.method.read.tail
-    if layer.seen < turn.end:
-        return max(0, min(t, layer.seen + t - turn.end + (0 if turn.question_follows else tail)))
-    if layer.record_past:
-        # Assisted decoding verifies drafts as the decode steps they stand for; its first pass has them behind a prompt.
-        return t if layer.seen else min(t, tail + _DRAFTS)
-    return t if t == 1 else min(t, tail)
-
-
-def _ahead(layer: Layer | HeadGroups, turn: Turn, t: int) -> int | None:
-    """How many tokens of the prompt come after the next ``t`` columns; None if those are generated ones.
-
-    Without an announcement, the end of every pass is a prompt's end, unless it is a single token or verifies drafts.
-    """
-    if layer.seen < turn.end:
-        return turn.end - layer.seen - t
-    drafts = layer.record_past and t <= _DRAFTS
-    return None if layer.seen and (t == 1 or drafts) else 0

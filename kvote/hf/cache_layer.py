@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,55 +12,24 @@ from kvote.errors import CropError, InactiveCacheError, InputError
 from kvote.heads import HeadGroups
 from kvote.hf.compiling import uncompiled
 from kvote.hf.rotary import RotaryPositions
-from kvote.layer import Layer
+from kvote.layer import Layer, Step
+from kvote.phase import Turn as Turn
+from kvote.store.segment import Logits
 
 _LAYER = "_kvote_layer"
 
 
-@dataclass
-class Turn:
-    """The prompt that was announced: the column where it ends (0: none was), and whether a question follows it."""
+class HandsOn:
+    """Hands the new tokens of a pass on to attention with itself attached, and notices where kvote's attention never
+    comes for them."""
 
-    end: int = 0
-    question_follows: bool = False
-
-
-class CacheLayer(CacheLayerMixin):
-    """A layer as ``generate()`` sees it. Lengths are in columns of the batch, padding included."""
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(
-        self,
-        layer: Layer | HeadGroups,
-        turn: Turn,
-        previous: "CacheLayer | None",
-        rotated: bool = True,
-        rotary: RotaryPositions | None = None,
-    ) -> None:
-        """``rotated``: whether the model rotates keys here. ``rotary``: where attention is not told positions as they
-        are, what tells them instead."""
-        super().__init__()
-        self.layer, self.turn, self.previous = layer, turn, previous
-        self.rotary = rotary
-        # Whether the method has to know at which positions keys were rotated.
-        self.needs_positions = rotated and layer.method.needs_rope
+    def __init__(self, previous: "HandsOn | None") -> None:
+        self.previous = previous
         self.pending = False
         # Whether another layer of kvote's comes after this one in every pass.
         self.followed = False
         if previous is not None:
             previous.followed = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    # An attribute set on a tensor does not survive tracing.
-    @uncompiled
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
-        return self.hand_on(key_states, value_states)
 
     def hand_on(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """``update`` for a caller that is not compiled."""
@@ -82,6 +50,62 @@ class CacheLayer(CacheLayerMixin):
         key = key_states.view_as(key_states)
         setattr(key, _LAYER, self)
         return key, value_states
+
+
+class CacheLayer(HandsOn, CacheLayerMixin):
+    """A layer as ``generate()`` sees it. Lengths are in columns of the batch, padding included."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        layer: Layer | HeadGroups,
+        turn: Turn,
+        previous: "CacheLayer | None",
+        rotated: bool = True,
+        rotary: RotaryPositions | None = None,
+    ) -> None:
+        """``rotated``: whether the model rotates keys here. ``rotary``: where attention is not told positions as they
+        are, what tells them instead."""
+        CacheLayerMixin.__init__(self)
+        HandsOn.__init__(self, previous)
+        self.layer, self.turn = layer, turn
+        self.rotary = rotary
+        # Whether the method has to know at which positions keys were rotated.
+        self.needs_positions = rotated and layer.method.needs_rope
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor | None,
+        logits: Logits,
+        sinks: Tensor | None,
+        valid: Tensor | None = None,
+        past: Tensor | None = None,
+    ) -> Step:
+        """What attention asks of the layer, in the phase in which its text is; all as ``Step`` has it, but
+        ``positions`` [1 or b, t] or None: those behind what was seen."""
+        t, layer = query.shape[2], self.layer
+        seen = layer.seen
+        if positions is None:
+            positions = torch.arange(seen, seen + t, device=query.device)[None]
+        if len(positions) != len(query):
+            positions = positions.expand(len(query), -1)
+        phase = self.turn.phase(seen, t, layer.method.read.tail, drafts=layer.record_past)
+        return Step(query, key, value, positions, valid, phase.solo, logits, sinks, past, phase.decode, phase.ahead)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    # An attribute set on a tensor does not survive tracing.
+    @uncompiled
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands the new tokens on, with this layer attached; they are stored when attention is called on them."""
+        return self.hand_on(key_states, value_states)
 
     def get_seq_length(self) -> int:
         return self.layer.seen
@@ -188,6 +212,6 @@ def recording(cache: Any) -> Iterator[None]:
             layer.record_past = False
 
 
-def owner_of(key: Tensor) -> CacheLayer | None:
-    """The layer that handed ``key`` to the model; None for another cache's keys."""
+def owner_of(key: Tensor) -> Any:
+    """The layer (``HandsOn``) that handed ``key`` to the model; None for another cache's keys."""
     return getattr(key, _LAYER, None)

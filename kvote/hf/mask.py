@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from kvote.errors import InputError
 from kvote.hf.compiling import uncompiled
@@ -25,11 +29,37 @@ class Padding:
     past: Tensor | None
     native: Callable[..., Tensor | None]
     _made: list[Tensor | None] = field(default_factory=list)
+    _spans: list[tuple[int, int]] = field(default_factory=list)
 
     def native_mask(self) -> Tensor | None:
         if not self._made:
             self._made.append(self.native())
         return self._made[0]
+
+    def spans(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Where the tokens of each row begin and end among the new columns. Raises InputError where padding stands
+        between them."""
+        if not self._spans:
+            whole = [[True] * columns] * rows if self.valid is None else self.valid.tolist()
+            for row, real in enumerate(whole):
+                start = real.index(True) if True in real else 0
+                stop = start + sum(real)
+                if not all(real[start:stop]):
+                    raise InputError(f"Row {row} has padding between its tokens; put it before or behind them.")
+                self._spans.append((start, stop))
+        return self._spans
+
+    def of_row(self, t: int, seen: int, held: int, first: int) -> Tensor | None:
+        """The native mask of one row alone, of which ``t`` columns are new, ``seen`` came before, and keys ``first`` to
+        ``first + held`` are there."""
+        assert isinstance(self.native, partial)
+        sizes = {"batch_size": 1, "q_length": t, "kv_length": held, "q_offset": seen, "kv_offset": first}
+        made: Tensor | None = self.native(**{**sizes, "attention_mask": None})
+        return made
+
+
+class NewColumns(int):
+    """An offset of nothing, in a batch of several caches: masks are made for the new columns alone."""
 
 
 class Carrier(Tensor):
@@ -97,9 +127,15 @@ def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
         # A static cache counts in place, and the native mask is made after it has counted this pass.
         kwargs["q_offset"] = kwargs["q_offset"].clone()
     make = partial(ALL_MASK_ATTENTION_FUNCTIONS.get(native, _no_mask), **kwargs)
-    if kwargs["mask_function"] is not causal_mask_function:
+    apart = isinstance(kwargs["q_offset"], NewColumns)
+    if kwargs["mask_function"] is not causal_mask_function and not (apart and _slides(kwargs["mask_function"])):
         return make()
     tokens, t = kwargs.get("attention_mask"), kwargs["q_length"]
+    if apart and tokens is not None and tokens.shape[1] != t:
+        raise InputError(
+            f"The attention mask of several caches says which of the {t} new columns are tokens; got {tokens.shape[1]} "
+            "columns."
+        )
     valid = past = None
     if tokens is not None:
         seen = kwargs["q_offset"]
@@ -132,6 +168,17 @@ def _sees_all(kwargs: dict[str, Any]) -> bool:
         return False
     last = kwargs["kv_length"] == seen + 1 and not kwargs.get("kv_offset")
     return last and kwargs.get("local_size") is None and bool(kwargs.get("allow_is_causal_skip", True))
+
+
+def _slides(function: Any) -> bool:
+    """Whether a mask function is that of a plain sliding window."""
+    if getattr(function, "__code__", None) is not _SLIDING.__code__:
+        return False
+    parts = function.__closure__[0].cell_contents
+    return [part.__code__ for part in parts] == [part.__code__ for part in _SLIDING.__closure__[0].cell_contents]
+
+
+_SLIDING: Any = sliding_window_causal_mask_function(1)
 
 
 def _no_mask(**kwargs: Any) -> None:

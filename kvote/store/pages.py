@@ -8,17 +8,21 @@ Each lane's pages are runs of neighbours in the pool. ``arrange`` lays every lan
 which is the usual state: a lane then is a plain strided tensor and reading it copies nothing.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.errors import InterruptedPassError
 from kvote.kernels.lanes import PAGE as PAGE
+from kvote.store.family import FORK, Family, counted
 
 # Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
 _ROOM = 8
@@ -70,6 +74,45 @@ class PagePool:
         self.shares = False
         # Tables for the kernels, until a page changes hands.
         self._tables: dict[tuple[int, ...], kernels.Lanes] = {}
+        # The pools that this one shares ``parts`` and ``owners`` with, itself among them; None: it has them alone.
+        self._family: Family | None = None
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> "PagePool":
+        """A pool of its own; of a fork, one that shares the pages until one of both writes to them."""
+        clone = memo[id(self)] = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        clone._tables = {}
+        if FORK in memo:
+            for lane in self.lanes:
+                # Pages set aside but not yet written are not shared: two lanes would write into them.
+                self.truncate(lane, lane.length)
+        clone.lanes = [Lane(list(lane.runs), lane.length) for lane in self.lanes]
+        if FORK in memo:
+            if self._family is None:
+                self._family = Family()
+                self._family.add(self)
+            clone._family = self._family
+            clone._family.add(clone)
+            self.shares = clone.shares = True
+            self._family.recount()
+            return clone
+        clone.parts, clone.owners = copy.deepcopy(self.parts, memo), self.owners.copy()
+        if self._family is not None:
+            clone._family = Family()
+            clone._family.add(clone)
+            clone._family.recount()
+            clone._family = None
+            clone.trim()
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self if self._family is None else copy.deepcopy(self))
+
+    @property
+    def _pools(self) -> "list[PagePool]":
+        """This pool first, and those that share its pages."""
+        others = [] if self._family is None else [pool for pool in self._family.pools if pool is not self]
+        return [self, *others]
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +122,19 @@ class PagePool:
     def nbytes(self) -> int:
         tables = self.owners.nbytes + 16 * sum(len(lane.runs) for lane in self.lanes)
         tables += sum(table.nbytes for lanes in self._tables.values() for table in lanes.tables.values())
-        return tables + sum(part.untyped_storage().nbytes() for part in self.parts.values())
+        pages = sum(part.untyped_storage().nbytes() for part in self.parts.values())
+        if self._family is None:
+            return tables + pages
+        families = counted.get()
+        if families is None:
+            # Of a fork, all that would stay if the others went: its pages, shared ones among them, and unused ones.
+            held = np.zeros(len(self.owners), bool)
+            for lane in self.lanes:
+                held[lane.page_ids()] = True
+            return tables + pages - int(((self.owners > 0) & ~held).sum()) * (self._page_bytes - _TABLES)
+        pages = 0 if id(self._family) in families else pages
+        families.add(id(self._family))
+        return tables + pages
 
     def table(self, lanes: tuple[int, ...]) -> kernels.Lanes:
         """Where some lanes lie, as the compiled kernels read it."""
@@ -89,6 +144,8 @@ class PagePool:
 
     def has_room(self, lanes: tuple[int, ...], tokens: int) -> bool:
         """Whether each lane can take ``tokens`` more without a new page, and owns the page it writes next alone."""
+        if self._family is not None and (self.moving or self._family.lost_some):
+            return False
         for i in lanes:
             lane = self.lanes[i]
             if lane.length + tokens > lane.pages * self.page:
@@ -112,6 +169,15 @@ class PagePool:
 
         ``room``: leave more behind each lane if the pool has to be laid out anew.
         """
+        if self._family is not None:
+            if self.moving:
+                raise InterruptedPassError(
+                    "Pages that this cache shares with a fork were being moved when that was interrupted; call "
+                    "cache.reset() and feed the text again."
+                )
+            if self._family.lost_some:
+                self._family.recount()
+                self.trim()
         for lane, target in zip(self.lanes, targets, strict=True):
             if target > lane.length and lane.length % self.page and self.owners[self._last_page(lane)] > 1:
                 self._copy_last_page(lane, targets)
@@ -133,12 +199,15 @@ class PagePool:
 
         Shared pages stay shared: they lie with the first lane that owns them.
         """
+        pools = self._pools
+        lanes = [lane for pool in pools for lane in pool.lanes]
+        more = more + [0] * (len(lanes) - len(more))
         moved = np.full(len(self.owners), -1, np.int64)
         sources: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         cursor = 0
         starts = []
-        for lane, extra in zip(self.lanes, more, strict=True):
+        for lane, extra in zip(lanes, more, strict=True):
             ids = lane.page_ids()
             fresh = ids[moved[ids] < 0]
             moved[fresh] = np.arange(cursor, cursor + len(fresh))
@@ -150,21 +219,27 @@ class PagePool:
         owners = np.zeros(cursor, np.int32)
         owners[new] = self.owners[old]
         runs = []
-        for lane, start in zip(self.lanes, starts, strict=True):
+        for lane, start in zip(lanes, starts, strict=True):
             ids = moved[lane.page_ids()]
             # A lane without pages yet still has its place reserved: a run of no pages marks it.
             runs.append([(int(t), c) for _, t, c in _runs(ids, ids)] or [(start, 0)])
         # One after the other, so that no more than one part exists twice. Memory is scarcest for the first, before
         # anything has changed.
+        # Where others share them all exist twice, so that an interruption leaves these as they are.
+        together = {name: self._laid_out(part, old, new, cursor) for name, part in self.parts.items() if pools[1:]}
         for name, part in self.parts.items():
-            fresh = self._laid_out(part, old, new, cursor)
-            self.moving = True
+            fresh = together.get(name)
+            fresh = self._laid_out(part, old, new, cursor) if fresh is None else fresh
+            for pool in pools:
+                pool.moving = True
             self.parts[name] = fresh
-        self.owners = owners
-        self._tables.clear()
-        for lane, own in zip(self.lanes, runs, strict=True):
+        for pool in pools:
+            pool.owners = owners
+            pool._tables.clear()
+        for lane, own in zip(lanes, runs, strict=True):
             lane.runs = own
-        self.moving = False
+        for pool in pools:
+            pool.moving = False
 
     def _laid_out(self, part: Tensor, old: np.ndarray, new: np.ndarray, pages: int) -> Tensor:
         """A copy with room for ``pages``, in which the pages ``old`` are ``new`` ones."""
@@ -231,11 +306,12 @@ class PagePool:
         self.shares = True
         chosen = [self.lanes[i] for i in index]
         self._tables.clear()
-        self.owners = np.zeros_like(self.owners)
         self.lanes = [Lane(list(lane.runs), lane.length) for lane in chosen]
-        for lane in self.lanes:
-            for first, count in lane.runs:
-                self.owners[first : first + count] += 1
+        self.owners[:] = 0
+        for pool in self._pools:
+            for lane in pool.lanes:
+                for first, count in lane.runs:
+                    self.owners[first : first + count] += 1
 
     def _own(self, lane: Lane, first: int, count: int) -> None:
         self.owners[first : first + count] += 1

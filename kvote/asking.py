@@ -1,0 +1,43 @@
+"""What queries of one layer are answered: by the tokens that its reader names, and by those that have no slot."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvote import kernels
+from kvote.read.tokens import Queries, Reading, Span
+from kvote.step import Step
+from kvote.store.segment import Logits
+
+if TYPE_CHECKING:
+    from kvote.layer import Layer
+
+
+def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
+    """What the queries answer [b, heads, t, dv], the log-sum-exp of what they read, and what that was."""
+    pieces, totals, spans = [], [], []
+    for span in layer.method.read.read(reading):
+        if layer.holes:
+            span = span.in_place(reading.first + span.stop)
+        queries = reading.queries.rows(span.start, span.stop)
+        answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
+        answers += asides_of(layer, queries, reading.rows, step.logits)
+        out, lse = kernels.merge(answers)
+        if step.sink_logits is not None:
+            out = kernels.with_sink_logits(out, lse, step.sink_logits)
+            lse = torch.logaddexp(lse, step.sink_logits.float().reshape(1, -1, 1))
+        pieces.append(out)
+        totals.append(lse)
+        spans.append(span)
+    if len(pieces) == 1:
+        return pieces[0], totals[0], spans
+    return torch.cat(pieces, dim=2), torch.cat(totals, dim=2), spans
+
+
+def asides_of(layer: "Layer", queries: Queries, rows: list[int], logits: Logits) -> list[tuple[Tensor, Tensor]]:
+    """What tokens answer that have no slot and that every query reads."""
+    assert layer.segment is not None
+    held = layer.segment.aside(queries, rows, logits)
+    gone = layer.method.keep.aside(queries, rows, logits, layer.record.memory)
+    return [answer for answer in (held, gone) if answer is not None]

@@ -1,0 +1,45 @@
+"""Phase: what a forward pass is to the text of one row. Decided here, carried with the pass, asked everywhere else."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_DRAFTS = 32
+
+
+class Phase(NamedTuple):
+    """``solo``: how many of the last tokens end a prompt or a turn. ``decode``: a single generated token. ``ahead``:
+    tokens of the prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None
+    where all its tokens are generated ones."""
+
+    solo: int
+    decode: bool = False
+    ahead: int | None = 0
+
+
+GENERATED = Phase(1, True, None)
+
+
+@dataclass
+class Turn:
+    """The prompt that was announced: the column where it ends (0: none was), and whether a question follows it."""
+
+    end: int = 0
+    question_follows: bool = False
+
+    def phase(self, seen: int, t: int, tail: int, *, drafts: bool = False) -> Phase:
+        """The phase of the ``t`` columns behind ``seen``. ``tail``: tokens at a prompt's end that select one by one;
+        ``drafts``: what comes may be rolled back (assisted decoding).
+
+        Without an announcement, the end of every pass is a prompt's end, unless it is a single token or verifies
+        drafts.
+        """
+        if seen < self.end:
+            own = 0 if self.question_follows else tail
+            return Phase(max(0, min(t, seen + t - self.end + own)), False, self.end - seen - t)
+        if t == 1 and seen:
+            return GENERATED
+        if not drafts:
+            return Phase(t if t == 1 else min(t, tail), t == 1)
+        # Assisted decoding verifies drafts as the decode steps they stand for; its first pass has them behind a prompt.
+        solo = t if seen else min(t, tail + _DRAFTS)
+        return Phase(solo, t == 1, None if seen and t <= _DRAFTS else 0)
