@@ -1,9 +1,12 @@
 """Cache: what ``generate()`` holds. One kvote layer per full-attention layer of the model, native layers elsewhere."""
 
 import copy
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -40,7 +43,7 @@ class Cache(TransformersCache):
     """
 
     def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:
-        self.method = _checked(model, method)
+        self.method, self._model = _checked(model, method), ref(model)
         for calibration in self.method.calibrations:
             calibration.check(model)
         self.turn, self.passes = Turn(), Passes()
@@ -310,6 +313,31 @@ class Cache(TransformersCache):
             self.method.spec, layers, nbytes, max(nbytes, self.passes.peak + nbytes - own), self.trial_seconds
         )
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that it was made for. Raises InputError if that is gone."""
+        model = self._model()
+        if model is None:
+            raise InputError("The model of this cache is gone, and without it the cache cannot be saved.")
+        return model
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache into a file of mode 0600, compressed as it is, at once: any failure leaves the old file.
+
+        Raises InputError where it cannot be written, and what ``check`` raises.
+        """
+        importlib.import_module("kvote.saving.caches").save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, model: PreTrainedModel, method: Method | str | None = None) -> "Cache":
+        """The cache in a file that ``save`` wrote. It goes on exactly as the saved one would have.
+
+        ``method``: that of the saved cache, where the file cannot tell how to build it. Raises InputError for a file
+        that is damaged, or was made with another model or other weights, and MethodError for want of a method.
+        """
+        cache: Cache = importlib.import_module("kvote.saving.caches").load(path, model, method)[0]
+        return cache
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
         """An independent copy of everything held; the model it belongs to is shared."""
         clone = object.__new__(type(self))
@@ -318,6 +346,7 @@ class Cache(TransformersCache):
         for layer in self.managed:
             if layer.rope is not None:
                 memo[id(layer.rope)] = layer.rope
+        memo[id(self._model)] = self._model
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from calibrated import double_sparsity
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import kvote
 from kvote import CropError, Method
 from kvote.method import parse
 
@@ -339,6 +341,48 @@ def test_a_deep_copy_diverges_without_touching_its_original(net, method, batch):
         fresh = tiny.cache(net, method)
         tiny.feed(net, fresh, tokens, mask)
         same(logits, tiny.feed(net, fresh, extra, longer))
+
+
+def test_a_saved_cache_goes_on_as_it_would_have(net, method, batch, tmp_path):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    cache.expect(COLUMNS + 9)
+    for start, stop in ((0, 40), (40, COLUMNS)):
+        tiny.feed(net, cache, tokens[:, start:stop], cut(mask, stop))
+        # In the middle of a prompt that was announced, and between its end and a token.
+        cache, saved = reloaded(net, cache, tmp_path), cache
+        rest, longer = more(3, cut(mask, stop), 9)
+        each = (
+            tiny.feed(net, copy.deepcopy(cache), rest, longer, 1),
+            tiny.feed(net, copy.deepcopy(saved), rest, longer, 1),
+        )
+        assert torch.equal(*each)
+    extra, mask = more(3, mask, 9)
+    for each in (cache, saved):
+        tiny.feed(net, each, extra, mask)
+        tiny.feed(net, each, *more(3, mask, 4), passes=1)
+        each.reorder_cache(torch.tensor([2, 0, 0]))
+    # While drafts may still be rolled back, with sequences that share what they hold.
+    mask = None if mask is None else more(3, mask, 4)[1][[2, 0, 0]]
+    drafts, longer = more(3, mask, 5)
+    for each in (cache, saved):
+        each.activate_past_recording()
+        tiny.feed(net, each, drafts, longer)
+    cache = reloaded(net, cache, tmp_path)
+    for each in (cache, saved):
+        each.crop(-3)
+    extra, mask = more(3, None if longer is None else longer[:, :-3], 7)
+    assert torch.equal(tiny.feed(net, cache, extra, mask, 1), tiny.feed(net, saved, extra, mask, 1))
+    for layer in range(2):
+        assert [lane.tolist() for row in cache.positions(layer) for lane in row] == [
+            lane.tolist() for row in saved.positions(layer) for lane in row
+        ]
+    assert cache.report().to_dict()["layers"][0]["tokens_seen"] == saved.get_seq_length()
+
+
+def reloaded(net: PreTrainedModel, cache: Any, folder: Path) -> Any:
+    cache.save(folder / "cache.kv")
+    return kvote.Cache.load(folder / "cache.kv", net)
 
 
 def test_a_cache_filled_in_inference_mode_goes_on_outside_it(net, method, batch):

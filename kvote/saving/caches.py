@@ -1,0 +1,132 @@
+"""Caches and documents as files: what is written, whose it is, and how it is loaded again."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvote.cache import Cache
+from kvote.calibration.fingerprint import Fingerprint
+from kvote.errors import InputError, MethodError
+from kvote.files import named
+from kvote.method import Method, parse
+from kvote.saving import identity, recipe
+from kvote.saving.block_file import BlockFile, write
+from kvote.saving.classes import forms
+from kvote.state import Describer, Maker
+
+CACHE, DOCUMENT = "cache", "document"
+
+
+def save(
+    cache: Cache, path: str | Path, kind: str = CACHE, more: "Callable[[Describer], dict[str, Any]] | None" = None
+) -> int:
+    """Writes ``cache`` into a file and returns its size. ``more``: facts beside it, and tensors that they name.
+
+    Raises InputError where nothing can be written, and what ``Cache.check`` raises.
+    """
+    cache.passes.claim(cache)
+    cache.check()
+    cache._check_active()
+    describer = Describer(forms())
+    facts = {
+        "kind": kind,
+        "method": recipe.describe(cache.method),
+        "model": identity.of_model(cache.model),
+        "tokens": cache.get_seq_length(),
+        "nbytes": cache.nbytes(),
+        "cache": {
+            "turn": describer.object(cache.turn, "turn"),
+            "passes": describer.object(cache.passes, "passes"),
+            "layers": [describer.object(layer, f"layers.{i}") for i, layer in enumerate(cache.layers)],
+        },
+    }
+    if more is not None:
+        facts |= more(describer)
+    return write(path, facts, describer.tensors)
+
+
+def load(
+    path: str | Path, model: Any, method: Method | str | None = None, kind: str = CACHE
+) -> tuple[Cache, dict[str, Any], Maker]:
+    """The cache in a file, for the model that it was made with; all facts of the file, and what makes values of them.
+
+    ``method``: that of the saved cache, where the file cannot tell how to build it. Raises InputError for a file that
+    is damaged, of another kind, or another model's.
+    """
+    with BlockFile(path) as file, _sensible(file):
+        if file.facts["kind"] != kind:
+            raise InputError(f"{named(path)} holds a {str(file.facts['kind'])[:20]}, not a {kind}.")
+        _check_model(file.facts["model"], model, path)
+        cache = Cache(model, _method(file.facts["method"], method, path))
+        maker = Maker(forms(), file.tensors(), _device(model))
+        held = file.facts["cache"]
+        maker.value(held["turn"], cache.turn)
+        maker.value(held["passes"], cache.passes)
+        if len(held["layers"]) != len(cache.layers):
+            raise ValueError("it has another number of layers")
+        for facts, layer in zip(held["layers"], cache.layers, strict=True):
+            if maker.value(facts, layer) is not layer:
+                raise ValueError("a layer is of another kind")
+        cache.passes.peak = max(cache.passes.peak, cache.passes.held)
+        _check_layers(cache, file.facts["tokens"])
+        return cache, file.facts, maker
+
+
+@contextmanager
+def _sensible(file: BlockFile) -> Iterator[None]:
+    """What kvote did not write makes no sense somewhere."""
+    try:
+        yield
+    except (InputError, MethodError):
+        raise
+    except ValueError as error:
+        raise file.damaged(f"it was not written by kvote ({error})") from error
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
+        raise file.damaged(f"it was not written by kvote ({type(error).__name__})") from error
+
+
+def _method(facts: Any, given: Method | str | None, path: str | Path) -> Method:
+    if given is None:
+        return recipe.build(facts)
+    method = parse(given) if isinstance(given, str) else given
+    if recipe.spec_of(method) != facts["spec"]:
+        raise InputError(f"{named(path)} was made with {facts['spec'][:200]!r}, not with {method.spec!r}.")
+    return method
+
+
+def _check_model(held: Any, model: Any, path: str | Path) -> None:
+    """Raises InputError, by the first difference, for another model than that of the file."""
+    mine = json.loads(json.dumps(identity.of_model(model)))
+    if held == mine:
+        return
+    why = "its weights differ"
+    if held["class"] != mine["class"]:
+        why = f"a {str(held['class'])[:60]}, and this is a {mine['class']}"
+    elif held["dtype"] != mine["dtype"]:
+        why = f"it was in {str(held['dtype'])[:20]}, and this one is in {mine['dtype']}"
+    elif held["fingerprint"] != mine["fingerprint"]:
+        one, other = (
+            Fingerprint(**{**f, "sample": tuple(f["sample"]), "rope": tuple(sorted(f["rope"].items()))})
+            for f in (held["fingerprint"], mine["fingerprint"])
+        )
+        why = one.difference(other) or why
+    raise InputError(f"{named(path)} was made with another model ({why}); read the text again with this one.")
+
+
+def _device(model: Any) -> torch.device:
+    devices = {weight.device for weight in model.parameters()} - {torch.device("meta")}
+    if len(devices) != 1:
+        raise InputError("A cache is loaded for a model that lies on one device, and this one is spread over several.")
+    return devices.pop()
+
+
+def _check_layers(cache: Cache, tokens: Any) -> None:
+    """Raises ValueError unless all layers have seen as much, of as many sequences."""
+    parts = cache.managed
+    if len({(part.seen, part.sequences) for part in parts}) != 1 or cache.get_seq_length() != tokens:
+        raise ValueError("its layers have seen unequally many tokens")
+    cache.check()
