@@ -1,10 +1,13 @@
 """Read a document once, ask it many times."""
 
 import copy
+import importlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -41,6 +44,9 @@ class Document:
     NotFiniteError if the model gives NaN or infinite logits.
     """
 
+    # Attributes that are saved, beside the cache.
+    STATE = ("token_ids", "_tokens_per_pass", "prefill_seconds")
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -65,6 +71,41 @@ class Document:
         begin = time.perf_counter()
         self._read(progress)
         self.prefill_seconds = time.perf_counter() - begin
+
+    def save(self, path: str | Path) -> None:
+        """Writes the document as it is held into a file of mode 0600, at once: any failure leaves the old file.
+
+        Raises InputError where it cannot be written, and in the middle of an answer.
+        """
+        importlib.import_module("kvote.saving.documents").save(self, path)
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        text: str | None = None,
+        method: Method | str | None = None,
+    ) -> "Document":
+        """The document in a file that ``save`` wrote; it answers exactly as the saved one would have.
+
+        ``text``: what to read again, with a warning, where the file cannot be used; ``method``: that of the saved one,
+        where the file cannot tell. Raises InputError for a file that is damaged, or was made with another model, other
+        weights or another tokenizer, and MethodError for want of a method.
+        """
+        made: Document = importlib.import_module("kvote.saving.documents").load(path, model, tokenizer, text, method)
+        return made
+
+    @contextmanager
+    def quiet(self) -> Iterator[Cache]:
+        """The cache with the document and nothing else, while nobody asks. Raises InputError in an answer."""
+        with self._lock:
+            if self._asking:
+                raise InputError("This document is in the middle of an answer; save it when that has come.")
+            if not self._roll_back():
+                self._read()
+            yield self.cache
 
     def __len__(self) -> int:
         """Tokens of the document."""

@@ -3,8 +3,8 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np

@@ -55,6 +55,11 @@ class DamagedFileError(InputError):
     """A file that is not what was written: cut off, changed, or never one of kvote's."""
 
 
+def damaged(path: str | Path, why: str) -> DamagedFileError:
+    """``why``: what tells that it is not as it was written, as a clause."""
+    return DamagedFileError(f"{named(path)} cannot be used: {why}. Read the text again, and save it anew.")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a block lies: ``start`` is a byte of the file."""
@@ -154,7 +159,7 @@ class BlockFile:
         self._file.close()
 
     def damaged(self, why: str) -> DamagedFileError:
-        return DamagedFileError(f"{named(self.path)} cannot be used: {why}. Read the text again, and save it anew.")
+        return damaged(self.path, why)
 
     def tensor(self, name: str) -> Tensor:
         """A block, read whole and as it was written. Raises DamagedFileError for another one."""

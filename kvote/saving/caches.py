@@ -14,7 +14,7 @@ from kvote.errors import InputError, MethodError
 from kvote.files import named
 from kvote.method import Method, parse
 from kvote.saving import identity, recipe
-from kvote.saving.block_file import BlockFile, write
+from kvote.saving.block_file import BlockFile, damaged, write
 from kvote.saving.classes import forms
 from kvote.state import Describer, Maker
 
@@ -50,43 +50,64 @@ def save(
 
 
 def load(
-    path: str | Path, model: Any, method: Method | str | None = None, kind: str = CACHE
+    path: str | Path,
+    model: Any,
+    method: Method | str | None = None,
+    kind: str = CACHE,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[Cache, dict[str, Any], Maker]:
     """The cache in a file, for the model that it was made with; all facts of the file, and what makes values of them.
 
-    ``method``: that of the saved cache, where the file cannot tell how to build it. Raises InputError for a file that
-    is damaged, of another kind, or another model's.
+    ``method``: that of the saved cache, where the file cannot tell how to build it. ``check`` is given the facts before
+    anything is read. Raises InputError for a file that is damaged, of another kind, or another model's.
     """
-    with BlockFile(path) as file, _sensible(file):
-        if file.facts["kind"] != kind:
-            raise InputError(f"{named(path)} holds a {str(file.facts['kind'])[:20]}, not a {kind}.")
-        _check_model(file.facts["model"], model, path)
-        cache = Cache(model, _method(file.facts["method"], method, path))
+    with BlockFile(path) as file, sensible(path):
+        facts = file.facts
+        if facts["kind"] != kind:
+            raise InputError(f"{named(path)} holds a {str(facts['kind'])[:20]}, not a {kind}.")
+        _check_model(facts["model"], model, path)
+        if check is not None:
+            check(facts)
+        cache = Cache(model, _method(facts["method"], method, path))
         maker = Maker(forms(), file.tensors(), _device(model))
-        held = file.facts["cache"]
-        maker.value(held["turn"], cache.turn)
-        maker.value(held["passes"], cache.passes)
-        if len(held["layers"]) != len(cache.layers):
-            raise ValueError("it has another number of layers")
-        for facts, layer in zip(held["layers"], cache.layers, strict=True):
-            if maker.value(facts, layer) is not layer:
-                raise ValueError("a layer is of another kind")
-        cache.passes.peak = max(cache.passes.peak, cache.passes.held)
-        _check_layers(cache, file.facts["tokens"])
-        return cache, file.facts, maker
+        _fill(cache, facts["cache"], maker)
+        if cache.get_seq_length() != facts["tokens"]:
+            raise ValueError("its layers have not seen its tokens")
+        return cache, facts, maker
+
+
+def _fill(cache: Cache, held: dict[str, Any], maker: Maker) -> None:
+    maker.value(held["turn"], cache.turn)
+    maker.value(held["passes"], cache.passes)
+    for facts, layer in zip(held["layers"], cache.layers, strict=True):
+        if maker.value(facts, layer) is not layer:
+            raise ValueError("a layer is of another kind")
+    cache.passes.peak = max(cache.passes.peak, cache.passes.held)
+    if len({(part.seen, part.sequences) for part in cache.managed}) != 1:
+        raise ValueError("its layers have seen unequally many tokens")
+    cache.check()
 
 
 @contextmanager
-def _sensible(file: BlockFile) -> Iterator[None]:
-    """What kvote did not write makes no sense somewhere."""
+def sensible(path: str | Path) -> Iterator[None]:
+    """What kvote did not write makes no sense somewhere. Raises DamagedFileError for that."""
     try:
         yield
     except (InputError, MethodError):
         raise
     except ValueError as error:
-        raise file.damaged(f"it was not written by kvote ({error})") from error
-    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
-        raise file.damaged(f"it was not written by kvote ({type(error).__name__})") from error
+        raise damaged(path, f"it was not written by kvote ({error})") from error
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        AssertionError,
+        StopIteration,
+    ) as error:
+        raise damaged(path, f"it was not written by kvote ({type(error).__name__})") from error
 
 
 def _method(facts: Any, given: Method | str | None, path: str | Path) -> Method:
@@ -122,11 +143,3 @@ def _device(model: Any) -> torch.device:
     if len(devices) != 1:
         raise InputError("A cache is loaded for a model that lies on one device, and this one is spread over several.")
     return devices.pop()
-
-
-def _check_layers(cache: Cache, tokens: Any) -> None:
-    """Raises ValueError unless all layers have seen as much, of as many sequences."""
-    parts = cache.managed
-    if len({(part.seen, part.sequences) for part in parts}) != 1 or cache.get_seq_length() != tokens:
-        raise ValueError("its layers have seen unequally many tokens")
-    cache.check()

@@ -54,8 +54,10 @@ def of_tokenizer(tokenizer: Any) -> str:
         told.pop("padding", None)
         told.pop("truncation", None)
     else:
-        told = sorted(tokenizer.get_vocab().items())
-    more = [type(tokenizer).__name__, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+        # Of a tokenizer that is not transformers', only its class is known.
+        told = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None
+    special = getattr(tokenizer, "special_tokens_map", {})
+    more = [type(tokenizer).__name__, {name: str(token) for name, token in special.items()}]
     text = json.dumps([told, more, getattr(tokenizer, "chat_template", None)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
