@@ -63,7 +63,7 @@ class Document:
             raise InputError(f"tokens_per_pass must be a whole number of at least 1; got {tokens_per_pass!r}.")
         self.model, self.tokenizer = model, tokenizer
         self.cache = Cache(model, method)
-        self.token_ids: Tensor = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+        self.token_ids: Tensor = self.ids_of(text)
         if self.token_ids.shape[1] == 0:
             raise InputError("The document is empty; give a text to read.")
         self._tokens_per_pass = tokens_per_pass
@@ -71,6 +71,11 @@ class Document:
         begin = time.perf_counter()
         self._read(progress)
         self.prefill_seconds = time.perf_counter() - begin
+
+    def ids_of(self, text: str) -> Tensor:
+        """Token ids [1, n] of a text, as it is read."""
+        ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids.to(self.model.device)
+        return ids
 
     def save(self, path: str | Path) -> None:
         """Writes the document as it is held into a file of mode 0600, at once: any failure leaves the old file.

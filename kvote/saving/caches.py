@@ -76,6 +76,26 @@ def load(
         return cache, facts, maker
 
 
+def told(file: BlockFile) -> dict[str, Any]:
+    """What a file says about itself, for people. Raises DamagedFileError where that makes no sense."""
+    with sensible(file.path):
+        facts, model = file.facts, file.facts["model"]
+        found = {
+            "kind": facts["kind"],
+            "method": facts["method"]["spec"],
+            "model": model["class"],
+            "model_type": model["fingerprint"]["model_type"],
+            "layers": model["fingerprint"]["layers"],
+            "dtype": model["dtype"],
+            "tokens": facts["tokens"],
+            "nbytes": facts["nbytes"],
+        }
+        for name, value in found.items():
+            if type(value) is not (int if name in ("layers", "tokens", "nbytes") else str):
+                raise ValueError(f"{name} is a {type(value).__name__}")
+        return found
+
+
 def _fill(cache: Cache, held: dict[str, Any], maker: Maker) -> None:
     maker.value(held["turn"], cache.turn)
     maker.value(held["passes"], cache.passes)

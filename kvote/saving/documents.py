@@ -42,7 +42,7 @@ def load(
     except (InputError, MethodError) as error:
         if text is None:
             raise
-        chosen = method if method is not None else _method_of(path)
+        chosen = method if method is not None else method_of(path)
         if chosen is None:
             raise InputError(f"{error} To read the text again, give method= as well.") from error
         warnings.warn(f"{error} The text is read again.", stacklevel=3)
@@ -50,22 +50,16 @@ def load(
 
 
 def _loaded(path: str | Path, model: Any, tokenizer: Any, text: str | None, method: Method | str | None) -> Document:
-    if text is not None:
-        _check_text(path, tokenizer, text)
-    cache, facts, maker = caches.load(path, model, method, caches.DOCUMENT, lambda told: _check(told, tokenizer, path))
+    def check(facts: dict[str, Any]) -> None:
+        if facts["tokenizer"] != identity.of_tokenizer(tokenizer):
+            raise InputError(f"{named(path)} was made with another tokenizer; read the text again with this one.")
+
+    cache, facts, maker = caches.load(path, model, method, caches.DOCUMENT, check)
     with caches.sensible(path):
-        return _filled(cache, facts, maker, model, tokenizer)
-
-
-def _check(facts: dict[str, Any], tokenizer: Any, path: str | Path) -> None:
-    if facts["tokenizer"] != identity.of_tokenizer(tokenizer):
-        raise InputError(f"{named(path)} was made with another tokenizer; read the text again with this one.")
-
-
-def _check_text(path: str | Path, tokenizer: Any, text: str) -> None:
-    with BlockFile(path) as file:
-        if file.facts.get("token_ids") != identity.of_ids(tokenizer(text, return_tensors="pt").input_ids):
-            raise InputError(f"{named(path)} holds another text.")
+        made = _filled(cache, facts, maker, model, tokenizer)
+    if text is not None and not torch.equal(made.ids_of(text), made.token_ids):
+        raise InputError(f"{named(path)} holds another text.")
+    return made
 
 
 def _filled(cache: Cache, facts: dict[str, Any], maker: Maker, model: Any, tokenizer: Any) -> Document:
@@ -92,7 +86,7 @@ def _filled(cache: Cache, facts: dict[str, Any], maker: Maker, model: Any, token
     return made
 
 
-def _method_of(path: str | Path) -> Method | None:
+def method_of(path: str | Path) -> Method | None:
     """The method in a file whose header is whole, if it says how that is built."""
     try:
         with BlockFile(path) as file:
