@@ -4,7 +4,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,6 +82,7 @@ def replacing(path: str | Path, mode: int | None = None) -> Iterator[BinaryIO]:
             os.fsync(descriptor)
         os.chmod(draft, own if mode is None else mode)
         os.replace(draft, target)
+        _sync(target.parent)
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
     finally:
@@ -149,6 +150,18 @@ def _target(path: str | Path) -> tuple[Path, int]:
     if not os.access(target, os.W_OK):
         raise PermissionError(13, "Permission denied")
     return target, stat.S_IMODE(found.st_mode)
+
+
+def _sync(folder: Path) -> None:
+    """Has a folder remember its files' names over a crash, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _probe(folder: Path) -> None:

@@ -74,7 +74,8 @@ def _answer(
             )
         else:
             document = kept(loaded, asked, spec, args)
-        if args.save is not None and name == args.method:
+            name = spec = document.cache.method.spec
+        if args.save is not None and (name == args.method or args.load is not None):
             document.save(args.save)
         answer = document.ask(asked.question, max_new_tokens=args.max_new_tokens)
     except KvoteError:

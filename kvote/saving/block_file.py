@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from kvote.env import memory
 from kvote.errors import InputError
 from kvote.files import named, open_regular, reason, replacing
 from kvote.state import Block
@@ -178,7 +179,10 @@ class BlockFile:
         return flat.view(place.dtype).view(place.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All blocks, as ``tensor`` reads them, two at a time."""
+        """All blocks, as ``tensor`` reads them, two at a time. Raises InputError if there is no memory for them."""
+        needed, free = sum(place.nbytes for place in self.places.values()), memory()[1]
+        if free and needed > free:
+            raise InputError(f"{named(self.path)} takes {needed:,} bytes of memory, and {free:,} are free.")
         with ThreadPoolExecutor(2) as pool:
             return dict(zip(self.places, pool.map(self.tensor, self.places), strict=True))
 
