@@ -338,6 +338,15 @@ class Cache(TransformersCache):
         cache: Cache = importlib.import_module("kvote.saving.caches").load(path, model, method)[0]
         return cache
 
+    def equals(self, other: "Cache") -> bool:
+        """Whether ``other``, of the same model and method, holds the same, bit by bit, and so would go on alike."""
+        return bool(importlib.import_module("kvote.saving.caches").equal(self, other))
+
+    def __reduce__(self) -> Any:
+        # The model goes along, as what is derived from it does not.
+        saving = importlib.import_module("kvote.saving.caches")
+        return saving.restored, saving.parts(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
         """An independent copy of everything held; the model it belongs to is shared."""
         clone = object.__new__(type(self))

@@ -213,6 +213,13 @@ class Maker:
                     object.__setattr__(made, field.name, field.default)
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike, also where they hold what is no number."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    return bool(torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (one, other))))
+
+
 def key(facts: Any) -> int | str:
     """What may stand in a set, or before a colon."""
     if isinstance(facts, str) or type(facts) is int:

@@ -1,6 +1,7 @@
 """What generate() and its users do to a cache, the same for every method."""
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -378,6 +379,18 @@ def test_a_saved_cache_goes_on_as_it_would_have(net, method, batch, tmp_path):
             lane.tolist() for row in saved.positions(layer) for lane in row
         ]
     assert cache.report().to_dict()["layers"][0]["tokens_seen"] == saved.get_seq_length()
+
+
+def test_what_a_cache_holds_is_copied_and_pickled_and_compared_bit_by_bit(net, method, tmp_path):
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tiny.ids(2, COLUMNS))
+    tiny.feed(net, cache, *more(2, None, 2), passes=1)
+    others = [copy.deepcopy(cache), pickle.loads(pickle.dumps((net, cache)))[1], reloaded(net, cache, tmp_path)]
+    # A pickle brings a model of its own.
+    others[1]._model = cache._model
+    assert all(cache.equals(other) and other.equals(cache) for other in others)
+    tiny.feed(net, cache, *more(2, None, 1))
+    assert not any(cache.equals(other) for other in others)
 
 
 def reloaded(net: PreTrainedModel, cache: Any, folder: Path) -> Any:

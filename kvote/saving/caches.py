@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvote.cache import Cache
 from kvote.calibration.fingerprint import Fingerprint
@@ -16,37 +17,68 @@ from kvote.method import Method, parse
 from kvote.saving import identity, recipe
 from kvote.saving.block_file import BlockFile, damaged, write
 from kvote.saving.classes import forms
-from kvote.state import Describer, Maker
+from kvote.state import Describer, Maker, same_bits
 
 CACHE, DOCUMENT = "cache", "document"
 
 
-def save(
-    cache: Cache, path: str | Path, kind: str = CACHE, more: "Callable[[Describer], dict[str, Any]] | None" = None
-) -> int:
-    """Writes ``cache`` into a file and returns its size. ``more``: facts beside it, and tensors that they name.
+def describe(cache: Cache, describer: Describer) -> dict[str, Any]:
+    """All that a cache holds, as facts; the tensors that they name are the describer's.
 
-    Raises InputError where nothing can be written, and what ``Cache.check`` raises.
+    Raises InputError for what kvote cannot describe, and what ``Cache.check`` raises.
     """
     cache.passes.claim(cache)
     cache.check()
-    cache._check_active()
+    return {
+        "turn": describer.object(cache.turn, "turn"),
+        "passes": describer.object(cache.passes, "passes"),
+        "layers": [describer.object(layer, f"layers.{i}") for i, layer in enumerate(cache.layers)],
+    }
+
+
+def save(
+    cache: Cache, path: str | Path, kind: str = CACHE, more: Callable[[Describer], dict[str, Any]] | None = None
+) -> int:
+    """Writes ``cache`` into a file and returns its size. ``more``: facts beside it, and tensors that they name.
+
+    Raises InputError where nothing can be written, and as ``describe``.
+    """
     describer = Describer(forms())
     facts = {
         "kind": kind,
+        "cache": describe(cache, describer),
         "method": recipe.describe(cache.method),
         "model": identity.of_model(cache.model),
         "tokens": cache.get_seq_length(),
         "nbytes": cache.nbytes(),
-        "cache": {
-            "turn": describer.object(cache.turn, "turn"),
-            "passes": describer.object(cache.passes, "passes"),
-            "layers": [describer.object(layer, f"layers.{i}") for i, layer in enumerate(cache.layers)],
-        },
     }
     if more is not None:
         facts |= more(describer)
     return write(path, facts, describer.tensors)
+
+
+def equal(one: Cache, other: Cache) -> bool:
+    """Whether two caches of one model and method hold the same, bit by bit."""
+    if not recipe.same(one.method, other.method) or one.model is not other.model:
+        return False
+    mine, theirs = Describer(forms()), Describer(forms())
+    if describe(one, mine) != describe(other, theirs) or mine.tensors.keys() != theirs.tensors.keys():
+        return False
+    return all(same_bits(block.make(), theirs.tensors[name].make()) for name, block in mine.tensors.items())
+
+
+def parts(cache: Cache) -> tuple[Any, ...]:
+    """What ``restored`` makes a cache from, as a pickle needs it."""
+    describer = Describer(forms())
+    facts = describe(cache, describer)
+    return cache.model, cache.method, facts, {name: block.make() for name, block in describer.tensors.items()}
+
+
+def restored(model: Any, method: Method, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Cache:
+    """The cache again."""
+    cache = Cache(model, method)
+    _fill(cache, facts, Maker(forms(), tensors, _device(model)))
+    return cache
 
 
 def load(
@@ -102,7 +134,6 @@ def _fill(cache: Cache, held: dict[str, Any], maker: Maker) -> None:
     for facts, layer in zip(held["layers"], cache.layers, strict=True):
         if maker.value(facts, layer) is not layer:
             raise ValueError("a layer is of another kind")
-    cache.passes.peak = max(cache.passes.peak, cache.passes.held)
     if len({(part.seen, part.sequences) for part in cache.managed}) != 1:
         raise ValueError("its layers have seen unequally many tokens")
     cache.check()

@@ -99,7 +99,7 @@ register(
     "turn previous rotary needs_positions pending followed keys values",
 )
 register("turn", "kvote.hf.cache_layer:Turn")
-register("passes", "kvote.passes:Passes", "torn unmarked thread held")
+register("passes", "kvote.passes:Passes", "torn unmarked thread held peak")
 register("record", "kvote.keep.record:Record", "keeper")
 register("activity", "kvote.read.tokens:Activity")
 for _name in (

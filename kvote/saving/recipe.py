@@ -44,6 +44,14 @@ def spec_of(method: Method) -> str:
     return spec
 
 
+def same(one: Method, other: Method) -> bool:
+    """Whether two methods do the same, wherever their calibrations came from."""
+    if one.calibrations or other.calibrations:
+        mine, theirs = ([facts_of(calibration) for calibration in m.calibrations] for m in (one, other))
+        return spec_of(one) == spec_of(other) and mine == theirs
+    return one == other
+
+
 def build(facts: Any, names: Sequence[str] = ()) -> Method:
     """The method again. ``names``: how errors call its calibrations. Raises MethodError for what is none, and for a
     method that is not kvote's own."""
