@@ -355,7 +355,6 @@ class Cache(TransformersCache):
         for layer in self.managed:
             if layer.rope is not None:
                 memo[id(layer.rope)] = layer.rope
-        memo[id(self._model)] = self._model
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from kvote.errors import InputError
 from kvote.saving import block_file
 from kvote.saving.block_file import BlockFile, DamagedFileError, write
-from kvote.state import Block
+from kvote.state import Block, same_bits
 
 TENSORS = {
     "keys": torch.arange(12.0).reshape(3, 4).to(torch.bfloat16),
+    "eight bits": torch.arange(5.0).to(torch.float8_e4m3fn),
     "none": torch.empty(0, 3),
     "seen": torch.tensor([True, False]),
     "bytes": torch.arange(33, dtype=torch.uint8),
@@ -55,7 +56,7 @@ def test_what_was_written_is_read(path):
         read = file.tensors()
         assert file.facts == FACTS
     assert read.keys() == TENSORS.keys()
-    assert all(read[name].dtype == x.dtype and torch.equal(read[name], x) for name, x in TENSORS.items())
+    assert all(read[name].dtype == x.dtype and same_bits(read[name], x) for name, x in TENSORS.items())
 
 
 def test_it_is_a_safetensors_file(path):
@@ -202,4 +203,4 @@ def test_bytes_are_hashed_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(block_file, "_PIECE", 7)
     write(tmp_path / "file.kv", FACTS, blocks(TENSORS))
     with BlockFile(tmp_path / "file.kv") as file:
-        assert all(torch.equal(x, TENSORS[name]) for name, x in file.tensors().items())
+        assert all(same_bits(x, TENSORS[name]) for name, x in file.tensors().items())
