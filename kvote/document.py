@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,14 +93,17 @@ class Document:
         *,
         text: str | None = None,
         method: Method | str | None = None,
+        **reading: Any,
     ) -> "Document":
         """The document in a file that ``save`` wrote; it answers exactly as the saved one would have.
 
         ``text``: what to read again, with a warning, where the file cannot be used; ``method``: that of the saved one,
-        where the file cannot tell. Raises InputError for a file that is damaged, or was made with another model, other
-        weights or another tokenizer, and MethodError for want of a method.
+        where the file cannot tell; ``reading``: what else ``Document`` takes then. Raises InputError for a file that is
+        damaged, or was made with another model, other weights or another tokenizer, and MethodError for want of a
+        method.
         """
-        made: Document = importlib.import_module("kvote.saving.documents").load(path, model, tokenizer, text, method)
+        saving = importlib.import_module("kvote.saving.documents")
+        made: Document = saving.load(path, model, tokenizer, text, method, reading)
         return made
 
     @contextmanager

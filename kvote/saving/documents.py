@@ -2,7 +2,9 @@
 
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,7 +36,12 @@ def save(document: Document, path: str | Path) -> None:
 
 
 def load(
-    path: str | Path, model: Any, tokenizer: Any, text: str | None = None, method: Method | str | None = None
+    path: str | Path,
+    model: Any,
+    tokenizer: Any,
+    text: str | None = None,
+    method: Method | str | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
 ) -> Document:
     """As ``Document.load``."""
     try:
@@ -46,7 +53,7 @@ def load(
         if chosen is None:
             raise InputError(f"{error} To read the text again, give method= as well.") from error
         warnings.warn(f"{error} The text is read again.", stacklevel=3)
-        return Document(model, tokenizer, text, chosen)
+        return Document(model, tokenizer, text, chosen, **reading)
 
 
 def _loaded(path: str | Path, model: Any, tokenizer: Any, text: str | None, method: Method | str | None) -> Document:
