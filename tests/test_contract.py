@@ -347,10 +347,10 @@ def test_a_deep_copy_diverges_without_touching_its_original(net, method, batch):
 def test_a_saved_cache_goes_on_as_it_would_have(net, method, batch, tmp_path):
     tokens, mask = batch
     cache = tiny.cache(net, method)
-    cache.expect(COLUMNS + 9)
-    for start, stop in ((0, 40), (40, COLUMNS)):
+    cache.expect(COLUMNS + 2)
+    for start, stop in ((0, 67), (67, COLUMNS)):
         tiny.feed(net, cache, tokens[:, start:stop], cut(mask, stop))
-        # In the middle of a prompt that was announced, and between its end and a token.
+        # In the middle of what a prompt ends with, and at its end.
         cache, saved = reloaded(net, cache, tmp_path), cache
         rest, longer = more(3, cut(mask, stop), 9)
         each = (
