@@ -1,10 +1,13 @@
 """Cache: what ``generate()`` holds. One kvote layer per full-attention layer of the model, native layers elsewhere."""
 
 import copy
+import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -42,7 +45,7 @@ class Cache(TransformersCache):
     """
 
     def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:
-        self.method = _checked(model, method)
+        self.method, self._model = _checked(model, method), ref(model)
         for calibration in self.method.calibrations:
             calibration.check(model)
         self.turn, self.passes = Turn(), Passes()
@@ -318,6 +321,40 @@ class Cache(TransformersCache):
         return Report(
             self.method.spec, layers, nbytes, max(nbytes, self.passes.peak + nbytes - own), self.trial_seconds
         )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that it was made for. Raises InputError if that is gone."""
+        model = self._model()
+        if model is None:
+            raise InputError("The model of this cache is gone, and without it the cache cannot be saved.")
+        return model
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache into a file of mode 0600, compressed as it is, at once: any failure leaves the old file.
+
+        Raises InputError where it cannot be written, and what ``check`` raises.
+        """
+        importlib.import_module("kvote.saving.caches").save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, model: PreTrainedModel, method: Method | str | None = None) -> "Cache":
+        """The cache in a file that ``save`` wrote. It goes on exactly as the saved one would have.
+
+        ``method``: that of the saved cache, where the file cannot tell how to build it. Raises InputError for a file
+        that is damaged, or was made with another model or other weights, and MethodError for want of a method.
+        """
+        cache: Cache = importlib.import_module("kvote.saving.caches").load(path, model, method)[0]
+        return cache
+
+    def equals(self, other: "Cache") -> bool:
+        """Whether ``other``, of the same model and method, holds the same, bit by bit, and so would go on alike."""
+        return bool(importlib.import_module("kvote.saving.caches").equal(self, other))
+
+    def __reduce__(self) -> Any:
+        # The model goes along, as what is derived from it does not.
+        saving = importlib.import_module("kvote.saving.caches")
+        return saving.restored, saving.parts(self)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> "Cache":
         """An independent copy of everything held; the model it belongs to is shared."""

@@ -1,11 +1,15 @@
 """Read a document once, ask it many times."""
 
 import copy
+import importlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +46,9 @@ class Document:
     NotFiniteError if the model gives NaN or infinite logits.
     """
 
+    # Attributes that are saved, beside the cache.
+    STATE = ("token_ids", "_tokens_per_pass", "prefill_seconds")
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -58,7 +65,7 @@ class Document:
             raise InputError(f"tokens_per_pass must be a whole number of at least 1; got {tokens_per_pass!r}.")
         self.model, self.tokenizer = model, tokenizer
         self.cache = Cache(model, method)
-        self.token_ids: Tensor = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+        self.token_ids: Tensor = self.ids_of(text)
         if self.token_ids.shape[1] == 0:
             raise InputError("The document is empty; give a text to read.")
         self._tokens_per_pass = tokens_per_pass
@@ -66,6 +73,49 @@ class Document:
         begin = time.perf_counter()
         self._read(progress)
         self.prefill_seconds = time.perf_counter() - begin
+
+    def ids_of(self, text: str) -> Tensor:
+        """Token ids [1, n] of a text, as it is read."""
+        ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids.to(self.model.device)
+        return ids
+
+    def save(self, path: str | Path) -> None:
+        """Writes the document as it is held into a file of mode 0600, at once: any failure leaves the old file.
+
+        Raises InputError where it cannot be written, and in the middle of an answer.
+        """
+        importlib.import_module("kvote.saving.documents").save(self, path)
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        text: str | None = None,
+        method: Method | str | None = None,
+        **reading: Any,
+    ) -> "Document":
+        """The document in a file that ``save`` wrote; it answers exactly as the saved one would have.
+
+        ``text``: what to read again, with a warning, where the file cannot be used; ``method``: that of the saved one,
+        where the file cannot tell; ``reading``: what else ``Document`` takes then. Raises InputError for a file that is
+        damaged, or was made with another model, other weights or another tokenizer, and MethodError for want of a
+        method.
+        """
+        saving = importlib.import_module("kvote.saving.documents")
+        made: Document = saving.load(path, model, tokenizer, text, method, reading)
+        return made
+
+    @contextmanager
+    def quiet(self) -> Iterator[Cache]:
+        """The cache with the document and nothing else, while nobody asks. Raises InputError in an answer."""
+        with self._lock:
+            if self._asking:
+                raise InputError("This document is in the middle of an answer; save it when that has come.")
+            if not self._roll_back():
+                self._read()
+            yield self.cache
 
     def __len__(self) -> int:
         """Tokens of the document."""

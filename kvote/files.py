@@ -3,6 +3,8 @@
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,18 +25,27 @@ _KINDS = (
 def read_regular(path: str | Path, largest: int) -> bytes:
     """All bytes of a regular file of at most ``largest`` bytes. Raises InputError for anything else."""
     try:
-        descriptor = os.open(path, _READING)
-        with open(descriptor, "rb") as file:
-            if kind := irregular(os.fstat(descriptor)):
-                raise InputError(f"Cannot read {named(path)}: it is {kind}, not a file.")
+        with open_regular(path) as file:
             data = at_most(file, largest)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except OSError as error:
         raise InputError(f"Cannot read {named(path)}: {reason(error)}.") from error
     if data is None:
         raise InputError(f"{named(path)} is larger than the {largest // 2**20} MiB that are read.")
     return data
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, open for reading. Raises InputError for anything else."""
+    try:
+        file = os.fdopen(os.open(path, _READING), "rb")
+        if kind := irregular(os.fstat(file.fileno())):
+            file.close()
+            raise InputError(f"Cannot read {named(path)}: it is {kind}, not a file.")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"Cannot read {named(path)}: {reason(error)}.") from error
+    return file
 
 
 def at_most(file: BinaryIO, most: int) -> bytes | None:
@@ -48,20 +59,30 @@ def at_most(file: BinaryIO, most: int) -> bytes | None:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Replaces the file by UTF-8 text at once: a reader sees the old one or the new one, a failure leaves the old one.
+    """Replaces the file by UTF-8 text at once, as ``replacing`` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
-    A symbolic link stays, and the file that it leads to is replaced. Raises InputError where nothing can be written.
+
+@contextmanager
+def replacing(path: str | Path, mode: int | None = None) -> Iterator[BinaryIO]:
+    """A draft to write, which replaces the file at once when it is whole and on disk: a reader sees the old one or the
+    new one, a failure leaves the old one.
+
+    A symbolic link stays, and the file that it leads to is replaced. ``mode``: who may read the new one; None: who
+    could read the old one. Raises InputError where nothing can be written.
     """
     draft = None
     try:
-        target, mode = _target(path)
+        target, own = _target(path)
         descriptor, draft = tempfile.mkstemp(dir=target.parent, prefix=".kvote-")
         with open(descriptor, "wb") as file:
-            file.write(text.encode())
+            yield file
             file.flush()
             os.fsync(descriptor)
-        os.chmod(draft, mode)
+        os.chmod(draft, own if mode is None else mode)
         os.replace(draft, target)
+        _sync(target.parent)
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
     finally:
@@ -129,6 +150,18 @@ def _target(path: str | Path) -> tuple[Path, int]:
     if not os.access(target, os.W_OK):
         raise PermissionError(13, "Permission denied")
     return target, stat.S_IMODE(found.st_mode)
+
+
+def _sync(folder: Path) -> None:
+    """Has a folder remember its files' names over a crash, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _probe(folder: Path) -> None:

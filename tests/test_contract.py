@@ -1,8 +1,10 @@
 """What generate() and its users do to a cache, the same for every method."""
 
 import copy
+import pickle
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +17,7 @@ from calibrated import double_sparsity
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import kvote
 from kvote import CropError, Method
 from kvote.method import parse
 
@@ -346,6 +349,60 @@ def test_a_deep_copy_diverges_without_touching_its_original(net, method, batch):
         fresh = tiny.cache(net, method)
         tiny.feed(net, fresh, tokens, mask)
         same(logits, tiny.feed(net, fresh, extra, longer))
+
+
+def test_a_saved_cache_goes_on_as_it_would_have(net, method, batch, tmp_path):
+    tokens, mask = batch
+    cache = tiny.cache(net, method)
+    cache.expect(COLUMNS + 2)
+    for start, stop in ((0, 67), (67, COLUMNS)):
+        tiny.feed(net, cache, tokens[:, start:stop], cut(mask, stop))
+        # In the middle of what a prompt ends with, and at its end.
+        cache, saved = reloaded(net, cache, tmp_path), cache
+        rest, longer = more(3, cut(mask, stop), 9)
+        each = (
+            tiny.feed(net, copy.deepcopy(cache), rest, longer, 1),
+            tiny.feed(net, copy.deepcopy(saved), rest, longer, 1),
+        )
+        assert torch.equal(*each)
+    extra, mask = more(3, mask, 9)
+    for each in (cache, saved):
+        tiny.feed(net, each, extra, mask)
+        tiny.feed(net, each, *more(3, mask, 4), passes=1)
+        each.reorder_cache(torch.tensor([2, 0, 0]))
+    # While drafts may still be rolled back, with sequences that share what they hold.
+    mask = None if mask is None else more(3, mask, 4)[1][[2, 0, 0]]
+    drafts, longer = more(3, mask, 5)
+    for each in (cache, saved):
+        each.activate_past_recording()
+        tiny.feed(net, each, drafts, longer)
+    cache = reloaded(net, cache, tmp_path)
+    for each in (cache, saved):
+        each.crop(-3)
+    extra, mask = more(3, None if longer is None else longer[:, :-3], 7)
+    assert torch.equal(tiny.feed(net, cache, extra, mask, 1), tiny.feed(net, saved, extra, mask, 1))
+    for layer in range(2):
+        assert [lane.tolist() for row in cache.positions(layer) for lane in row] == [
+            lane.tolist() for row in saved.positions(layer) for lane in row
+        ]
+    assert cache.report().to_dict()["layers"][0]["tokens_seen"] == saved.get_seq_length()
+
+
+def test_what_a_cache_holds_is_copied_and_pickled_and_compared_bit_by_bit(net, method, tmp_path):
+    cache = tiny.cache(net, method)
+    tiny.feed(net, cache, tiny.ids(2, COLUMNS))
+    tiny.feed(net, cache, *more(2, None, 2), passes=1)
+    others = [copy.deepcopy(cache), pickle.loads(pickle.dumps((net, cache)))[1], reloaded(net, cache, tmp_path)]
+    # A pickle brings a model of its own.
+    others[1]._model = cache._model
+    assert all(cache.equals(other) and other.equals(cache) for other in others)
+    tiny.feed(net, cache, *more(2, None, 1))
+    assert not any(cache.equals(other) for other in others)
+
+
+def reloaded(net: PreTrainedModel, cache: Any, folder: Path) -> Any:
+    cache.save(folder / "cache.kv")
+    return kvote.Cache.load(folder / "cache.kv", net)
 
 
 def test_a_cache_filled_in_inference_mode_goes_on_outside_it(net, method, batch):

@@ -35,7 +35,8 @@ def specs(page: Path) -> list[str]:
     return [code for code in plain if re.fullmatch(rf"(({names})(\([^()]*\))?)( \| ({names})(\([^()]*\))?)*", code)]
 
 
-def test_snippets_of_the_readme_run_one_after_the_other_and_print_what_they_say(capsys):
+def test_snippets_of_the_readme_run_one_after_the_other_and_print_what_they_say(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
     told = []
     for code in blocks(ROOT / "README.md"):

@@ -84,15 +84,24 @@ def load(path: str | Path, kind: str) -> Calibration:
 
 def save(calibration: Calibration, path: str | Path) -> None:
     """Writes the file all at once: a reader sees the old one or the new one. Raises InputError where it cannot."""
-    model = {**asdict(calibration.model), "rope": dict(calibration.model.rope)}
-    held = {
-        "format": FORMAT,
-        "version": VERSION,
-        "kind": calibration.kind,
-        "model": model,
-        "data": calibration.data,
-    }
+    held = {"format": FORMAT, "version": VERSION, **facts(calibration)}
     write_whole(path, json.dumps(held, allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def facts(calibration: Calibration) -> dict[str, Any]:
+    """What ``restored`` makes a calibration from, as JSON; not where it came from."""
+    model = asdict(calibration.model)
+    model = {**model, "sample": list(calibration.model.sample), "rope": dict(calibration.model.rope)}
+    return {"kind": calibration.kind, "model": model, "data": calibration.data}
+
+
+def restored(held: Any, name: str) -> Calibration:
+    """A calibration from the ``facts`` of one, which errors call ``name``. Raises InputError for what is none."""
+    if not isinstance(held, dict) or held.keys() != {"kind", "model", "data"} or not isinstance(held["data"], dict):
+        raise _not_one(name, "it must hold kind, model and data")
+    if not isinstance(held["kind"], str) or len(held["kind"]) > _WORD:
+        raise _not_one(name, "its kind makes no sense")
+    return Calibration(held["kind"], _fingerprint(held["model"], name), held["data"], name)
 
 
 def is_layer(name: str, layers: int) -> bool:

@@ -8,6 +8,7 @@ from kvote import __version__
 from kvote.errors import InputError
 
 TOKENS = 65_536
+METHOD = "tokenselect"
 # More tokens, steps or seconds than anything here can mean.
 _MOST = 10**15
 # Characters of a value that an error quotes.
@@ -44,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kvote {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     _ask(commands)
+    _read(commands)
+    _info(commands)
     _methods(commands)
     _env(commands)
     _bench(commands)
@@ -67,7 +70,7 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
     ask.add_argument(
         "--method",
         metavar="SPEC",
-        default="tokenselect",
+        default=METHOD,
         help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
         "trained length, else the paper's defaults (default: %(default)s)",
     )
@@ -84,7 +87,33 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--tokens", metavar="N", type=_positive, help=f"size of the built-in document (default: {TOKENS:,})"
     )
     ask.add_argument("--max-new-tokens", metavar="N", type=_positive, default=32, help="(default: %(default)s)")
+    ask.add_argument("--save", metavar="FILE", help="keep what was read in a file, for --load")
+    ask.add_argument(
+        "--load",
+        metavar="FILE",
+        help="answer from a file of `kvote read` or --save; with --document, that is read again if the file cannot be "
+        "used",
+    )
     _json(ask)
+
+
+def _read(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    read = _command(commands, "read", "read", "read a long document once, and keep what was read in a file")
+    read.add_argument("document", metavar="BOOK", help="UTF-8 text, - for standard input")
+    read.add_argument(
+        "-o", "--out", metavar="FILE", required=True, help="where it goes; ask it with `kvote ask --load`"
+    )
+    read.add_argument("--model", metavar="M", help="hub name or local folder (default: the embedded model)")
+    read.add_argument("--method", metavar="SPEC", default=METHOD, help="as in `kvote ask` (default: %(default)s)")
+    _json(read)
+
+
+def _info(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    info = _command(
+        commands, "info", "info", "tell what is in a saved file, and whether every byte is as it was written"
+    )
+    info.add_argument("file", metavar="FILE", help="what `kvote read`, cache.save or document.save has written")
+    _json(info)
 
 
 def _methods(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -6,6 +6,7 @@ from rich.progress import Progress
 
 from kvote import Document
 from kvote.cli.arguments import ALL, COMPARED
+from kvote.cli.kept import kept, tokens_in
 from kvote.cli.load import Loaded, load, quiet, sentence
 from kvote.cli.outcome import Outcome, Run
 from kvote.cli.plain import plain, warn
@@ -14,6 +15,7 @@ from kvote.cli.room import check_memory
 from kvote.cli.show import show
 from kvote.cli.subject import Subject, subject
 from kvote.errors import InputError, KvoteError
+from kvote.files import check_writable
 from kvote.method import parse
 from kvote.models.presets import with_presets
 
@@ -23,11 +25,17 @@ def run(args: argparse.Namespace) -> None:
     names = _names(args.method, args.compare)
     for name in names:
         parse(name)
+    if args.load is not None and len(names) > 1:
+        raise InputError("--load answers with the method in the file; leave --compare out.")
+    if args.save is not None:
+        check_writable(args.save)
     asked = subject(args)
+    # Of a file alone, before a model is loaded for it.
+    held = 0 if asked.text else tokens_in(args.load)
     loaded = load(args.model)
     specs = {name: with_presets(name) if loaded.is_embedded else name for name in names}
-    text, question = loaded.ids(asked.text), loaded.ids(asked.question)
-    tokens = len(text)
+    text, question = loaded.ids(asked.text) if asked.text else [], loaded.ids(asked.question)
+    tokens = len(text) or held
     for spec in specs.values():
         check_memory(loaded.model, parse(spec), tokens + len(question) + args.max_new_tokens)
     if loaded.is_embedded:
@@ -60,9 +68,15 @@ def _answer(
 ) -> Run:
     task = bar.add_task(plain(name), total=tokens)
     try:
-        document = Document(
-            loaded.model, loaded.tokenizer, asked.text, spec, progress=lambda count: bar.advance(task, count)
-        )
+        if args.load is None:
+            document = Document(
+                loaded.model, loaded.tokenizer, asked.text, spec, progress=lambda count: bar.advance(task, count)
+            )
+        else:
+            document = kept(loaded, asked, spec, args)
+            name = spec = document.cache.method.spec
+        if args.save is not None and (name == args.method or args.load is not None):
+            document.save(args.save)
         answer = document.ask(asked.question, max_new_tokens=args.max_new_tokens)
     except KvoteError:
         raise

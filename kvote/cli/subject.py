@@ -20,7 +20,8 @@ _MOST = 2**32
 
 @dataclass(frozen=True)
 class Subject:
-    """A text and a question. ``expected`` is the right answer where it is known."""
+    """A text, empty where it is in a saved file only, and a question. ``expected``: the right answer where it is
+    known."""
 
     name: str
     text: str
@@ -35,6 +36,10 @@ def subject(args: argparse.Namespace) -> Subject:
             raise InputError("The question is empty; ask something.")
         if not _is_text(args.question):
             raise InputError("The question is not UTF-8 text; ask it in plain text.")
+    if args.document is None and args.load is not None:
+        if args.question is None or args.tokens is not None:
+            raise InputError("--load answers about what is in the file: it needs --question, and takes no --tokens.")
+        return Subject(args.load, "", args.question, None)
     if args.document is None:
         return _built_in(args.tokens or TOKENS, args.question)
     if args.tokens is not None:

@@ -1,0 +1,64 @@
+"""``kvote read``: read a document once and keep what was read in a file."""
+
+import argparse
+import os
+from dataclasses import asdict, dataclass
+
+from kvote import Document
+from kvote.cli.load import load, quiet
+from kvote.cli.plain import as_json, plain
+from kvote.cli.progress import progress
+from kvote.cli.room import check_memory
+from kvote.cli.show import plain_console
+from kvote.cli.subject import name_of, read_text
+from kvote.errors import InputError
+from kvote.files import check_writable
+from kvote.method import parse
+from kvote.models.presets import with_presets
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was read, and how large the file is."""
+
+    model: str
+    document: str
+    method: str
+    tokens: int
+    prefill_seconds: float
+    file: str
+    file_bytes: int
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads ``args.document`` and writes ``args.out``."""
+    check_writable(args.out)
+    text = read_text(args.document)
+    if not text.strip():
+        raise InputError(f"{name_of(args.document)} is empty; give a text to read.")
+    parse(args.method)
+    loaded = load(args.model)
+    spec = with_presets(args.method) if loaded.is_embedded else args.method
+    tokens = len(loaded.ids(text))
+    check_memory(loaded.model, parse(spec), tokens)
+    with quiet(bars=False), progress() as bar:
+        task = bar.add_task(plain(args.method), total=tokens)
+        document = Document(loaded.model, loaded.tokenizer, text, spec, progress=lambda count: bar.advance(task, count))
+    document.save(args.out)
+    found = Written(
+        model=loaded.name,
+        document=name_of(args.document),
+        method=spec,
+        tokens=tokens,
+        prefill_seconds=round(document.prefill_seconds, 4),
+        file=args.out,
+        file_bytes=os.path.getsize(args.out),
+    )
+    if args.json:
+        print(as_json(asdict(found)))
+        return
+    plain_console().print(
+        f"{found.document}: {tokens:,} tokens read in {found.prefill_seconds:.1f} s with {spec}; {found.file} takes "
+        f"{found.file_bytes / 2**20:,.1f} MiB",
+        soft_wrap=True,
+    )

@@ -1,0 +1,131 @@
+"""What state must be like so that nothing reads beside it: counts, places and shapes that come from a file."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvote.saving.pages import check_lanes
+
+_MOST = 2**31 - 1
+
+
+def layer(made: Any) -> None:
+    """Of a whole layer: its segment, and all that names tokens of it."""
+    counts = ("seen", "settled", "encoded", "shown", "expected", "ahead", "changes")
+    if any(not 0 <= getattr(made, name) <= _MOST for name in counts):
+        raise ValueError("a layer counts tokens that there cannot be")
+    rows, columns = made.sequences, made.columns
+    if columns is not None and (columns.dtype != torch.bool or columns.shape != (rows, made.seen)):
+        raise ValueError("the columns of a layer are not those that it has seen")
+    if made.segment is None:
+        return
+    lengths = [made.segment.length(row) for row in range(rows)]
+    if max(lengths, default=0) > made.seen:
+        raise ValueError("a layer holds more tokens than it has seen")
+    if made.memory is not None:
+        _memory(made.memory, lengths)
+
+
+def _memory(memory: Any, lengths: list[int]) -> None:
+    """Lists of tokens that a reader will read again."""
+    lists = getattr(memory, "index", None)
+    if isinstance(lists, dict):
+        if any(not isinstance(row, int) or not 0 <= row < len(lengths) for row in lists):
+            raise ValueError("a reader remembers a sequence that is not there")
+        for row, index in lists.items():
+            _slots(index, lengths[row])
+    elif isinstance(lists, Tensor):
+        edge, query = memory.edge, memory.query
+        if edge is None or query is None or not len(edge) == len(lists) == len(query) == len(lengths):
+            raise ValueError("a reader remembers other sequences than there are")
+        if edge.dtype != torch.int64 or edge.dim() != 1 or query.dim() != 2 or lists.dim() != 2:
+            raise ValueError("what a reader remembers has another form")
+        for row, length in enumerate(lengths):
+            if int(edge[row]) >= 0:
+                _slots(lists[row], min(length, int(edge[row])))
+
+
+def _slots(index: Tensor, length: int) -> None:
+    if index.dtype != torch.int64 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < length):
+        raise ValueError("a reader remembers tokens that are not held")
+
+
+def raw(made: Any) -> None:
+    """Key heads of a sequence hold equally many tokens."""
+    check_lanes(made.pool, made.heads)
+
+
+def packed(made: Any) -> None:
+    """The same of packed tokens."""
+    check_lanes(made.pool, made.heads)
+
+
+def quantised(made: Any) -> None:
+    """Packed and raw tokens of each sequence meet."""
+    rows = made.sequences
+    if not len(made._first) == len(made._before) == len(made._alike) == rows:
+        raise ValueError("packed tokens are those of other sequences than there are")
+    if made.keys.pool.lanes and len(made.keys.pool.lanes) != len(made.values.pool.lanes):
+        raise ValueError("keys and values are packed of unequally many sequences")
+    for row, (first, before) in enumerate(zip(made._first, made._before, strict=True)):
+        body, n = made.values.length(row), made.length(row)
+        if not (type(first) is int and 0 <= first <= body <= made.keys.length(row) <= n and first % 64 == 0):
+            raise ValueError("packed and raw tokens of a sequence do not meet")
+        if before.dtype != torch.int32 or before.shape not in ((1, first), (made.heads, first)):
+            raise ValueError("packed tokens stand at other positions than there are")
+
+
+def prompt(made: Any) -> None:
+    """Each encoded prompt has the heads and channels of what comes behind it."""
+    if not len(made.bodies) == len(made.waiting) == made.tail.sequences:
+        raise ValueError("encoded prompts are those of other sequences than there are")
+    for body in made.bodies:
+        if body is not None and body.read(range(0, 1))[0].shape != (
+            made.heads,
+            min(1, _tokens(body)),
+            _dim(made),
+        ):
+            raise ValueError("an encoded prompt has another form")
+
+
+def _tokens(body: Any) -> int:
+    return int(body.positions.shape[1])
+
+
+def _dim(made: Any) -> int:
+    return int(made.tail.pool.keys.shape[-1])
+
+
+def thin(made: Any) -> None:
+    """Pages hold all tokens, and channels are some that there are."""
+    h, pages, kept, page = made.keys.shape
+    n = made.values.shape[1]
+    fits = made.channels.shape == (h, kept) and made.positions.shape == (h, n) and len(made.values) == h
+    if not fits or page != 64 or pages != -(-n // page) or made.channels.dtype != torch.int16:
+        raise ValueError("thin keys have another form")
+    if made.channels.numel() and not 0 <= int(made.channels.min()) <= int(made.channels.max()) < made.dim:
+        raise ValueError("thin keys name channels that there are not")
+
+
+def basis(made: Any) -> None:
+    """Keys, values and positions are of equally many tokens."""
+    if made.key.dim() != 2 or made.value.dim() != 2 or not len(made.key) == len(made.value) == len(made.positions):
+        raise ValueError("a basis has another form")
+
+
+def low_rank(made: Any) -> None:
+    """A layer's block fits the basis of its group."""
+    key, value, of = made.key, made.value, made.basis
+    if key.dim() != 3 or value.dim() != 3 or key.shape[0] != of.key.shape[1] or value.shape[0] != of.value.shape[1]:
+        raise ValueError("a layer's block does not fit its basis")
+
+
+def two_precisions(made: Any) -> None:
+    """Demoted keys and values are of equally many tokens."""
+    rows = check_lanes(made.pool, made.heads)
+    if not len(made.balances) == len(made.waiting) == len(rows):
+        raise ValueError("what is known of channels is of other sequences than there are")
+    counts = [check_lanes(part.pool, made.heads) for part in made._low]
+    if any(each != counts[0] or len(each) != len(rows) for each in counts):
+        raise ValueError("keys and values are packed of unequally many tokens")

@@ -1,0 +1,147 @@
+"""Which classes hold state, and what of it is derived. A class that is split or renamed changes one line here; a
+package with a method whose reader or keeper remembers something lists its own with ``register``."""
+
+import functools
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvote.saving import checks as check
+from kvote.saving.pages import describe_pool, fill_pool
+from kvote.state import Describer, Form, Maker
+from kvote.step import Step
+from kvote.store.pages import RawPool
+from kvote.store.segment import Logits
+
+_registered: dict[str, tuple[str, Form]] = {}
+# Heads and channels that no model reaches.
+_WIDEST = 65_536
+
+
+def register(name: str, kind: str, derived: str = "", **more: Any) -> None:
+    """Lists the class ``kind``, such as "kvote.read.tokens:Activity", under the ``name`` that files give it.
+    ``derived``: attributes that are no state, with spaces between; the rest as ``Form`` has it."""
+    _registered[name] = kind, Form(frozenset(derived.split()), **more)
+    forms.cache_clear()
+
+
+@functools.cache
+def forms() -> Mapping[type, tuple[str, Form]]:
+    """All of them, by class."""
+    found = {}
+    for name, (kind, form) in _registered.items():
+        module, _, attribute = kind.partition(":")
+        found[getattr(importlib.import_module(module), attribute)] = name, form
+    return found
+
+
+_LAYER = "index method rope layers crew others_drop passes number counted steps _turns"
+
+
+def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, Any]:
+    facts = describer.attributes(layer, frozenset(_LAYER.split()), path)
+    if layer.segment is not None:
+        pool = _raw_pool(layer.segment)
+        dtype = describer.value(pool.keys.dtype, path)["dtype"]
+        facts["form"] = [layer.sequences, layer.segment.heads, pool.keys.shape[-1], pool.values.shape[-1], dtype]
+    return facts
+
+
+def _raw_pool(segment: Any) -> RawPool:
+    """Where its latest tokens lie as the model made them."""
+    inner = list(vars(segment).values())
+    for held in inner:
+        if isinstance(held, RawPool):
+            return held
+    return next(held.pool for held in inner if isinstance(getattr(held, "pool", None), RawPool))
+
+
+def _fill_layer(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
+    """Starts the layer as its first pass would, with no token, and fills what that has made."""
+    form = facts.pop("form", None)
+    if (form is None) != (facts.get("segment") is None):
+        raise ValueError("a layer does not say what its tokens are like")
+    if form is not None:
+        match form:
+            case [int(rows), int(heads), int(dim), int(value_dim), str(dtype)]:
+                sizes = (rows, heads, dim, value_dim)
+            case _:
+                raise ValueError("the form of a layer is none")
+        if any(not 0 < size <= _WIDEST for size in sizes):
+            raise ValueError("a layer has more sequences, heads or channels than there can be")
+        kind = maker.value({"dtype": dtype})
+        key = torch.empty(rows, heads, 0, dim, dtype=kind, device=maker.device)
+        value = torch.empty(rows, heads, 0, value_dim, dtype=kind, device=maker.device)
+        none = torch.empty(rows, 0, dtype=torch.int64, device=maker.device)
+        layer.start(Step(key, key, value, none, None, 0, Logits(1.0)))
+    maker.attributes(layer, facts, frozenset(_LAYER.split()), False)
+    check.layer(layer)
+    layer.count()
+
+
+def _fill_native(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
+    """A native layer gets some of its attributes with its first token only."""
+    layer.dtype = None
+    maker.attributes(layer, facts, frozenset(_NATIVE.split()), False)
+    layer.device = maker.device
+
+
+_NATIVE = "device _sliding_window_tensor"
+
+register("layer", "kvote.layer:Layer", _LAYER, describe=_describe_layer, fill=_fill_layer)
+register("layer in groups", "kvote.heads:HeadGroups", "index method")
+register("head group", "kvote.heads:HeadGroup", "heads")
+register(
+    "cache layer",
+    "kvote.hf.cache_layer:CacheLayer",
+    "turn previous rotary needs_positions pending followed keys values",
+)
+register("turn", "kvote.hf.cache_layer:Turn")
+register("passes", "kvote.passes:Passes", "torn unmarked thread held peak")
+register("record", "kvote.keep.record:Record", "keeper")
+register("activity", "kvote.read.tokens:Activity")
+for _name in (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+):
+    register(f"native {_name}", f"transformers.cache_utils:{_name}", _NATIVE, fill=_fill_native)
+
+# Tokens.
+register("pool", "kvote.store.pages:PagePool", describe=describe_pool, fill=fill_pool)
+register("raw pool", "kvote.store.pages:RawPool", describe=describe_pool, fill=fill_pool)
+_RAW = "heads rope kernels _step _only _most_heads _coded _written indexes"
+register("raw", "kvote.store.raw:RawSegment", _RAW, check=check.raw)
+register("packed", "kvote.store.packed:PackedLanes", "heads form backend", check=check.packed)
+_QUANTISED = "heads rope group residual"
+register("quantised", "kvote.store.quantised:QuantisedSegment", _QUANTISED, check=check.quantised)
+register("prompt", "kvote.store.prompt:PromptSegment", "heads rope encode window", check=check.prompt)
+register("waiting", "kvote.store.prompt:Waiting")
+register("thin body", "kvote.store.thin:ThinBody", check=check.thin)
+register("basis", "kvote.store.low_rank:Basis", "_last", check=check.basis)
+register("low-rank body", "kvote.store.low_rank:LowRankBody", check=check.low_rank)
+_TWO = "kvote.store.two_precisions:TwoPrecisionSegment"
+register("two precisions", _TWO, f"{_RAW} balanced", check=check.two_precisions)
+register("balance", "kvote.store.two_precisions:Balance")
+
+# What readers and keepers remember.
+register("selection", "kvote.read.reuse:SelectionMemory", "in_place _known")
+register("chosen", "kvote.read.persistent:Chosen")
+register("mass", "kvote.keep.score.mass:Mass")
+register("importance", "kvote.keep.score.importance:Importance")
+register("moments", "kvote.keep.score.votes:Moments")
+register("vote", "kvote.keep.score.votes:Vote")
+register("votes", "kvote.keep.score.votes:Votes")
+register("prompts ended", "kvote.keep.score.lot:Ended")
+register("mean", "kvote.keep.merge.means:Mean")
+register("means", "kvote.keep.merge.means:Means")
+register("observation", "kvote.keep.observation:Observation")
+register("queries", "kvote.read.tokens:Queries")
+register("span", "kvote.read.tokens:Span")
+register("token set", "kvote.read.tokens:TokenSet")
+register("logits", "kvote.store.segment:Logits")
