@@ -56,6 +56,14 @@ def raw(made: Any) -> None:
     check_lanes(made.pool, made.heads)
 
 
+def uneven(made: Any) -> None:
+    """Key heads of a sequence hold equally many tokens, unless they are said to differ."""
+    if not made.by_head:
+        check_lanes(made.pool, made.heads)
+    elif len(made.pool.lanes) % made.heads or made.alike:
+        raise ValueError("key heads that differ are not all there")
+
+
 def packed(made: Any) -> None:
     """The same of packed tokens."""
     check_lanes(made.pool, made.heads)

@@ -117,6 +117,7 @@ register("pool", "kvote.store.pages:PagePool", describe=describe_pool, fill=fill
 register("raw pool", "kvote.store.pages:RawPool", describe=describe_pool, fill=fill_pool)
 _RAW = "heads rope kernels _step _only _most_heads _coded _written indexes"
 register("raw", "kvote.store.raw:RawSegment", _RAW, check=check.raw)
+register("uneven", "kvote.store.uneven:UnevenSegment", _RAW, check=check.uneven)
 register("packed", "kvote.store.packed:PackedLanes", "heads form backend", check=check.packed)
 _QUANTISED = "heads rope group residual"
 register("quantised", "kvote.store.quantised:QuantisedSegment", _QUANTISED, check=check.quantised)
