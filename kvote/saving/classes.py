@@ -99,7 +99,7 @@ register(
     "turn previous rotary needs_positions pending followed keys values",
 )
 register("turn", "kvote.hf.cache_layer:Turn")
-register("passes", "kvote.passes:Passes", "torn unmarked thread held peak")
+register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
 register("activity", "kvote.read.tokens:Activity")
 for _name in (
@@ -139,6 +139,9 @@ register("moments", "kvote.keep.score.votes:Moments")
 register("vote", "kvote.keep.score.votes:Vote")
 register("votes", "kvote.keep.score.votes:Votes")
 register("prompts ended", "kvote.keep.score.lot:Ended")
+register("repeated", "kvote.keep.score.repeated:Repeated")
+register("gaussian", "kvote.keep.score.gaussians:Gaussian")
+register("gaussians", "kvote.keep.score.gaussians:Gaussians")
 register("mean", "kvote.keep.merge.means:Mean")
 register("means", "kvote.keep.merge.means:Means")
 register("observation", "kvote.keep.observation:Observation")
