@@ -8,8 +8,10 @@ import typing
 
 if typing.TYPE_CHECKING:
     from kvote import methods, models
+    from kvote.answering import Answer
     from kvote.cache import Cache
-    from kvote.document import Answer, Document
+    from kvote.conversation import Conversation
+    from kvote.document import Document
     from kvote.errors import (
         BusyCacheError,
         CropError,
@@ -25,13 +27,15 @@ if typing.TYPE_CHECKING:
     from kvote.hf.facts import detach
     from kvote.method import Method
     from kvote.report import LayerReport, Report
+    from kvote.stream import Stream
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Answer": "document",
+    "Answer": "answering",
     "BusyCacheError": "errors",
     "Cache": "cache",
+    "Conversation": "conversation",
     "CropError": "errors",
     "Document": "document",
     "InactiveCacheError": "errors",
@@ -44,6 +48,7 @@ _HOME = {
     "NotFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "Report": "report",
+    "Stream": "stream",
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
 }
@@ -54,6 +59,7 @@ __all__ = [
     "Answer",
     "BusyCacheError",
     "Cache",
+    "Conversation",
     "CropError",
     "Document",
     "InactiveCacheError",
@@ -66,6 +72,7 @@ __all__ = [
     "NotFiniteError",
     "OutOfMemoryError",
     "Report",
+    "Stream",
     "UnsupportedModelError",
     "detach",
     "methods",

@@ -382,3 +382,21 @@ def test_a_document_of_a_model_with_states_can_be_asked_again():
             document.ask("w40 w41", max_new_tokens=6)
         handle.remove()
     assert document.ask("w1 w2 w3", max_new_tokens=6).token_ids == expected
+
+
+def test_a_question_that_comes_first_is_known_to_the_method():
+    """SnapKV keeps what the end of a prompt looks at: with the question in it, that of plain generate()."""
+    net, spec = tiny.model(), "snapkv(budget=40, window=6)"
+    document = Document(net, Words(), TEXT, spec)
+    later = document.ask("w1 w2 w3 w4 w5 w6", max_new_tokens=8).token_ids
+    ids = Words()(f"{TEXT} w1 w2 w3 w4 w5 w6").input_ids
+    expected = tiny.generate(net, ids, Cache(net, spec), max_new_tokens=8).sequences[0, ids.shape[1] :].tolist()
+    assert document.ask("w1 w2 w3 w4 w5 w6", max_new_tokens=8, question_first=True).token_ids == expected != later
+    assert document.ask("w1 w2 w3 w4 w5 w6", max_new_tokens=8).token_ids == later
+
+
+def test_questions_do_not_see_what_others_made_a_method_encode():
+    document = Document(tiny.model(), Words(), TEXT, "kivi(residual=32)")
+    question = " ".join(f"w{i}" for i in range(20))
+    first, again = (document.ask(question, max_new_tokens=20).token_ids for _ in range(2))
+    assert first == again
