@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Document:
 
     Where ``tokenizer`` has a chat template, it stands around document and question, with ``system`` as its system
     message; ``raw`` goes without. The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that
-    memory stays bounded at any length; ``progress`` is called with the number of tokens read after each.
+    memory stays bounded at any length; ``progress`` is called with the number of tokens read after each. ``lazy``: not
+    now, but when a question needs it.
 
     Raises InputError for an empty text, and NotFiniteError if the model gives NaN or infinite logits.
     """
@@ -45,6 +47,7 @@ class Document:
         *,
         system: str | None = None,
         raw: bool = False,
+        lazy: bool = False,
         tokens_per_pass: int = TOKENS_PER_PASS,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -58,11 +61,11 @@ class Document:
         self.token_ids: Tensor = document_ids(tokenizer, self.layout, text).to(model.device)
         if self.token_ids.shape[1] == 0:
             raise InputError("The document is empty; give a text to read.")
-        self._tokens_per_pass = tokens_per_pass
+        self._tokens_per_pass, self._progress = tokens_per_pass, progress
         self._lock, self._asking = threading.RLock(), False
-        begin = time.perf_counter()
-        self._read(progress)
-        self.prefill_seconds = time.perf_counter() - begin
+        self.prefill_seconds = 0.0
+        if not lazy:
+            self._read()
 
     def __len__(self) -> int:
         """Tokens of the document, with what stands in front of it."""
@@ -84,7 +87,8 @@ class Document:
         256 tokens in a chat template, 32 without one.
 
         ``question_first`` reads the document anew together with the question, as one prompt, so that a method which
-        drops or encodes tokens at a prompt's end knows what is asked. ``streamer`` is given tokens as they come.
+        drops or encodes tokens at a prompt's end knows what is asked; ``first_token_seconds`` includes that.
+        ``streamer`` is given tokens as they come.
 
         Raises InputError for an empty question or options that make no sense, NotFiniteError if the model gives NaN or
         infinite logits, UnsupportedModelError if it did not answer from the cache, and OutOfMemoryError if there is no
@@ -150,8 +154,11 @@ class Document:
                 if question_first:
                     cache = Cache(self.model, self.cache.method)
                     cache.expect(ids.shape[1])
-                    self._responder.feed(cache, self.token_ids)
-                    return self._responder.answer(cache, ids, settings, streamer, stopping)
+                    begin = time.perf_counter()
+                    self._responder.feed(cache, self.token_ids, self._progress)
+                    reading = time.perf_counter() - begin
+                    answer = self._responder.answer(cache, ids, settings, streamer, stopping)
+                    return replace(answer, first_token_seconds=reading + answer.first_token_seconds)
                 if not self._roll_back():
                     # An interruption came where nothing could be taken back.
                     self._read()
@@ -169,11 +176,13 @@ class Document:
     def _responder(self) -> Responder:
         return Responder(self.model, self.tokenizer, self._tokens_per_pass)
 
-    def _read(self, progress: Callable[[int], None] | None = None) -> None:
+    def _read(self) -> None:
         """Puts the document, and nothing else, into the cache."""
+        begin = time.perf_counter()
         self.cache.reset()
         self.cache.expect(len(self), question_follows=True)
-        self._responder.feed(self.cache, self.token_ids, progress)
+        self._responder.feed(self.cache, self.token_ids, self._progress)
+        self.prefill_seconds = time.perf_counter() - begin
 
     def _roll_back(self) -> bool:
         """Forgets all that came behind the document; False if what is left is not the document."""
