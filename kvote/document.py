@@ -31,9 +31,11 @@ class Document:
     questions from several threads are answered one after the other.
 
     Where ``tokenizer`` has a chat template, it stands around document and question, with ``system`` as its system
-    message; ``raw`` goes without. The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that
-    memory stays bounded at any length; ``progress`` is called with the number of tokens read after each. ``lazy``: not
-    now, but when a question needs it.
+    message; ``raw`` goes without. ``queries`` names what will be asked: a method that drops tokens reads it behind the
+    document, decides by it what stays, and forgets it; others need not know.
+
+    The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that memory stays bounded at any length;
+    ``progress`` is called with the number of tokens read after each. ``lazy``: not now, but when a question needs it.
 
     Raises InputError for an empty text, and NotFiniteError if the model gives NaN or infinite logits.
     """
@@ -45,6 +47,7 @@ class Document:
         text: str,
         method: Method | str = "dense",
         *,
+        queries: str | None = None,
         system: str | None = None,
         raw: bool = False,
         lazy: bool = False,
@@ -61,6 +64,9 @@ class Document:
         self.token_ids: Tensor = document_ids(tokenizer, self.layout, text).to(model.device)
         if self.token_ids.shape[1] == 0:
             raise InputError("The document is empty; give a text to read.")
+        self._queries: Tensor | None = None
+        if queries is not None:
+            self._queries = question_ids(tokenizer, self.layout, queries).to(model.device)
         self._tokens_per_pass, self._progress = tokens_per_pass, progress
         self._lock, self._asking = threading.RLock(), False
         self.prefill_seconds = 0.0
@@ -180,8 +186,15 @@ class Document:
         """Puts the document, and nothing else, into the cache."""
         begin = time.perf_counter()
         self.cache.reset()
-        self.cache.expect(len(self), question_follows=True)
+        asked = self._queries if self.cache.method.keep.drops else None
+        self.cache.expect(len(self) + (0 if asked is None else asked.shape[1]), question_follows=True)
         self._responder.feed(self.cache, self.token_ids, self._progress)
+        if asked is not None:
+            with recording(self.cache):
+                for layer in self.cache.managed:
+                    layer.record_past = True
+                self._responder.feed(self.cache, asked)
+                self.cache.forget_shown(asked.shape[1])
         self.prefill_seconds = time.perf_counter() - begin
 
     def _roll_back(self) -> bool:

@@ -83,6 +83,9 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="read the document anew with each question, so that the method knows what is asked",
     )
     ask.add_argument(
+        "--queries", metavar="TEXT", help="what will be asked: methods that drop tokens decide by it what stays"
+    )
+    ask.add_argument(
         "--tokens", metavar="N", type=_positive, help=f"size of the built-in document (default: {TOKENS:,})"
     )
     _template(ask)

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> None:
     names = _names(args.method, args.compare)
     for name in names:
         parse(name)
+    if args.queries is not None and args.question_first:
+        raise InputError("--question-first reads the document with each question; leave --queries out.")
     if args.quiet and len(names) > 1:
         raise InputError("-q prints one answer alone; leave --compare out.")
     streams = _streams(args)
@@ -125,6 +127,7 @@ def _document(
         loaded.tokenizer,
         asked.text,
         spec,
+        queries=args.queries,
         system=args.system,
         raw=args.raw,
         lazy=args.question_first,
