@@ -88,7 +88,10 @@ class Responder:
         except (TypeError, ValueError) as error:
             if len(times) > 1 or "generation" not in _files(error):
                 raise
-            raise InputError(f"generate() does not take these options: {' '.join(str(error).split())}") from error
+            why = f"generate() does not take these options: {' '.join(str(error).split())}"
+            if "stopping_criteria" in _files(error):
+                why = "transformers cannot look for stop_strings with this tokenizer; leave them out"
+            raise InputError(why) from error
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Answer(text, new, times[1] - times[0], _ms_per_token(times), cache.report())
 
