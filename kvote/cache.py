@@ -130,6 +130,20 @@ class Cache(TransformersCache):
                 elif more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
                     layer.crop(more)
 
+    def forget_shown(self, columns: int) -> None:
+        """Forgets the last ``columns`` columns of one sequence, fed while past was recorded, after keepers were shown
+        them; what stays of the rest is decided now."""
+        self.passes.claim(self)
+        self.check()
+        with self._changing():
+            for layer in self.layers:
+                if isinstance(layer, CacheLayer):
+                    for part in layer.layer.parts:
+                        part.forget_shown(columns)
+                else:
+                    layer.crop(-columns)
+            self.turn.end = 0
+
     def holds(self, columns: int) -> bool:
         """Whether every layer holds ``columns`` columns, as after a pass that was not interrupted."""
         whole = self._ended and not self.passes.torn and all(part.seen == columns for part in self.managed)

@@ -411,6 +411,27 @@ class Layer:
         self.seal_all()
 
     @outside_inference
+    def forget_shown(self, columns: int) -> None:
+        """Forgets the last ``columns`` columns, which were recorded as what may be rolled back, once the keeper has
+        been shown them: they decide what stays of the rest."""
+        if self.segment is None:
+            return
+        lengths = [self.segment.length(row) for row in range(self.sequences)]
+        self.record.settle(lengths)
+        lengths = [length - columns for length in lengths]
+        self.record.truncate(lengths)
+        for row, length in enumerate(lengths):
+            self.segment.truncate(row, length)
+        self.seen -= columns
+        self.settled = self.shown = self.seen
+        if self.memory is not None:
+            self.memory.forget()
+        self.segment.trim()
+        self.ahead, self.record_past = 0, False
+        self.finish()
+        self.count()
+
+    @outside_inference
     def select(self, index: list[int]) -> None:
         """Makes sequence i a copy of the former sequence ``index[i]`` (beams, several answers, a part of the batch)."""
         if self.segment is None or index == list(range(self.sequences)):

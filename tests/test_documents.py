@@ -48,9 +48,21 @@ def test_snippets_of_the_readme_run_one_after_the_other_and_print_what_they_say(
     assert places == sorted(places)
 
 
+def test_snippets_about_asking_run_and_print_what_they_say(capsys):
+    space: dict[str, Any] = {}
+    told = []
+    for code in blocks(ROOT / "docs" / "ask.md"):
+        exec(compile(code, "ask.md", "exec"), space)
+        told += _TOLD.findall(code)
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert told == ["True", "True"]
+    assert said[0] == said[-1] == "True"
+    assert said[1:-1] == [space["sample"].questions[0].answer]
+
+
 def test_no_other_page_has_python_that_is_not_run():
     """CONTRIBUTING's is followed in test_adding_a_method.py."""
-    assert [page.name for page in PAGES if blocks(page)] == ["README.md", "CONTRIBUTING.md"]
+    assert [page.name for page in PAGES if blocks(page)] == ["README.md", "CONTRIBUTING.md", "ask.md"]
 
 
 @pytest.mark.parametrize(

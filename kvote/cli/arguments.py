@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kvote {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     _ask(commands)
+    _chat(commands)
     _read(commands)
     _info(commands)
     _methods(commands)
@@ -63,17 +64,13 @@ def _command(commands: "argparse._SubParsersAction[_Parser]", name: str, module:
 
 
 def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    ask = _command(commands, "ask", "ask", "ask a question about a long document")
-    ask.add_argument("--model", metavar="M", help="hub name or local folder (default: the embedded model)")
+    ask = _command(commands, "ask", "ask", "ask questions about a long document")
+    _model(ask)
     ask.add_argument("--document", metavar="FILE", help="UTF-8 text, - for standard input (default: a built-in one)")
-    ask.add_argument("--question", metavar="Q", help="(default: one about the built-in document)")
     ask.add_argument(
-        "--method",
-        metavar="SPEC",
-        default=METHOD,
-        help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
-        "trained length, else the paper's defaults (default: %(default)s)",
+        "--question", metavar="Q", action="append", help="may be repeated (default: one about the built-in document)"
     )
+    _method(ask)
     ask.add_argument(
         "--compare",
         metavar="SPEC",
@@ -84,9 +81,16 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help=f"another method to run beside it, may be repeated; without SPEC: {', '.join(COMPARED)}",
     )
     ask.add_argument(
+        "--question-first",
+        action="store_true",
+        help="read the document anew with each question, so that the method knows what is asked",
+    )
+    ask.add_argument(
+        "--queries", metavar="TEXT", help="what will be asked: methods that drop tokens decide by it what stays"
+    )
+    ask.add_argument(
         "--tokens", metavar="N", type=_positive, help=f"size of the built-in document (default: {TOKENS:,})"
     )
-    ask.add_argument("--max-new-tokens", metavar="N", type=_positive, default=32, help="(default: %(default)s)")
     ask.add_argument("--save", metavar="FILE", help="keep what was read in a file, for --load")
     ask.add_argument(
         "--load",
@@ -94,7 +98,68 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="answer from a file of `kvote read` or --save; with --document, that is read again if the file cannot be "
         "used",
     )
-    _json(ask)
+    _template(ask)
+    _generation(ask)
+    ask.add_argument(
+        "--num-beams", metavar="N", type=_positive, help="search with so many beams; the answer comes at its end"
+    )
+    ask.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show the answer as it comes (default: on a terminal)",
+    )
+    shown = ask.add_mutually_exclusive_group()
+    shown.add_argument("-q", "--quiet", action="store_true", help="print the answer alone")
+    _json(shown)
+
+
+def _chat(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    chat = _command(commands, "chat", "chat", "talk with a model, about a document or not")
+    _model(chat)
+    chat.add_argument("--document", metavar="FILE", help="UTF-8 text to talk about (default: none)")
+    _method(chat)
+    _template(chat)
+    _generation(chat)
+    chat.add_argument("-q", "--quiet", action="store_true", help="print answers alone")
+
+
+def _model(command: _Parser) -> None:
+    command.add_argument("--model", metavar="M", help="hub name, folder or GGUF file (default: the embedded model)")
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: as they are stored)",
+    )
+    command.add_argument("--device", metavar="D", default="cpu", help="such as cuda or cuda:1 (default: %(default)s)")
+    command.add_argument("--load-in", choices=("int8", "int4"), help="round the weights to it, through torchao")
+
+
+def _method(command: _Parser) -> None:
+    command.add_argument(
+        "--method",
+        metavar="SPEC",
+        default=METHOD,
+        help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
+        "trained length, else the paper's defaults (default: %(default)s)",
+    )
+
+
+def _template(command: _Parser) -> None:
+    command.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    command.add_argument("--raw", action="store_true", help="go without the model's chat template")
+
+
+def _generation(command: _Parser) -> None:
+    command.add_argument(
+        "--max-new-tokens", metavar="N", type=_positive, help="(default: 256 in a chat template, 32 without one)"
+    )
+    command.add_argument("--temperature", metavar="T", type=_number, help="above 0: sample (default: 0, the likeliest)")
+    command.add_argument("--top-p", metavar="P", type=_number, help="sample from the likeliest tokens that sum up to P")
+    command.add_argument("--top-k", metavar="K", type=_positive, help="sample from the K likeliest tokens")
+    command.add_argument("--min-p", metavar="P", type=_number, help="sample from those at least P times the likeliest")
+    command.add_argument("--repetition-penalty", metavar="R", type=_number, help="above 1: say less again")
+    command.add_argument("--stop", metavar="TEXT", action="append", help="end the answer behind it; may be repeated")
+    command.add_argument("--seed", metavar="N", type=_natural, help="what is drawn when sampling")
 
 
 def _read(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -103,8 +168,9 @@ def _read(commands: "argparse._SubParsersAction[_Parser]") -> None:
     read.add_argument(
         "-o", "--out", metavar="FILE", required=True, help="where it goes; ask it with `kvote ask --load`"
     )
-    read.add_argument("--model", metavar="M", help="hub name or local folder (default: the embedded model)")
-    read.add_argument("--method", metavar="SPEC", default=METHOD, help="as in `kvote ask` (default: %(default)s)")
+    _model(read)
+    _method(read)
+    _template(read)
     _json(read)
 
 
@@ -219,7 +285,7 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
 
 
-def _json(command: _Parser) -> None:
+def _json(command: "_Parser | argparse._MutuallyExclusiveGroup") -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -229,6 +295,17 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _whole(text, 0)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= _MOST:
+        shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r} …"
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown}")
+    return number
 
 
 def _whole(text: str, least: int) -> int:

@@ -98,6 +98,7 @@ register(
     "kvote.hf.cache_layer:CacheLayer",
     "turn previous rotary needs_positions pending followed keys values",
 )
+register("layout", "kvote.prompt:Layout")
 register("turn", "kvote.hf.cache_layer:Turn")
 register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")

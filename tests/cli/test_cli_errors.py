@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_recipe(capsys, monkeypatch):
 
 
 def test_interruption(capsys, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kvote.cli.ask.load", interrupt)
