@@ -15,6 +15,7 @@ from kvote.methods.h2o import h2o
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
 from kvote.methods.mikv import mikv
+from kvote.methods.oracle import oracle
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
 from kvote.methods.random import random
@@ -37,6 +38,7 @@ __all__ = [
     "kivi",
     "knorm",
     "mikv",
+    "oracle",
     "pyramidkv",
     "quest",
     "random",
