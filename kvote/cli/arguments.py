@@ -175,7 +175,8 @@ def _eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command.add_argument(
         "--model", metavar="M", help="hub name, local folder or GGUF file (default: the embedded model)"
     )
-    command.add_argument("--out", metavar="DIR", required=True, help="where manifest and samples go, or are completed")
+    command.add_argument("--out", metavar="DIR", help="where manifest and samples go, or are completed, and the report")
+    command.add_argument("--report", metavar="DIR", help="only write DIR/report.html anew, of what was measured there")
     several = partial(command.add_argument, nargs="+")
     several("--methods", metavar="SPEC", help="measured beside the baselines, such as 'tokenselect(top_k=512)'")
     several("--tasks", metavar="TASK", help="(default: all in prose; the embedded model: those of its own language)")

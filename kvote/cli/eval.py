@@ -14,6 +14,7 @@ from kvote.eval.estimate import estimate, speed_of
 from kvote.eval.folder import Record, open_folder
 from kvote.eval.manifest import manifest_of
 from kvote.eval.plan import Plan
+from kvote.eval.report import write_report
 from kvote.eval.run import pending
 from kvote.eval.run import run as run_plan
 from kvote.eval.subject import Subject, stops_of
@@ -38,7 +39,12 @@ _DAY, _HOUR, _MINUTE = 86_400, 3_600, 60
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the estimate, measures what is missing in ``--out``, and says what came."""
+    """Prints the estimate, measures what is missing in ``--out``, and writes the page about it."""
+    if args.report is not None:
+        print(plain(str(write_report(args.report))))
+        return
+    if args.out is None:
+        raise InputError("kvote eval needs --out DIR for what it measures, or --report DIR of what was measured.")
     plan = _plan(args)
     plan.check()
     opened = partial(open_subject, args.model, raw=args.raw, dtype=args.dtype)
@@ -63,10 +69,11 @@ def run(args: argparse.Namespace) -> None:
                     warn(f"{record['name']} is refused: {record['refused']}")
 
             count = run_plan(plan, args.out, held, workers=args.workers, tell=tell)
+    page = str(write_report(args.out))
     if args.json:
-        print(as_json({"folder": str(args.out), "measured": count, "refused": refused}))
+        print(as_json({"folder": str(args.out), "measured": count, "report": page, "refused": refused}))
     else:
-        print(f"{count:,} records measured: {plain(str(args.out))}")
+        print(f"{count:,} records measured: {plain(str(args.out))}\n{plain(page)}")
 
 
 def _plan(args: argparse.Namespace) -> Plan:

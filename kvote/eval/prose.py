@@ -8,7 +8,7 @@ from importlib.resources import files
 
 _FRONT_MATTER = "CHAPTER 1"
 _SENTENCE_END = re.compile(r'(?<=[.!?]["”])\s+|(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)\s+')
-_WORD = re.compile(r"[a-z]{5,9}")
+_WORD = re.compile(r"\b[a-z]{5,9}\b")
 # A word of a key must be none that the text is full of, and none that only one passage has.
 _COMMON, _RARE = 60, 2
 

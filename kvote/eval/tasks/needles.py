@@ -36,7 +36,7 @@ class Needles:
         document = self._document(rng, needles, tokens, count, kind)
         asked = list(told)[: self.asked]
         groups = [[key] for key in asked] if self.apart else [asked]
-        room = (24 if self.value == "number" else 48) * max(1, self.values) * (1 if self.apart else len(asked))
+        room = (16 if self.value == "number" else 48) * max(1, self.values) * (1 if self.apart else len(asked))
         questions = tuple(
             Question(
                 _asked(group, kind, self.values),

@@ -15,7 +15,10 @@ _VOCABULARY = 1_000
 
 def common(rng: random.Random, tokens: int, count: Count) -> Sample:
     """Ten words come thirty times each, others three times each, in a numbered list."""
-    chosen = rng.sample(prose.words(), k=min(len(prose.words()), _COMMON + max(10, tokens // 12)))
+    chosen, wanted = rng.sample(prose.words(), k=len(prose.words())), _COMMON + max(10, tokens // 6)
+    # Longer lists than there are words take some of two words.
+    chosen += [f"{a}-{b}" for a, b in zip(*(rng.choices(chosen[_COMMON:], k=wanted) for _ in range(2)), strict=True)]
+    chosen = list(dict.fromkeys(chosen))[:wanted]
     # Short documents hold fewer of both, in the same proportion.
     times = min(_TIMES, max(_OTHER_TIMES + 3, tokens // 120))
     best, others = chosen[:_COMMON], chosen[_COMMON:]
