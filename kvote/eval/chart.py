@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 280, 52, 14, 28, 40
+# Between labels of the axis.
+_APART = 48
 # Told apart also by those who see red and green alike (Okabe & Ito).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 
@@ -42,8 +44,12 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[tuple[str, st
         _, y = at(points[0].x, value)
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>')
-    for tick in sorted({point.x for point in points})[:: max(1, len({p.x for p in points}) // 5)]:
+    last = -float(_APART)
+    for tick in sorted({point.x for point in points}):
         x, y = at(tick, bottom)
+        if x - last < _APART:
+            continue
+        last = x
         parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{_short(tick)}</text>')
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(

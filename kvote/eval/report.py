@@ -14,12 +14,14 @@ from kvote.files import named, write_whole
 
 PAGE = "report.html"
 _SHOWN = 12
+# Fewer samples say nothing about their spread.
+_ENOUGH = 5
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1140px;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-size:13px}
-td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
+td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;font-family:monospace}
-svg{width:460px;max-width:100%;font:11px system-ui,sans-serif;margin:0 1rem 1rem 0}.grid{stroke:#e4e4e4}
+svg{width:350px;max-width:100%;font:11px system-ui,sans-serif;margin:0 1rem 1rem 0}.grid{stroke:#e4e4e4}
 .title{font-weight:600;font-size:13px}.note{color:#555}.legend span{display:inline-block;margin-right:1.2rem}
 .legend i{display:inline-block;width:.8rem;height:.8rem;margin-right:.35rem;vertical-align:-1px}
 .beats{color:#00664a;font-weight:600}.loses{color:#a33b00}pre{white-space:pre-wrap;font-size:12px}
@@ -60,7 +62,8 @@ def _about(manifest: Record, records: list[Record]) -> str:
     return (
         f'<p class="note">{len(records):,} records, {escape(str(manifest["dtype"]))}, questions asked '
         f"{escape(str(manifest['asked']))}.{beyond} Brackets hold 95% bootstrap intervals over samples; differences "
-        "to dense attention are paired by sample, and coloured where their interval excludes zero. Bytes are held "
+        f"to dense attention are paired by sample, and coloured where their interval excludes zero, from {_ENOUGH} samples "
+        "on. Bytes are held "
         "after the document was read, tokens are read by one query in the layer that reads most.</p>"
     )
 
@@ -120,12 +123,16 @@ def _table(rows: list[Row], task: str) -> str:
 
 
 def _with(value: Interval) -> str:
+    if value.count < _ENOUGH:
+        return f"{value.mean:.3g}"
     return f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"
 
 
 def _beside(value: Interval | None, likelihood: bool) -> str:
     if value is None:
         return "-"
+    if value.count < _ENOUGH:
+        return f"{value.mean:+.3g}"
     better, worse = (value.high < 0, value.low > 0) if likelihood else (value.low > 0, value.high < 0)
     kind = "beats" if better else "loses" if worse else "same"
     return f'<span class="{kind}">{value.mean:+.3g} [{value.low:+.3g}, {value.high:+.3g}]</span>'

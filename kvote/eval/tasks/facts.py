@@ -36,7 +36,7 @@ _KINDS = (
     (
         "Nothing could be served to {} that had {} in it, for it brought on a dreadful rash.",
         "What food must {} avoid?",
-        "{} must avoid",
+        "The food that {} must avoid is",
         "walnuts celery mustard oysters strawberries garlic cinnamon almonds".split(),
     ),
     (
@@ -48,7 +48,7 @@ _KINDS = (
     (
         "The front door of the house where {} grew up had been painted {} by a grandfather.",
         "What colour was the entrance of the childhood home of {}?",
-        "The entrance of the childhood home of {} was",
+        "The colour of that entrance, in the childhood of {}, was",
         "purple orange yellow green turquoise scarlet silver pink".split(),
     ),
 )
