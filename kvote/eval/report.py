@@ -62,9 +62,9 @@ def _about(manifest: Record, records: list[Record]) -> str:
     return (
         f'<p class="note">{len(records):,} records, {escape(str(manifest["dtype"]))}, questions asked '
         f"{escape(str(manifest['asked']))}.{beyond} Brackets hold 95% bootstrap intervals over samples; differences "
-        f"to dense attention are paired by sample, and coloured where their interval excludes zero, from {_ENOUGH} samples "
-        "on. Bytes are held "
-        "after the document was read, tokens are read by one query in the layer that reads most.</p>"
+        f"to dense attention are paired by sample, and coloured where their interval excludes zero (from {_ENOUGH} "
+        "samples on). Bytes are held after the document was read, tokens are read by one query in the layer that reads "
+        "most.</p>"
     )
 
 
