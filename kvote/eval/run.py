@@ -118,7 +118,8 @@ def _work(plan: Plan, load: Load, threads: int, given: Any, heard: Any) -> None:
         torch.set_num_threads(threads)
         subject = load()
         while (item := given.get()) is not None:
-            for record in records_of(plan, *item, subject):
+            unit, names = item
+            for record in records_of(plan, unit, names, subject):
                 heard.put(record)
         heard.put(None)
     except KvoteError as error:
