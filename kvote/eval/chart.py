@@ -22,14 +22,21 @@ class Point:
     high: float
 
 
-def chart(title: str, x_label: str, y_label: str, series: Sequence[tuple[str, str, Sequence[Point]]]) -> str:
+Series = Sequence[tuple[str, str, Sequence[Point]]]
+
+
+def chart(title: str, x_label: str, y_label: str, series: Series, *, from_zero: bool = True) -> str:
     """An SVG of series (name, colour, points), joined by lines; x is logarithmic. Empty if there are no points."""
     points = [point for _, _, held in series for point in held if point.x > 0 and math.isfinite(point.y)]
     if not points:
         return ""
     xs, ys = [math.log2(point.x) for point in points], [v for point in points for v in (point.low, point.high)]
     left, right = min(xs) - 0.2, max(xs) + 0.2
-    bottom, top = min(0.0, *ys), max(ys) * 1.05 or 1.0
+    # Shares begin at zero; of likelihoods the differences are what one looks for.
+    spread = max(ys) - min(ys)
+    bottom, top = (
+        (0.0, max(ys) * 1.05 or 1.0) if from_zero else (min(ys) - 0.1 * spread - 0.01, max(ys) + 0.1 * spread + 0.01)
+    )
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (math.log2(x) - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
@@ -43,7 +50,7 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[tuple[str, st
         value = bottom + (top - bottom) * i / 4
         _, y = at(points[0].x, value)
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
     last = -float(_APART)
     for tick in sorted({point.x for point in points}):
         x, y = at(tick, bottom)

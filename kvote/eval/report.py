@@ -22,7 +22,7 @@ table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-size:13px}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;font-family:monospace}
 svg{width:350px;max-width:100%;font:11px system-ui,sans-serif;margin:0 1rem 1rem 0}.grid{stroke:#e4e4e4}
-.title{font-weight:600;font-size:13px}.note{color:#555}.legend span{display:inline-block;margin-right:1.2rem}
+.wide{overflow-x:auto}.title{font-weight:600;font-size:13px}.note{color:#555}.legend span{display:inline-block;margin-right:1.2rem}
 .legend i{display:inline-block;width:.8rem;height:.8rem;margin-right:.35rem;vertical-align:-1px}
 .beats{color:#00664a;font-weight:600}.loses{color:#a33b00}pre{white-space:pre-wrap;font-size:12px}
 """
@@ -70,6 +70,7 @@ def _about(manifest: Record, records: list[Record]) -> str:
 
 def _task(task: str, rows: list[Row], colours: dict[str, str]) -> str:
     label = "nats per token (less is better)" if is_likelihood(task) else "right answers"
+    zero = not is_likelihood(task)
     parts = [f"<h2>{escape(task)}</h2>"]
     parts += [
         f"<h3>{length:,} tokens</h3>{_table([row for row in rows if row.length == length], task)}"
@@ -91,9 +92,11 @@ def _task(task: str, rows: list[Row], colours: dict[str, str]) -> str:
             for name in names
         ]
 
-    parts.append(chart(f"{task} by length", "tokens of the document", label, series("length")))
-    parts.append(chart(f"{task} by bytes held", "bytes", label, series("nbytes")))
-    parts.append(chart(f"{task} by tokens read", "tokens read by a query", label, series("tokens_read")))
+    parts.append(chart(f"{task} by length", "tokens of the document", label, series("length"), from_zero=zero))
+    parts.append(chart(f"{task} by bytes held", "bytes", label, series("nbytes"), from_zero=zero))
+    parts.append(
+        chart(f"{task} by tokens read", "tokens read by a query", label, series("tokens_read"), from_zero=zero)
+    )
     return "".join(parts)
 
 
@@ -119,7 +122,7 @@ def _table(rows: list[Row], task: str) -> str:
             cells += [f"{math.exp(row.value.mean):,.2f}"]
         body.append(f"<tr><td>{escape(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     header = "".join(f"<th>{name}</th>" for name in head)
-    return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{header}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _with(value: Interval) -> str:
@@ -132,7 +135,7 @@ def _beside(value: Interval | None, likelihood: bool) -> str:
     if value is None:
         return "-"
     if value.count < _ENOUGH:
-        return f"{value.mean:+.3g}"
+        return f"{round(value.mean, 6):+.3g}"
     better, worse = (value.high < 0, value.low > 0) if likelihood else (value.low > 0, value.high < 0)
     kind = "beats" if better else "loses" if worse else "same"
     return f'<span class="{kind}">{value.mean:+.3g} [{value.low:+.3g}, {value.high:+.3g}]</span>'
