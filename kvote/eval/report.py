@@ -22,7 +22,9 @@ table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-size:13px}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;font-family:monospace}
 svg{width:350px;max-width:100%;font:11px system-ui,sans-serif;margin:0 1rem 1rem 0}.grid{stroke:#e4e4e4}
-.wide{overflow-x:auto}.title{font-weight:600;font-size:13px}.note{color:#555}.legend span{display:inline-block;margin-right:1.2rem}
+.wide{overflow-x:auto}
+.title{font-weight:600;font-size:13px}.note{color:#555}
+.legend span{display:inline-block;margin-right:1.2rem}
 .legend i{display:inline-block;width:.8rem;height:.8rem;margin-right:.35rem;vertical-align:-1px}
 .beats{color:#00664a;font-weight:600}.loses{color:#a33b00}pre{white-space:pre-wrap;font-size:12px}
 """
