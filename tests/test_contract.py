@@ -57,6 +57,7 @@ METHODS = {
     "doublesparsity-all": double_sparsity(top_k=500, dense_layers=0),
     "doublesparsity": double_sparsity(top_k=5, share=0.5, dense_layers=1),
     "quest-all": "quest(token_budget=500, dense_layers=0)",
+    "oracle-all": "oracle(top_k=500)",
     "quest": "quest(token_budget=12, page=4, dense_layers=0)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     _bench(commands)
     _will_it_help(commands)
     _calibrate(commands)
+    _eval(commands)
     _train(commands)
     return top
 
@@ -259,6 +260,34 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _json(command)
 
 
+def _eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = _command(
+        commands,
+        "eval",
+        "eval",
+        "measure methods on a model with tasks made on the spot, into a folder that can be resumed",
+    )
+    command.add_argument(
+        "--model", metavar="M", help="hub name, local folder or GGUF file (default: the embedded model)"
+    )
+    command.add_argument("--out", metavar="DIR", help="where manifest and samples go, or are completed, and the report")
+    command.add_argument("--report", metavar="DIR", help="only write DIR/report.html anew, of what was measured there")
+    several = partial(command.add_argument, nargs="+")
+    several("--methods", metavar="SPEC", help="measured beside the baselines, such as 'tokenselect(top_k=512)'")
+    several("--tasks", metavar="TASK", help="(default: all in prose; the embedded model: those of its own language)")
+    several("--lengths", metavar="N", type=_positive, help="tokens of a document (default: 4,096; embedded: 2,048)")
+    several(
+        "--budgets", metavar="B", type=_budget, help="tokens kept or read, or a share up to 1, given to each method"
+    )
+    command.add_argument("--samples", metavar="N", type=_positive, default=10, help="of each (default: %(default)s)")
+    command.add_argument("--seed", metavar="N", type=_natural, default=0, help="decides the samples")
+    command.add_argument("--workers", metavar="N", type=_positive, default=1, help="processes (default: %(default)s)")
+    command.add_argument("--no-baselines", action="store_true", help="measure dense attention and --methods alone")
+    command.add_argument("--raw", action="store_true", help="leave out the model's chat template")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's)")
+    _json(command)
+
+
 def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train = _command(commands, "train-embedded", "train", "train the embedded model anew, or go on where it stopped")
     train.add_argument("--out-dir", metavar="DIR", required=True, help="where the model and its log go")
@@ -287,6 +316,16 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _json(command: "_Parser | argparse._MutuallyExclusiveGroup") -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _budget(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= _MOST or (number > 1 and number != int(number)):
+        raise argparse.ArgumentTypeError(f"must be a share up to 1 or a number of tokens, got {text[:_SHOWN]!r}")
+    return number
 
 
 def _positive(text: str) -> int:

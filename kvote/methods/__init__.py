@@ -18,6 +18,7 @@ from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.oracle import oracle
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
 from kvote.methods.random import random
@@ -43,6 +44,7 @@ __all__ = [
     "knorm",
     "kvzip",
     "mikv",
+    "oracle",
     "pyramidkv",
     "quest",
     "random",
