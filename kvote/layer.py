@@ -20,6 +20,7 @@ from kvote.marks import mark_of, restore, take_back
 from kvote.method import Method
 from kvote.passes import Mark, Passes, unheard
 from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Token
+from kvote.reads import Reads
 from kvote.rope import Rope
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
@@ -71,6 +72,8 @@ class Layer:
     counted: int = 0
     # Whether a generated token may be stored and answered in one call of the reader, and the rotation it needs.
     steps: bool = False
+    # Who counts what generated tokens read; nobody unless asked for.
+    reads: Reads | None = field(default=None, repr=False)
     _turns: Rope | None = field(default=None, repr=False)
     record: Record = field(init=False)
 
@@ -182,7 +185,7 @@ class Layer:
             raise unheard(self.method.spec)
         if self.expected:
             self.reserve()
-        if self.steps and step.decode:
+        if self.steps and step.decode and self.reads is None:
             answer = self._step(step)
             if answer is not None:
                 return answer

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     _calibrate(commands)
     _eval(commands)
     _train(commands)
+    _serve(commands)
     return top
 
 
@@ -312,6 +313,37 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train.add_argument(
         "--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="no progress bar"
     )
+
+
+def _serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    serve = _command(
+        commands, "serve", "serve", "serve a model to OpenAI clients, with the cache policy in the request"
+    )
+    _model(serve)
+    serve.add_argument("--name", metavar="NAME", help="what requests call the model (default: as --model)")
+    serve.add_argument(
+        "--method", metavar="SPEC", default="dense", help="for requests without kv_method (default: %(default)s)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=_port, default=8000, help="0 for any that is free (default: %(default)s)")
+    serve.add_argument("--api-key-file", metavar="FILE", help="keys that clients must have one of, one per line")
+    serve.add_argument(
+        "--allow-host", metavar="NAME", action="append", default=[], help="host name of the server, may be repeated"
+    )
+    number = partial(serve.add_argument, metavar="N", type=_positive)
+    number("--rows", default=16, help="answers generated at a time (default: %(default)s)")
+    number("--queue", default=256, help="requests that may wait (default: %(default)s)")
+    number("--chunk", default=512, help="tokens of prompts read between two steps (default: %(default)s)")
+    number("--context", default=131_072, help="tokens of a prompt and its answer (default: 131,072)")
+    number("--cache-bytes", help="of all caches in use (default: half of the memory that is free)")
+    number("--documents", default=100, help="documents held at a time (default: %(default)s)")
+
+
+def _port(text: str) -> int:
+    port = _whole(text, 0)
+    if port > 65_535:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {port}")
+    return port
 
 
 def _json(command: "_Parser | argparse._MutuallyExclusiveGroup") -> None:

@@ -37,7 +37,7 @@ def forms() -> Mapping[type, tuple[str, Form]]:
     return found
 
 
-_LAYER = "index method rope layers crew others_drop passes number counted steps _turns"
+_LAYER = "index method rope layers crew others_drop passes number counted steps reads _turns"
 
 
 def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, Any]:
