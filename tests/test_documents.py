@@ -107,6 +107,19 @@ def test_the_readme_is_short_and_names_methods_that_exist():
     assert named <= set(kvote.methods.__all__)
 
 
+def test_contributing_tells_how_long_things_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| [^|]* \| (`.*?`) \| (\d+) \|$", text, re.M)
+    assert len(rows) > 5
+    for files, told in rows:
+        lines = sum(len((ROOT / "kvote" / name).read_text().splitlines()) for name in re.findall(r"`(.*?)`", files))
+        assert abs(lines - int(told)) <= 0.1 * lines, files
+    named = text.split("above 400 (")[1].split(")")[0]
+    long = {path.name for path in (ROOT / "kvote").rglob("*.py") if len(path.read_text().splitlines()) > 400}
+    long |= {path.name for path in (ROOT / "kvote").rglob("*.inl") if len(path.read_text().splitlines()) > 400}
+    assert {Path(name).name for name in re.findall(r"`(.*?)`", named)} == long
+
+
 def anchors(page: Path) -> set[str]:
     heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
