@@ -11,5 +11,7 @@ def oracle(top_k: int = 2688, tail: int = 40) -> Method:
     Scores are those of the keys themselves, where they stand, so sinks and neighbours are read as far as they have
     attention. Prompts are read whole up to their last ``tail`` tokens, which choose one by one, as generated ones do: a
     model that fails on a text longer than it was trained on still does.
+
+    ``top_k``: tokens that each query head reads. ``tail``: last tokens of a prompt that choose one by one.
     """
     return Method(read=MostMass(top_k, tail))

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvote import Cache, KvoteError, Method
@@ -311,11 +312,10 @@ class Running:
     def _read(self) -> list[dict[str, Any]]:
         """The first prompt in pieces of a few tokens, and the share of queries that have read them."""
         ids, shares = self.told[0], self.usages[0].shares if self.usages else ()
-        size = max(1, -(-len(ids) // _PIECES))
-        return [
-            {
-                "text": self.engine.tokenizer.decode(ids[at : at + size]),
-                "share": round(sum(shares[at : at + size]) / max(1, len(shares[at : at + size])), 5),
-            }
-            for at in range(0, len(ids), size)
-        ]
+        size, tokenizer = max(1, -(-len(ids) // _PIECES)), self.engine.tokenizer.backend_tokenizer
+        stream, pieces = DecodeStream(skip_special_tokens=True), []
+        for at in range(0, len(ids), size):
+            text = "".join(stream.step(tokenizer, token) or "" for token in ids[at : at + size])
+            own = shares[at : at + size]
+            pieces.append({"text": text, "share": round(sum(own) / max(1, len(own)), 5)})
+        return pieces

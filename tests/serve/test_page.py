@@ -34,7 +34,7 @@ def test_a_document_is_read_and_asked_on_the_page(server, tmp_path):
         page.wait_for_selector("#documents option:checked[value^='doc-']", state="attached")
         page.fill("#question", SAMPLE.questions[0].prompt)
         page.click("#ask")
-        page.wait_for_selector("#heat span")
+        page.wait_for_selector("#heat span:nth-child(9)")
         assert page.inner_text("#answer").strip() == SAMPLE.questions[0].answer
         assert "tokenselect" in page.inner_text("#figures")
         page.screenshot(path=tmp_path / "page.png")
