@@ -96,6 +96,7 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "h2o": lambda n: _quarter(n) + n / 4 * 4,
     "adakv": _quarter,
     "expectedattention": _quarter,
+    "keyformer": lambda n: _quarter(n) + n / 4 * 4,
     "cake": _quarter,
     "ems": lambda n: _quarter(n) + n / 4 * 4,
     # Two of all 16 key heads keep everything, the others a fifth.

@@ -14,6 +14,7 @@ from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.expectedattention import expectedattention
 from kvote.methods.h2o import h2o
+from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
 from kvote.methods.kvzip import kvzip
@@ -39,6 +40,7 @@ __all__ = [
     "ems",
     "expectedattention",
     "h2o",
+    "keyformer",
     "kivi",
     "knorm",
     "kvzip",
