@@ -38,6 +38,8 @@ METHODS = {
     "h2o-burst": "h2o(budget=20, burst=3)",
     "keyformer-all": "keyformer(budget=500)",
     "keyformer": "keyformer(budget=20)",
+    "critic-all": "critic(budget=500)",
+    "critic": "critic(budget=20)",
     "snapkv-all": "snapkv(budget=500, window=6)",
     "snapkv": "snapkv(budget=20, window=6)",
     "knorm-all": "knorm(budget=500)",
