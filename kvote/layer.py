@@ -230,7 +230,7 @@ class Layer:
             segment.watch(reading.queries, rows, step.ahead)
             if again is not None or self.method.keep.observes(step.ahead):
                 parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
-                seen = Observation(*parts, self.rope, again)
+                seen = Observation(*parts, self.rope, again, self.index)
                 if again is None:
                     self.record.waiting.append(seen)
                 else:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from kvote.method import Method, find
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
+from kvote.methods.critic import critic
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.expectedattention import expectedattention
 from kvote.methods.h2o import h2o
+from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
 from kvote.methods.kvzip import kvzip
@@ -34,12 +36,14 @@ from kvote.methods.xkv import xkv
 __all__ = [
     "adakv",
     "cake",
+    "critic",
     "dense",
     "doublesparsity",
     "duoattention",
     "ems",
     "expectedattention",
     "h2o",
+    "keyformer",
     "kivi",
     "knorm",
     "kvzip",
