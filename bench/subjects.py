@@ -41,6 +41,8 @@ class Subject:
     stepwise: bool = False
     weights: Weights = (1.0,)
     longest: int | None = None
+    # Layers of the embedded model that it leaves as they are, if it is stepwise.
+    whole: int = 2
 
     def at(self, tokens: int) -> str:
         """``large`` for a text of so many tokens."""
@@ -166,6 +168,16 @@ SUBJECTS: tuple[Subject, ...] = (
         ("selections",),
         "read",
         stepwise=True,
+    ),
+    Subject(
+        "sparq",
+        # A quarter of the channels, as in the paper at an eighth of the traffic.
+        dial(lambda s, n: f"sparq(rank=8, top_k={n - 1}, local={n // 4})"),
+        "sparq(top_k=2047, local=512)",
+        ("selections",),
+        "read",
+        stepwise=True,
+        whole=0,
     ),
     Subject(
         "snapkv | tokenselect",

@@ -58,6 +58,8 @@ METHODS = {
     "doublesparsity": double_sparsity(top_k=5, share=0.5, dense_layers=1),
     "quest-all": "quest(token_budget=500, dense_layers=0)",
     "quest": "quest(token_budget=12, page=4, dense_layers=0)",
+    "sparq-all": "sparq(top_k=500)",
+    "sparq": "sparq(rank=4, top_k=6, local=2)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "cake-all": "cake(budget=500, window=6)",

@@ -24,6 +24,7 @@ from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
+from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
@@ -49,6 +50,7 @@ __all__ = [
     "randomkeep",
     "razorattention",
     "snapkv",
+    "sparq",
     "streamingllm",
     "think",
     "tidaldecode",
