@@ -154,6 +154,17 @@ SUBJECTS: tuple[Subject, ...] = (
         weights=(4 / 32, 28 / 32),
     ),
     Subject(
+        "delta",
+        dial(lambda s, n: f"delta(full=(0, 1, 2), pages={n // 16}, recent=1)"),
+        "delta(full=(0,), pages=128)",
+        ("reused",),
+        "read",
+        stepwise=True,
+        # Layers 0, 1, 2, 16 and 25 of 32 attend to everything.
+        weights=(5 / 32, 27 / 32),
+        whole=3,
+    ),
+    Subject(
         "doublesparsity",
         dial(lambda s, n: f"doublesparsity(channels={{channels}}, top_k={n})"),
         "doublesparsity(channels={channels}, top_k=2048, dense_layers=0)",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from kvote.method import Method, find
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
+from kvote.methods.delta import delta
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
@@ -34,6 +35,7 @@ from kvote.methods.xkv import xkv
 __all__ = [
     "adakv",
     "cake",
+    "delta",
     "dense",
     "doublesparsity",
     "duoattention",
