@@ -225,6 +225,7 @@ class Layer:
                 memory=self.memory,
                 memories=[layer.memory for layer in self.crew.layers] if self.method.read.crosses_layers else (),
                 number=self.number,
+                logits=step.logits,
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)

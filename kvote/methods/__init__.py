@@ -9,6 +9,7 @@ from kvote.method import Method, find
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
 from kvote.methods.critic import critic
+from kvote.methods.delta import delta
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
@@ -27,6 +28,7 @@ from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
+from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
@@ -37,6 +39,7 @@ __all__ = [
     "adakv",
     "cake",
     "critic",
+    "delta",
     "dense",
     "doublesparsity",
     "duoattention",
@@ -55,6 +58,7 @@ __all__ = [
     "randomkeep",
     "razorattention",
     "snapkv",
+    "sparq",
     "streamingllm",
     "think",
     "tidaldecode",
