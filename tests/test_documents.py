@@ -60,11 +60,26 @@ def test_snippets_about_asking_run_and_print_what_they_say(capsys):
     assert said[1:-1] == [space["sample"].questions[0].answer]
 
 
+def test_snippets_about_a_library_run_and_print_what_they_say(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for code in blocks(ROOT / "docs" / "library.md"):
+        exec(compile(code, "library.md", "exec"), space)
+    assert capsys.readouterr().out.startswith("True\n")
+    assert space["library"].statistics.hits == 2
+
+
 def test_no_other_page_has_python_that_is_not_run():
-    """CONTRIBUTING's is followed in test_adding_a_method.py. eval.md's and serve.md's need a network or a server: what
-    they call is called in tests/eval and tests/serve."""
-    known = {"README.md", "CONTRIBUTING.md", "ask.md", "eval.md", "serve.md"}
-    assert {page.name for page in PAGES if blocks(page)} == known
+    """CONTRIBUTING's is followed in test_adding_a_method.py; serve.md's and eval.md's is what tests/serve and tests/eval
+    ask."""
+    assert {page.name for page in PAGES if blocks(page)} == {
+        "README.md",
+        "CONTRIBUTING.md",
+        "ask.md",
+        "eval.md",
+        "library.md",
+        "serve.md",
+    }
 
 
 def commands() -> list[str]:
