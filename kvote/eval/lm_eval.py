@@ -3,8 +3,8 @@
     lm_eval.simple_evaluate(KvoteLM("model", "h2o(budget=0.25)"), tasks=["lambada_openai"])
 
 A method that drops or encodes tokens does so behind a prompt. A likelihood computed in one pass of context and
-continuation would therefore be that of dense attention; here the context is one pass, and the continuation follows token
-by token. Requests are answered one by one, so no padding comes near a cache.
+continuation would therefore be that of dense attention; here the context is one pass, and the continuation follows
+token by token. Requests are answered one by one, so no padding comes near a cache.
 """
 
 from collections.abc import Sequence
