@@ -27,7 +27,7 @@ def keyformer(
 
     ``budget``: tokens kept, as a number, a fraction of the tokens seen or bytes. ``recent``: the share of it that is
     for recent tokens (the paper recommends 0.2 to 0.3). ``noise=False``, ``tau=1`` and ``tau_end=1`` is ``h2o``.
-    ``per_head``, ``burst``: as in ``h2o``; ``burst=1`` is one token per step, as in the paper.
+    ``seed``: of the noise. ``per_head``, ``burst``: as in ``h2o``; ``burst=1`` is one token per step, as in the paper.
 
     This is the paper's rule: a token that leaves the recent ones can become a key token. In the published code it is
     lost, so that the key tokens of the prompt stay as they are. Also differs from the code: a fraction follows the
