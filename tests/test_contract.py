@@ -40,6 +40,8 @@ METHODS = {
     "keyformer": "keyformer(budget=20)",
     "critic-all": "critic(budget=500)",
     "critic": "critic(budget=20)",
+    "prefixkv-all": "prefixkv(budget=500)",
+    "prefixkv": "prefixkv(budget=20)",
     "snapkv-all": "snapkv(budget=500, window=6)",
     "snapkv": "snapkv(budget=20, window=6)",
     "knorm-all": "knorm(budget=500)",

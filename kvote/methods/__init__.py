@@ -20,6 +20,7 @@ from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.prefixkv import prefixkv
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
 from kvote.methods.random import random
@@ -47,6 +48,7 @@ __all__ = [
     "knorm",
     "kvzip",
     "mikv",
+    "prefixkv",
     "pyramidkv",
     "quest",
     "random",
