@@ -42,6 +42,8 @@ METHODS = {
     "critic": "critic(budget=20)",
     "prefixkv-all": "prefixkv(budget=500)",
     "prefixkv": "prefixkv(budget=20)",
+    "kvcrush-all": "kvcrush(budget=500, window=6)",
+    "kvcrush": "kvcrush(budget=20, window=6)",
     "snapkv-all": "snapkv(budget=500, window=6)",
     "snapkv": "snapkv(budget=20, window=6)",
     "knorm-all": "knorm(budget=500)",

@@ -18,6 +18,7 @@ from kvote.methods.h2o import h2o
 from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
+from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
 from kvote.methods.prefixkv import prefixkv
@@ -46,6 +47,7 @@ __all__ = [
     "keyformer",
     "kivi",
     "knorm",
+    "kvcrush",
     "kvzip",
     "mikv",
     "prefixkv",
