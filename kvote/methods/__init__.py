@@ -9,6 +9,7 @@ from kvote.method import Method, find
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
 from kvote.methods.critic import critic
+from kvote.methods.delta import delta
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
@@ -21,6 +22,7 @@ from kvote.methods.knorm import knorm
 from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.oracle import oracle
 from kvote.methods.prefixkv import prefixkv
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
@@ -28,6 +30,7 @@ from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
+from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
@@ -38,6 +41,7 @@ __all__ = [
     "adakv",
     "cake",
     "critic",
+    "delta",
     "dense",
     "doublesparsity",
     "duoattention",
@@ -50,6 +54,7 @@ __all__ = [
     "kvcrush",
     "kvzip",
     "mikv",
+    "oracle",
     "prefixkv",
     "pyramidkv",
     "quest",
@@ -57,6 +62,7 @@ __all__ = [
     "randomkeep",
     "razorattention",
     "snapkv",
+    "sparq",
     "streamingllm",
     "think",
     "tidaldecode",
