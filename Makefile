@@ -54,5 +54,5 @@ $(VENV)/.run: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(PIP) --quiet -e '.[bench,dev]'
+	$(PIP) --quiet -e '.[bench,dev,serve]'
 	@touch $@ $(VENV)/.run

@@ -78,6 +78,8 @@ SUBJECTS: tuple[Subject, ...] = (
         "streamingllm(sinks=4, window={quarter})",
     ),
     Subject("h2o", dial(lambda s, n: f"h2o(budget={s})"), "h2o(budget=0.25)"),
+    Subject("keyformer", dial(lambda s, n: f"keyformer(budget={s})"), "keyformer(budget=0.25)"),
+    Subject("critic", dial(lambda s, n: f"critic(budget={s})"), "critic(budget=0.25)"),
     Subject("snapkv", dial(lambda s, n: f"snapkv(budget={s})"), "snapkv(budget=0.25)"),
     Subject("adakv", dial(lambda s, n: f"adakv(budget={s})"), "adakv(budget=0.25)"),
     Subject("expectedattention", dial(lambda s, n: f"expectedattention(budget={s})"), "expectedattention(budget=0.25)"),

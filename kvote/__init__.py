@@ -8,8 +8,10 @@ import typing
 
 if typing.TYPE_CHECKING:
     from kvote import methods, models
+    from kvote.answering import Answer
     from kvote.cache import Cache
-    from kvote.document import Answer, Document
+    from kvote.conversation import Conversation
+    from kvote.document import Document
     from kvote.echo import read_again
     from kvote.errors import (
         BusyCacheError,
@@ -24,16 +26,19 @@ if typing.TYPE_CHECKING:
         UnsupportedModelError,
     )
     from kvote.hf.facts import detach
+    from kvote.library.library import Library
     from kvote.method import Method
     from kvote.report import LayerReport, Report
     from kvote.rows import Rows
+    from kvote.stream import Stream
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Answer": "document",
+    "Answer": "answering",
     "BusyCacheError": "errors",
     "Cache": "cache",
+    "Conversation": "conversation",
     "CropError": "errors",
     "Document": "document",
     "InactiveCacheError": "errors",
@@ -41,12 +46,14 @@ _HOME = {
     "InterruptedPassError": "errors",
     "KvoteError": "errors",
     "LayerReport": "report",
+    "Library": "library.library",
     "Method": "method",
     "MethodError": "errors",
     "NotFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "Report": "report",
     "Rows": "rows",
+    "Stream": "stream",
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
     "read_again": "echo",
@@ -58,6 +65,7 @@ __all__ = [
     "Answer",
     "BusyCacheError",
     "Cache",
+    "Conversation",
     "CropError",
     "Document",
     "InactiveCacheError",
@@ -65,12 +73,14 @@ __all__ = [
     "InterruptedPassError",
     "KvoteError",
     "LayerReport",
+    "Library",
     "Method",
     "MethodError",
     "NotFiniteError",
     "OutOfMemoryError",
     "Report",
     "Rows",
+    "Stream",
     "UnsupportedModelError",
     "detach",
     "methods",

@@ -31,6 +31,8 @@ def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Te
         if step.sink_logits is not None:
             out = kernels.with_sink_logits(out, lse, step.sink_logits)
             lse = torch.logaddexp(lse, step.sink_logits.float().reshape(1, -1, 1))
+        if layer.reads is not None and reading.decode:
+            layer.reads.add(reading, span)
         pieces.append(out)
         totals.append(lse)
         # Whoever asks for the spans asks which tokens were read.

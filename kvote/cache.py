@@ -24,6 +24,7 @@ from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
 from kvote.numbers import is_whole
 from kvote.passes import Passes
+from kvote.reads import Reads
 from kvote.report import LayerReport, Report
 from kvote.store.family import FORK
 
@@ -49,6 +50,7 @@ class Cache(TransformersCache):
         for calibration in self.method.calibrations:
             calibration.check(model)
         self.turn, self.passes = Turn(), Passes()
+        self._reads: Reads | None = None
         layers: list[Any] = []
         previous = None
         facts = facts_of(model)
@@ -129,6 +131,20 @@ class Cache(TransformersCache):
                     layer.take_back(-more)
                 elif more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
                     layer.crop(more)
+
+    def forget_shown(self, columns: int) -> None:
+        """Forgets the last ``columns`` columns of one sequence, fed while past was recorded, after keepers were shown
+        them; what stays of the rest is decided now."""
+        self.passes.claim(self)
+        self.check()
+        with self._changing():
+            for layer in self.layers:
+                if isinstance(layer, CacheLayer):
+                    for part in layer.layer.parts:
+                        part.forget_shown(columns)
+                else:
+                    layer.crop(-columns)
+            self.turn.end = 0
 
     def holds(self, columns: int) -> bool:
         """Whether every layer holds ``columns`` columns, as after a pass that was not interrupted."""
@@ -366,6 +382,19 @@ class Cache(TransformersCache):
                 memo[id(layer.rope)] = layer.rope
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
+
+    def watch_reads(self) -> None:
+        """From now on, counts which tokens every generated one reads, for ``reads``. Steps take longer."""
+        self._reads = Reads()
+        for layer in self.managed:
+            layer.reads = self._reads
+
+    def reads(self, row: int = 0) -> Tensor:
+        """Which share of the generated tokens' queries, of all layers and heads, has read each position of a sequence
+        since ``watch_reads``: float32 [tokens seen]. Raises InputError where nobody watched."""
+        if self._reads is None:
+            raise InputError("Nobody has watched what was read; call cache.watch_reads() before generating.")
+        return self._reads.shares(row, self.get_seq_length())
 
     def fork(self) -> "Cache":
         """A second cache that holds the same and goes on by itself. Pages of tokens are shared until one of both writes

@@ -1,53 +1,53 @@
 """Read a document once, ask it many times."""
 
-import copy
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from kvote.answering import COMPLETING, TALKING, Responder, copied, takes_back
+from kvote.answering import Answer as Answer
 from kvote.cache import Cache
+from kvote.conversation import Conversation
 from kvote.echo import read_again
-from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
+from kvote.errors import InputError, KvoteError
 from kvote.hf.cache_layer import recording
-from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_finite
+from kvote.hf.settings import settings_of
+from kvote.library.library import Library
 from kvote.method import Method
 from kvote.numbers import is_whole
+from kvote.prompt import document_ids, layout_of, question_ids
+from kvote.stream import Stream
 
 TOKENS_PER_PASS = 4096
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said to one question. Times are wall-clock; ``first_token_seconds`` includes the question."""
-
-    text: str
-    token_ids: list[int]
-    first_token_seconds: float
-    ms_per_token: float | None
 
 
 class Document:
     """A text in a kvote cache. ``ask`` leaves it as it was, whatever interrupts it, so questions do not see each other;
     questions from several threads are answered one after the other.
 
-    The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that memory stays bounded at any
-    length; ``progress`` is called with the number of tokens read after each. Raises InputError for an empty text, and
-    NotFiniteError if the model gives NaN or infinite logits.
+    Where ``tokenizer`` has a chat template, it stands around document and question, with ``system`` as its system
+    message; ``raw`` goes without. ``queries`` names what will be asked: a method that drops tokens reads it behind the
+    document, decides by it what stays, and forgets it; others need not know.
+
+    The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that memory stays bounded at any length;
+    ``progress`` is called with the number of tokens read after each. ``lazy``: not now, but when a question needs it.
+    ``library``: what it has read of the same text is not read again, and it remembers the rest; not with ``queries``.
+
+    Raises InputError for an empty text, and NotFiniteError if the model gives NaN or infinite logits.
     """
 
     # Attributes that are saved, beside the cache.
-    STATE = ("token_ids", "_tokens_per_pass", "prefill_seconds")
+    STATE = ("layout", "token_ids", "_queries", "_tokens_per_pass", "prefill_seconds")
 
     def __init__(
         self,
@@ -56,8 +56,13 @@ class Document:
         text: str,
         method: Method | str = "dense",
         *,
+        queries: str | None = None,
+        system: str | None = None,
+        raw: bool = False,
+        lazy: bool = False,
         tokens_per_pass: int = TOKENS_PER_PASS,
         progress: Callable[[int], None] | None = None,
+        library: Library | None = None,
     ) -> None:
         if not isinstance(text, str) or not text.strip():
             raise InputError("The document is empty; give a text to read.")
@@ -65,19 +70,22 @@ class Document:
             raise InputError(f"tokens_per_pass must be a whole number of at least 1; got {tokens_per_pass!r}.")
         self.model, self.tokenizer = model, tokenizer
         self.cache = Cache(model, method)
+        self.layout = layout_of(tokenizer, system=system, raw=raw)
         self.token_ids: Tensor = self.ids_of(text)
         if self.token_ids.shape[1] == 0:
             raise InputError("The document is empty; give a text to read.")
-        self._tokens_per_pass = tokens_per_pass
+        self._queries: Tensor | None = None
+        if queries is not None:
+            self._queries = question_ids(tokenizer, self.layout, queries).to(model.device)
+        self._tokens_per_pass, self._progress, self._library = tokens_per_pass, progress, library
         self._lock, self._asking = threading.RLock(), False
-        begin = time.perf_counter()
-        self._read(progress)
-        self.prefill_seconds = time.perf_counter() - begin
+        self.prefill_seconds = 0.0
+        if not lazy:
+            self._read()
 
     def ids_of(self, text: str) -> Tensor:
         """Token ids [1, n] of a text, as it is read."""
-        ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids.to(self.model.device)
-        return ids
+        return document_ids(self.tokenizer, self.layout, text).to(self.model.device)
 
     def save(self, path: str | Path) -> None:
         """Writes the document as it is held into a file of mode 0600, at once: any failure leaves the old file.
@@ -118,63 +126,133 @@ class Document:
             yield self.cache
 
     def __len__(self) -> int:
-        """Tokens of the document."""
+        """Tokens of the document, with what stands in front of it."""
         return self.token_ids.shape[1]
 
-    def ask(self, question: str, *, max_new_tokens: int = 32) -> Answer:
-        """Generates greedily from the document followed by ``question``, whatever the model's generation config says.
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        question_first: bool = False,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Generates from the document followed by ``question``: greedily, whatever the model's generation config says,
+        unless ``generation_config`` or ``options`` of generate() (``temperature``, ``top_p``, ``num_beams``,
+        ``stop_strings``, ...) say otherwise; options that sample turn sampling on. Without ``max_new_tokens``, at most
+        256 tokens in a chat template, 32 without one.
 
-        Raises InputError for an empty question or no tokens to generate, NotFiniteError if the model gives NaN or
+        ``question_first`` reads the document anew together with the question, as one prompt, so that a method which
+        drops or encodes tokens at a prompt's end knows what is asked; ``first_token_seconds`` includes that.
+        ``streamer`` is given tokens as they come.
+
+        Raises InputError for an empty question or options that make no sense, NotFiniteError if the model gives NaN or
         infinite logits, UnsupportedModelError if it did not answer from the cache, and OutOfMemoryError if there is no
-        room for the copy in which a method that drops tokens answers.
+        room for the copy in which a method that drops or encodes tokens answers.
         """
-        if not isinstance(question, str):
-            raise InputError(f"A question is a text; got a {type(question).__name__}.")
-        if not is_whole(max_new_tokens) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be a whole number of at least 1; got {max_new_tokens!r}.")
-        asked = self.tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids.to(self.model.device)
-        if asked.shape[1] == 0:
-            raise InputError("The question is empty; ask something.")
+        asked, settings = self._prepared(question, max_new_tokens, generation_config, options)
+        return self._ask(asked, settings, question_first, streamer)
+
+    def stream(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        question_first: bool = False,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Stream:
+        """As ``ask``, for pieces of text as they come; closed early, the document is as it was, too."""
+        asked, settings = self._prepared(question, max_new_tokens, generation_config, options)
+        if settings["num_beams"] > 1:
+            raise InputError("An answer that is searched with num_beams comes at its end; use ask.")
+        return Stream(self.tokenizer, lambda pieces, end: self._ask(asked, settings, question_first, pieces, [end]))
+
+    def chat(self) -> Conversation:
+        """A conversation about the document, in a copy of what it holds. Raises OutOfMemoryError."""
+        with self._lock:
+            if not self._roll_back():
+                self._read()
+            cache = copied(self.cache)
+        return Conversation(
+            self.model,
+            self.tokenizer,
+            cache,
+            layout=self.layout,
+            token_ids=self.token_ids,
+            tokens_per_pass=self._tokens_per_pass,
+        )
+
+    def _prepared(
+        self, question: str, count: int | None, config: GenerationConfig | None, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens [1, n] of the question, and all settings of generate()."""
+        fewest = TALKING if self.layout.templated else COMPLETING
+        if count is not None:
+            options = options | {"max_new_tokens": count}
+        settings = settings_of(self.model, config, options, fewest)
+        return question_ids(self.tokenizer, self.layout, question).to(self.model.device), settings
+
+    def _ask(
+        self,
+        asked: Tensor,
+        settings: dict[str, Any],
+        question_first: bool,
+        streamer: BaseStreamer | None,
+        stopping: Sequence[Any] = (),
+    ) -> Answer:
         with self._lock:
             if self._asking:
                 raise InputError("This document is in the middle of an answer; ask again when that has come.")
             self._asking = True
             try:
-                return self._answer(asked, max_new_tokens)
+                ids = torch.cat([self.token_ids, asked], dim=1)
+                if question_first:
+                    cache = Cache(self.model, self.cache.method)
+                    cache.expect(ids.shape[1])
+                    begin = time.perf_counter()
+                    self._responder.feed(cache, self.token_ids, self._progress)
+                    reading = time.perf_counter() - begin
+                    answer = self._responder.answer(cache, ids, settings, streamer, stopping)
+                    return replace(answer, first_token_seconds=reading + answer.first_token_seconds)
+                if not self._roll_back():
+                    # An interruption came where nothing could be taken back.
+                    self._read()
+                # What a method holds that drops or encodes tokens is small enough to copy.
+                cache = self.cache if takes_back(self.cache) else copied(self.cache)
+                with recording(cache):
+                    try:
+                        return self._responder.answer(cache, ids, settings, streamer, stopping)
+                    finally:
+                        self._roll_back()
             finally:
                 self._asking = False
 
-    def _answer(self, asked: Tensor, max_new_tokens: int) -> Answer:
-        if not self._roll_back():
-            # An interruption came where nothing could be taken back.
-            self._read()
-        # A method that drops tokens cannot roll an answer back, but what it holds is small enough to copy.
-        cache = self.cache if self.cache.is_croppable else self._copy()
-        ids = torch.cat([self.token_ids, asked], dim=1)
-        clock = _Clock()
-        try:
-            with recording(cache):
-                try:
-                    new = generate(self.model, ids, cache, max_new_tokens, clock)
-                finally:
-                    self._roll_back()
-        except LogitsError as error:
-            raise NotFiniteError(self._who_is_not_finite(error.ids)) from None
-        text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
-        return Answer(text, new, clock.first, clock.ms_per_token)
+    @property
+    def _responder(self) -> Responder:
+        return Responder(self.model, self.tokenizer, self._tokens_per_pass)
 
-    def _read(self, progress: Callable[[int], None] | None = None) -> None:
+    def _read(self) -> None:
         """Puts the document, and nothing else, into the cache."""
+        begin = time.perf_counter()
+        asked = self._queries if self.cache.method.keep.drops else None
+        if self._library is not None and asked is None:
+            self.cache = self._library.read(self)
+            self.prefill_seconds = time.perf_counter() - begin
+            return
         self.cache.reset()
-        self.cache.expect(len(self), question_follows=True)
-        with torch.no_grad():
-            for ids in passes(self.token_ids, self.model, self._tokens_per_pass):
-                output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-                if not finite(output.logits[:, -1]):
-                    raise NotFiniteError(self._who_is_not_finite(self.token_ids))
-                if progress is not None:
-                    progress(ids.shape[1])
+        self.cache.expect(len(self) + (0 if asked is None else asked.shape[1]), question_follows=True)
+        self._responder.feed(self.cache, self.token_ids, self._progress)
+        if asked is not None:
+            with recording(self.cache):
+                for layer in self.cache.managed:
+                    layer.record_past = True
+                self._responder.feed(self.cache, asked)
+                self.cache.forget_shown(asked.shape[1])
         read_again(self.model, self.cache, self.token_ids, tokenizer=self.tokenizer)
+        self.prefill_seconds = time.perf_counter() - begin
 
     def _roll_back(self) -> bool:
         """Forgets all that came behind the document; False if what is left is not the document."""
@@ -185,56 +263,3 @@ class Document:
         except KvoteError:
             return False
         return True
-
-    def _copy(self) -> Cache:
-        try:
-            return copy.deepcopy(self.cache)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "memory" in str(error):
-                raise OutOfMemoryError(
-                    f"There is no memory for a copy of the {self.cache.nbytes():,} bytes that {self.cache.method.spec} "
-                    "holds, from which it answers; free some, or use a method that drops no tokens."
-                ) from error
-            raise
-
-    def _who_is_not_finite(self, ids: Tensor) -> str:
-        """A sentence that names the first layer that gives what is no number, found by reading ``ids`` again."""
-        cache, fine = Cache(self.model, self.cache.method), True
-        cache.expect(ids.shape[1])
-        with torch.no_grad(), where_not_finite(self.model) as found:
-            for part in passes(ids, self.model, self._tokens_per_pass):
-                output = self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                fine = finite(output.logits[:, -1])
-                if found or not fine:
-                    break
-        where = f"{found[0]} is the first to give some" if found else "its layers do not, so its output head does"
-        if fine and not found:
-            where = "not so when the same text was read again"
-        return (
-            f"{type(self.model).__name__} gave NaN or infinite logits: {where}; check its weights and load it in "
-            "float32 or bfloat16."
-        )
-
-
-class _Clock(BaseStreamer):
-    """Notes when each token comes."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def put(self, value: Tensor) -> None:
-        # The first call carries the prompt, before any work is done.
-        if value.dim() < 2:
-            self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def first(self) -> float:
-        return self.times[1] - self.times[0]
-
-    @property
-    def ms_per_token(self) -> float | None:
-        steps = [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]
-        return 1000 * median(steps) if steps else None

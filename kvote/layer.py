@@ -20,6 +20,7 @@ from kvote.marks import mark_of, restore, take_back
 from kvote.method import Method
 from kvote.passes import Mark, Passes, unheard
 from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Token
+from kvote.reads import Reads
 from kvote.rope import Rope
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
@@ -71,6 +72,8 @@ class Layer:
     counted: int = 0
     # Whether a generated token may be stored and answered in one call of the reader, and the rotation it needs.
     steps: bool = False
+    # Who counts what generated tokens read; nobody unless asked for.
+    reads: Reads | None = field(default=None, repr=False)
     _turns: Rope | None = field(default=None, repr=False)
     record: Record = field(init=False)
 
@@ -182,7 +185,7 @@ class Layer:
             raise unheard(self.method.spec)
         if self.expected:
             self.reserve()
-        if self.steps and step.decode:
+        if self.steps and step.decode and self.reads is None:
             answer = self._step(step)
             if answer is not None:
                 return answer
@@ -228,7 +231,7 @@ class Layer:
             segment.watch(reading.queries, rows, step.ahead)
             if again is not None or self.method.keep.observes(step.ahead):
                 parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
-                seen = Observation(*parts, self.rope, again)
+                seen = Observation(*parts, self.rope, again, self.index)
                 if again is None:
                     self.record.waiting.append(seen)
                 else:
@@ -410,6 +413,27 @@ class Layer:
         self.segment.trim()
         self.drop()
         self.seal_all()
+
+    @outside_inference
+    def forget_shown(self, columns: int) -> None:
+        """Forgets the last ``columns`` columns, which were recorded as what may be rolled back, once the keeper has
+        been shown them: they decide what stays of the rest."""
+        if self.segment is None:
+            return
+        lengths = [self.segment.length(row) for row in range(self.sequences)]
+        self.record.settle(lengths)
+        lengths = [length - columns for length in lengths]
+        self.record.truncate(lengths)
+        for row, length in enumerate(lengths):
+            self.segment.truncate(row, length)
+        self.seen -= columns
+        self.settled = self.shown = self.seen
+        if self.memory is not None:
+            self.memory.forget()
+        self.segment.trim()
+        self.ahead, self.record_past = 0, False
+        self.finish()
+        self.count()
 
     @outside_inference
     def select(self, index: list[int]) -> None:

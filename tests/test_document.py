@@ -382,3 +382,53 @@ def test_a_document_of_a_model_with_states_can_be_asked_again():
             document.ask("w40 w41", max_new_tokens=6)
         handle.remove()
     assert document.ask("w1 w2 w3", max_new_tokens=6).token_ids == expected
+
+
+def test_a_question_that_comes_first_is_known_to_the_method():
+    """SnapKV keeps what the end of a prompt looks at: with the question in it, that of plain generate()."""
+    net, spec = tiny.model(), "snapkv(budget=40, window=6)"
+    document = Document(net, Words(), TEXT, spec)
+    later = document.ask("w1 w2 w3 w4 w5 w6", max_new_tokens=8).token_ids
+    ids = Words()(f"{TEXT} w1 w2 w3 w4 w5 w6").input_ids
+    expected = tiny.generate(net, ids, Cache(net, spec), max_new_tokens=8).sequences[0, ids.shape[1] :].tolist()
+    assert document.ask("w1 w2 w3 w4 w5 w6", max_new_tokens=8, question_first=True).token_ids == expected != later
+    assert document.ask("w1 w2 w3 w4 w5 w6", max_new_tokens=8).token_ids == later
+
+
+def test_questions_do_not_see_what_others_made_a_method_encode():
+    document = Document(tiny.model(), Words(), TEXT, "kivi(residual=32)")
+    question = " ".join(f"w{i}" for i in range(20))
+    first, again = (document.ask(question, max_new_tokens=20).token_ids for _ in range(2))
+    assert first == again
+
+
+def test_queries_decide_what_stays_and_are_forgotten():
+    net, spec, asked = tiny.model(), "snapkv(budget=40, window=6, kernel=1)", "w1 w2 w3 w4 w5 w6"
+    document = Document(net, Words(), TEXT, spec, queries=asked, tokens_per_pass=64)
+    whole = Cache(net, spec)
+    tiny.feed(net, whole, Words()(f"{TEXT} {asked}").input_ids)
+    unasked = Document(net, Words(), TEXT, spec)
+    assert len(document) == document.cache.get_seq_length() == 150
+    for layer in range(2):
+        lanes = zip(*(c.positions(layer)[0] for c in (document.cache, whole, unasked.cache)), strict=True)
+        for kept, with_question, without in lanes:
+            kept, with_question, without = (set(lane.tolist()) for lane in (kept, with_question, without))
+            assert len(kept) == 40
+            assert max(kept) == 149
+            # The last 6 stay in any case, of the document as of the prompt with the question.
+            assert {place for place in with_question if place < 144} <= kept
+            assert kept != without
+    first = document.ask(asked, max_new_tokens=6).token_ids
+    assert document.ask("w9", max_new_tokens=6).token_ids != first == document.ask(asked, max_new_tokens=6).token_ids
+
+
+@pytest.mark.parametrize("spec", EVERY.values(), ids=EVERY)
+def test_every_method_takes_queries_back(spec):
+    document = Document(tiny.model(), Words(), TEXT, spec, queries="w1 w2 w3 w4 w5 w6 w7 w8 w9", tokens_per_pass=64)
+    most = [int(lane.max()) for i in range(2) for lane in document.cache.positions(i)[0]]
+    assert most == [149] * 4
+    assert document.cache.get_seq_length() == len(document)
+    answers = [document.ask("w1 w2 w3", max_new_tokens=6).token_ids for _ in range(2)]
+    assert answers[0] == answers[1]
+    if not document.cache.method.keep.drops:
+        assert answers[0] == Document(tiny.model(), Words(), TEXT, spec).ask("w1 w2 w3", max_new_tokens=6).token_ids

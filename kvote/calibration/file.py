@@ -7,6 +7,9 @@ Files are not trusted: nothing in them is executed, their size and every count i
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ _MOST = {"layers": 1024, "heads": 65_536, "kv_heads": 65_536, "head_dim": 65_536
 _WORD, _WORDS = 100, 10_000
 _SHOWN = 60
 _KEYS = {"format", "version", "kind", "model", "data"}
+_ALLOWED: ContextVar[bool] = ContextVar("kvote_calibration_files", default=True)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,20 @@ def command(kind: str) -> str:
     return f"`kvote calibrate --model MODEL --what {kind} --out FILE`"
 
 
+@contextmanager
+def no_files() -> Iterator[None]:
+    """Within it, ``load`` refuses: specs that come from others must not open files here."""
+    token = _ALLOWED.set(False)
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(token)
+
+
 def load(path: str | Path, kind: str) -> Calibration:
-    """Reads a calibration of that kind. Raises InputError for anything that is not one."""
+    """Reads a calibration of that kind. Raises InputError for anything that is not one, and within ``no_files``."""
+    if not _ALLOWED.get():
+        raise InputError("A calibration file cannot be named here; the operator of the server chooses such methods.")
     try:
         text = read_regular(path, _LARGEST).decode("utf-8")
     except InputError as error:

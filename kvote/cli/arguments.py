@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
         """Refuses ``--model=--``, of which argparse makes a list of nothing."""
         given = super().parse_args(*args, **kwargs)
         for name, value in vars(given).items():
-            if (value == [] and name != "compare") or value == [[]]:
+            if (value == [] and name not in ("compare", "allow_host")) or value == [[]]:
                 self.error(f"--{name.replace('_', '-')}: expected one argument")
         return given
 
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kvote {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     _ask(commands)
+    _chat(commands)
     _read(commands)
     _info(commands)
     _methods(commands)
@@ -52,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     _bench(commands)
     _will_it_help(commands)
     _calibrate(commands)
+    _eval(commands)
     _train(commands)
+    _serve(commands)
     return top
 
 
@@ -63,17 +66,13 @@ def _command(commands: "argparse._SubParsersAction[_Parser]", name: str, module:
 
 
 def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    ask = _command(commands, "ask", "ask", "ask a question about a long document")
-    ask.add_argument("--model", metavar="M", help="hub name or local folder (default: the embedded model)")
+    ask = _command(commands, "ask", "ask", "ask questions about a long document")
+    _model(ask)
     ask.add_argument("--document", metavar="FILE", help="UTF-8 text, - for standard input (default: a built-in one)")
-    ask.add_argument("--question", metavar="Q", help="(default: one about the built-in document)")
     ask.add_argument(
-        "--method",
-        metavar="SPEC",
-        default=METHOD,
-        help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
-        "trained length, else the paper's defaults (default: %(default)s)",
+        "--question", metavar="Q", action="append", help="may be repeated (default: one about the built-in document)"
     )
+    _method(ask)
     ask.add_argument(
         "--compare",
         metavar="SPEC",
@@ -84,9 +83,16 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help=f"another method to run beside it, may be repeated; without SPEC: {', '.join(COMPARED)}",
     )
     ask.add_argument(
+        "--question-first",
+        action="store_true",
+        help="read the document anew with each question, so that the method knows what is asked",
+    )
+    ask.add_argument(
+        "--queries", metavar="TEXT", help="what will be asked: methods that drop tokens decide by it what stays"
+    )
+    ask.add_argument(
         "--tokens", metavar="N", type=_positive, help=f"size of the built-in document (default: {TOKENS:,})"
     )
-    ask.add_argument("--max-new-tokens", metavar="N", type=_positive, default=32, help="(default: %(default)s)")
     ask.add_argument("--save", metavar="FILE", help="keep what was read in a file, for --load")
     ask.add_argument(
         "--load",
@@ -94,7 +100,68 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="answer from a file of `kvote read` or --save; with --document, that is read again if the file cannot be "
         "used",
     )
-    _json(ask)
+    _template(ask)
+    _generation(ask)
+    ask.add_argument(
+        "--num-beams", metavar="N", type=_positive, help="search with so many beams; the answer comes at its end"
+    )
+    ask.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show the answer as it comes (default: on a terminal)",
+    )
+    shown = ask.add_mutually_exclusive_group()
+    shown.add_argument("-q", "--quiet", action="store_true", help="print the answer alone")
+    _json(shown)
+
+
+def _chat(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    chat = _command(commands, "chat", "chat", "talk with a model, about a document or not")
+    _model(chat)
+    chat.add_argument("--document", metavar="FILE", help="UTF-8 text to talk about (default: none)")
+    _method(chat)
+    _template(chat)
+    _generation(chat)
+    chat.add_argument("-q", "--quiet", action="store_true", help="print answers alone")
+
+
+def _model(command: _Parser) -> None:
+    command.add_argument("--model", metavar="M", help="hub name, folder or GGUF file (default: the embedded model)")
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: as they are stored)",
+    )
+    command.add_argument("--device", metavar="D", default="cpu", help="such as cuda or cuda:1 (default: %(default)s)")
+    command.add_argument("--load-in", choices=("int8", "int4"), help="round the weights to it, through torchao")
+
+
+def _method(command: _Parser) -> None:
+    command.add_argument(
+        "--method",
+        metavar="SPEC",
+        default=METHOD,
+        help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
+        "trained length, else the paper's defaults (default: %(default)s)",
+    )
+
+
+def _template(command: _Parser) -> None:
+    command.add_argument("--system", metavar="TEXT", help="system message of the chat template")
+    command.add_argument("--raw", action="store_true", help="go without the model's chat template")
+
+
+def _generation(command: _Parser) -> None:
+    command.add_argument(
+        "--max-new-tokens", metavar="N", type=_positive, help="(default: 256 in a chat template, 32 without one)"
+    )
+    command.add_argument("--temperature", metavar="T", type=_number, help="above 0: sample (default: 0, the likeliest)")
+    command.add_argument("--top-p", metavar="P", type=_number, help="sample from the likeliest tokens that sum up to P")
+    command.add_argument("--top-k", metavar="K", type=_positive, help="sample from the K likeliest tokens")
+    command.add_argument("--min-p", metavar="P", type=_number, help="sample from those at least P times the likeliest")
+    command.add_argument("--repetition-penalty", metavar="R", type=_number, help="above 1: say less again")
+    command.add_argument("--stop", metavar="TEXT", action="append", help="end the answer behind it; may be repeated")
+    command.add_argument("--seed", metavar="N", type=_natural, help="what is drawn when sampling")
 
 
 def _read(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -103,8 +170,9 @@ def _read(commands: "argparse._SubParsersAction[_Parser]") -> None:
     read.add_argument(
         "-o", "--out", metavar="FILE", required=True, help="where it goes; ask it with `kvote ask --load`"
     )
-    read.add_argument("--model", metavar="M", help="hub name or local folder (default: the embedded model)")
-    read.add_argument("--method", metavar="SPEC", default=METHOD, help="as in `kvote ask` (default: %(default)s)")
+    _model(read)
+    _method(read)
+    _template(read)
     _json(read)
 
 
@@ -193,6 +261,34 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _json(command)
 
 
+def _eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = _command(
+        commands,
+        "eval",
+        "eval",
+        "measure methods on a model with tasks made on the spot, into a folder that can be resumed",
+    )
+    command.add_argument(
+        "--model", metavar="M", help="hub name, local folder or GGUF file (default: the embedded model)"
+    )
+    command.add_argument("--out", metavar="DIR", help="where manifest and samples go, or are completed, and the report")
+    command.add_argument("--report", metavar="DIR", help="only write DIR/report.html anew, of what was measured there")
+    several = partial(command.add_argument, nargs="+")
+    several("--methods", metavar="SPEC", help="measured beside the baselines, such as 'tokenselect(top_k=512)'")
+    several("--tasks", metavar="TASK", help="(default: all in prose; the embedded model: those of its own language)")
+    several("--lengths", metavar="N", type=_positive, help="tokens of a document (default: 4,096; embedded: 2,048)")
+    several(
+        "--budgets", metavar="B", type=_budget, help="tokens kept or read, or a share up to 1, given to each method"
+    )
+    command.add_argument("--samples", metavar="N", type=_positive, default=10, help="of each (default: %(default)s)")
+    command.add_argument("--seed", metavar="N", type=_natural, default=0, help="decides the samples")
+    command.add_argument("--workers", metavar="N", type=_positive, default=1, help="processes (default: %(default)s)")
+    command.add_argument("--no-baselines", action="store_true", help="measure dense attention and --methods alone")
+    command.add_argument("--raw", action="store_true", help="leave out the model's chat template")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's)")
+    _json(command)
+
+
 def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train = _command(commands, "train-embedded", "train", "train the embedded model anew, or go on where it stopped")
     train.add_argument("--out-dir", metavar="DIR", required=True, help="where the model and its log go")
@@ -219,8 +315,49 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
 
 
-def _json(command: _Parser) -> None:
+def _serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    serve = _command(
+        commands, "serve", "serve", "serve a model to OpenAI clients, with the cache policy in the request"
+    )
+    _model(serve)
+    serve.add_argument("--name", metavar="NAME", help="what requests call the model (default: as --model)")
+    serve.add_argument(
+        "--method", metavar="SPEC", default="dense", help="for requests without kv_method (default: %(default)s)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=_port, default=8000, help="0 for any that is free (default: %(default)s)")
+    serve.add_argument("--api-key-file", metavar="FILE", help="keys that clients must have one of, one per line")
+    serve.add_argument(
+        "--allow-host", metavar="NAME", action="append", default=[], help="host name of the server, may be repeated"
+    )
+    number = partial(serve.add_argument, metavar="N", type=_positive)
+    number("--rows", default=16, help="answers generated at a time (default: %(default)s)")
+    number("--queue", default=256, help="requests that may wait (default: %(default)s)")
+    number("--chunk", default=512, help="tokens of prompts read between two steps (default: %(default)s)")
+    number("--context", default=131_072, help="tokens of a prompt and its answer (default: 131,072)")
+    number("--cache-bytes", help="of all caches in use (default: half of the memory that is free)")
+    number("--documents", default=100, help="documents held at a time (default: %(default)s)")
+
+
+def _port(text: str) -> int:
+    port = _whole(text, 0)
+    if port > 65_535:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {port}")
+    return port
+
+
+def _json(command: "_Parser | argparse._MutuallyExclusiveGroup") -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _budget(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= _MOST or (number > 1 and number != int(number)):
+        raise argparse.ArgumentTypeError(f"must be a share up to 1 or a number of tokens, got {text[:_SHOWN]!r}")
+    return number
 
 
 def _positive(text: str) -> int:
@@ -229,6 +366,17 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _whole(text, 0)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= _MOST:
+        shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r} …"
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown}")
+    return number
 
 
 def _whole(text: str, least: int) -> int:

@@ -1,23 +1,30 @@
 """``kvote ask``: read a document once per method, ask it, and put the answers beside each other."""
 
 import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from rich.progress import Progress
 
-from kvote import Document
+from kvote import Answer, Document
 from kvote.cli.arguments import ALL, COMPARED
 from kvote.cli.kept import kept, tokens_in
 from kvote.cli.load import Loaded, load, quiet, sentence
+from kvote.cli.options import most_tokens, options_of
 from kvote.cli.outcome import Outcome, Run
 from kvote.cli.plain import plain, warn
 from kvote.cli.progress import progress
 from kvote.cli.room import check_memory
-from kvote.cli.show import show
+from kvote.cli.show import Page
 from kvote.cli.subject import Subject, subject
 from kvote.errors import InputError, KvoteError
 from kvote.files import check_writable
 from kvote.method import parse
 from kvote.models.presets import with_presets
+from kvote.prompt import layout_of
+from kvote.stream import Pieces
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,36 +32,52 @@ def run(args: argparse.Namespace) -> None:
     names = _names(args.method, args.compare)
     for name in names:
         parse(name)
+    if args.queries is not None and args.question_first:
+        raise InputError("--question-first reads the document with each question; leave --queries out.")
+    if args.quiet and len(names) > 1:
+        raise InputError("-q prints one answer alone; leave --compare out.")
     if args.load is not None and len(names) > 1:
         raise InputError("--load answers with the method in the file; leave --compare out.")
+    if args.load is not None and (args.queries is not None or args.question_first):
+        raise InputError("--load answers from what has been read; leave --queries and --question-first out.")
     if args.save is not None:
         check_writable(args.save)
+    streams = _streams(args)
     asked = subject(args)
+    options = options_of(args)
     # Of a file alone, before a model is loaded for it.
     held = 0 if asked.text else tokens_in(args.load)
-    loaded = load(args.model)
+    loaded = load(args.model, dtype=args.dtype, device=args.device, load_in=args.load_in)
+    layout = layout_of(loaded.tokenizer, system=args.system, raw=args.raw)
     specs = {name: with_presets(name) if loaded.is_embedded else name for name in names}
-    text, question = loaded.ids(asked.text) if asked.text else [], loaded.ids(asked.question)
-    tokens = len(text) or held
-    for spec in specs.values():
-        check_memory(loaded.model, parse(spec), tokens + len(question) + args.max_new_tokens)
-    if loaded.is_embedded:
-        _warn_of_foreign_words(loaded, text + question)
-    with quiet(bars=False), progress() as bar:
-        runs = [_answer(loaded, asked, name, spec, tokens, args, bar) for name, spec in specs.items()]
-    outcome = Outcome(
-        model=loaded.name,
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        trained_tokens=loaded.trained,
-        document=asked.name,
-        tokens=tokens,
-        question=asked.question,
-        expected=asked.expected,
-        answer=runs[0].answer,
-        right=runs[0].right,
-        runs=runs,
+    text, questions = (
+        loaded.ids(asked.text) if asked.text else [],
+        [loaded.ids(question) for question in asked.questions],
     )
-    show(outcome, json=args.json)
+    tokens = len(text) or held
+    longest = tokens + max(map(len, questions)) + most_tokens(args, layout.templated)
+    for spec in specs.values():
+        check_memory(loaded.model, parse(spec), longest)
+    if loaded.is_embedded:
+        _warn_of_foreign_words(loaded, [token for ids in (text, *questions) for token in ids])
+    outcomes = [
+        Outcome(
+            model=loaded.name,
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            trained_tokens=loaded.trained,
+            document=asked.name,
+            tokens=tokens,
+            question=question,
+            expected=expected,
+        )
+        for question, expected in zip(asked.questions, asked.expected, strict=True)
+    ]
+    page = Page(outcomes, json=args.json, quiet=args.quiet)
+    with quiet(bars=False):
+        for name, spec in specs.items():
+            streamed = page.stream if streams and name == names[0] else None
+            _ask_all(loaded, asked, name, spec, args, options, outcomes, streamed)
+    page.show()
 
 
 def _names(method: str, compare: list[str]) -> list[str]:
@@ -63,21 +86,79 @@ def _names(method: str, compare: list[str]) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in (method, *others)))
 
 
-def _answer(
-    loaded: Loaded, asked: Subject, name: str, spec: str, tokens: int, args: argparse.Namespace, bar: Progress
-) -> Run:
-    task = bar.add_task(plain(name), total=tokens)
-    try:
-        if args.load is None:
-            document = Document(
-                loaded.model, loaded.tokenizer, asked.text, spec, progress=lambda count: bar.advance(task, count)
+def _streams(args: argparse.Namespace) -> bool:
+    """Whether the answer is shown as it comes."""
+    beams = (args.num_beams or 1) > 1
+    if args.stream and (beams or args.json):
+        what = "--num-beams finds an answer at its end" if beams else "--json prints one object at the end"
+        raise InputError(f"{what}; leave --stream out.")
+    return sys.stdout.isatty() and not beams and not args.json if args.stream is None else bool(args.stream)
+
+
+def _ask_all(
+    loaded: Loaded,
+    asked: Subject,
+    name: str,
+    spec: str,
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    outcomes: list[Outcome],
+    streamed: Callable[[Outcome], Callable[[str], None]] | None,
+) -> None:
+    """Reads the document with one method and asks all questions; each outcome gets a run."""
+    if args.load is None:
+        with progress() as bar:
+            document = _reading(loaded, name, lambda: _document(loaded, asked, name, spec, args, bar))
+    else:
+        document = _reading(loaded, name, lambda: kept(loaded, asked, spec, args))
+        name = spec = document.cache.method.spec
+    if args.save is not None and (name == args.method or args.load is not None):
+        document.save(args.save)
+    for outcome in outcomes:
+        pieces = None if streamed is None else Pieces(loaded.tokenizer, streamed(outcome))
+        ask = partial(document.ask, outcome.question, question_first=args.question_first, streamer=pieces, **options)
+        answer: Answer = _reading(loaded, name, ask)
+        report = answer.report
+        assert report is not None
+        right = None
+        if outcome.expected is not None:
+            right = _is_right(answer.text, outcome.expected, strict=loaded.is_embedded)
+        outcome.runs.append(
+            Run(
+                name=name,
+                method=spec,
+                answer=answer.text,
+                right=right,
+                prefill_seconds=round(document.prefill_seconds, 4),
+                first_token_seconds=round(answer.first_token_seconds, 4),
+                ms_per_token=None if answer.ms_per_token is None else round(answer.ms_per_token, 3),
+                tokens_read=max(layer.tokens_read for layer in report.layers),
+                kv_bytes=report.nbytes,
             )
-        else:
-            document = kept(loaded, asked, spec, args)
-            name = spec = document.cache.method.spec
-        if args.save is not None and (name == args.method or args.load is not None):
-            document.save(args.save)
-        answer = document.ask(asked.question, max_new_tokens=args.max_new_tokens)
+        )
+
+
+def _document(
+    loaded: Loaded, asked: Subject, name: str, spec: str, args: argparse.Namespace, bar: Progress
+) -> Document:
+    task = bar.add_task(plain(name), total=len(loaded.ids(asked.text)))
+    return Document(
+        loaded.model,
+        loaded.tokenizer,
+        asked.text,
+        spec,
+        queries=args.queries,
+        system=args.system,
+        raw=args.raw,
+        lazy=args.question_first,
+        progress=lambda count: bar.advance(task, count),
+    )
+
+
+def _reading(loaded: Loaded, name: str, run: Callable[[], Any]) -> Any:
+    """What ``run`` gives. Raises InputError for what a model's files break in the middle of it."""
+    try:
+        return run()
     except KvoteError:
         raise
     except Exception as error:
@@ -87,18 +168,6 @@ def _answer(
             raise
         # What a config says and transformers believed shows when the model runs.
         raise InputError(f"The model {loaded.name!r} cannot be run with {name}: {sentence(error)}") from error
-    report = document.cache.report()
-    return Run(
-        name=name,
-        method=spec,
-        answer=answer.text,
-        right=None if asked.expected is None else _is_right(answer.text, asked.expected, strict=loaded.is_embedded),
-        prefill_seconds=round(document.prefill_seconds, 4),
-        first_token_seconds=round(answer.first_token_seconds, 4),
-        ms_per_token=None if answer.ms_per_token is None else round(answer.ms_per_token, 3),
-        tokens_read=max(layer.tokens_read for layer in report.layers),
-        kv_bytes=report.nbytes,
-    )
 
 
 def _is_right(answer: str, expected: str, *, strict: bool) -> bool:

@@ -21,9 +21,12 @@ def kept(loaded: Loaded, asked: Subject, spec: str, args: argparse.Namespace) ->
     # The default gives way to the method in the file, unless that cannot be told and the text is read again.
     gives_way = args.method == METHOD and (not asked.text or method_of(args.load) is not None)
     method = None if gives_way else spec
+    reading = {"system": args.system, "raw": args.raw}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        document = Document.load(args.load, loaded.model, loaded.tokenizer, text=asked.text or None, method=method)
+        document = Document.load(
+            args.load, loaded.model, loaded.tokenizer, text=asked.text or None, method=method, **reading
+        )
     for warning in said:
         warn(str(warning.message))
     return document

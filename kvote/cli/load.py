@@ -4,8 +4,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kvote.cli.place import place_of, rounding
 from kvote.cli.source import source_of
 from kvote.cli.weights import misfit, not_floating
 from kvote.errors import InputError
@@ -76,26 +78,36 @@ class Loaded:
         return ids
 
 
-def load(name: str | None) -> Loaded:
-    """Loads safetensors weights and never runs code that comes with a model. Raises InputError where that fails."""
+def load(name: str | None, *, dtype: str | None = None, device: str = "cpu", load_in: str | None = None) -> Loaded:
+    """Loads weights in safetensors or GGUF, and never runs code that comes with a model.
+
+    Raises InputError where that fails.
+    """
+    place = place_of(device)
     is_embedded = names_embedded(name)
-    source = embedded() if is_embedded else source_of(str(name))
+    source, gguf = (embedded(), None) if is_embedded else source_of(str(name))
+    told = source if gguf is None else os.path.join(source, gguf)
+    file = {} if gguf is None else {"gguf_file": gguf}
+    kind: Any = dtype or (_EMBEDDED_DTYPE if is_embedded else "auto")
+    rounded = rounding(load_in, place, is_gguf=gguf is not None)
     with quiet(bars=not is_embedded):
         try:
-            config = AutoConfig.from_pretrained(source, **_SAFE)
+            config = AutoConfig.from_pretrained(source, **file, **_SAFE)
             _check_sizes(config)
-            tokenizer = AutoTokenizer.from_pretrained(source, **_SAFE)
-            model, report = _model(source, config, _EMBEDDED_DTYPE if is_embedded else "auto")
+            tokenizer = AutoTokenizer.from_pretrained(source, **file, **_SAFE)
+            with _without_bars() if gguf else nullcontext():
+                model, report = _model(source, config, kind, place, file | rounded)
         except Exception as error:
             # Files of others can break transformers anywhere.
-            raise InputError(f"Cannot load a model from {source!r}: {sentence(error)}") from error
+            raise InputError(f"Cannot load a model from {told!r}: {sentence(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise InputError(f"Cannot load a model from {source!r}: {_NO_TOKENIZER}.")
+        raise InputError(f"Cannot load a model from {told!r}: {_NO_TOKENIZER}.")
     # A quantisation that transformers does not know is skipped without a quantiser.
-    why = None if getattr(model, "hf_quantizer", None) is not None else not_floating(source)
+    quantised = gguf is not None or getattr(model, "hf_quantizer", None) is not None
+    why = None if quantised else not_floating(source)
     if why := misfit(model, report) or why:
-        raise InputError(f"The weights in {source!r} are not those of its config: {why}.")
-    return Loaded("embedded" if is_embedded else source, model.eval(), tokenizer, is_embedded)
+        raise InputError(f"The weights in {told!r} are not those of its config: {why}.")
+    return Loaded("embedded" if is_embedded else told, model.eval(), tokenizer, is_embedded)
 
 
 def names_embedded(name: str | None) -> bool:
@@ -115,8 +127,10 @@ def _check_sizes(config: PreTrainedConfig) -> None:
             raise ValueError(f"its config asks for {name} {value:,}, and no model has more than {most:,}")
 
 
-def _model(source: str, config: PreTrainedConfig, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+def _model(
+    source: str, config: PreTrainedConfig, dtype: Any, device: torch.device, more: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model, report = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         dtype=dtype,
@@ -124,9 +138,10 @@ def _model(source: str, config: PreTrainedConfig, dtype: Any) -> tuple[PreTraine
         # Weights of another shape are named in the report, where transformers would only say that there are some.
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **more,
         **_SAFE,
     )
-    return loaded
+    return model if device.type == "cpu" else model.to(device), report
 
 
 @contextmanager
@@ -139,6 +154,16 @@ def quiet(*, bars: bool) -> Iterator[None]:
         transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Bars that no setting of transformers turns off are shown where somebody looks."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(StringIO()):
         yield
 
 

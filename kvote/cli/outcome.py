@@ -1,6 +1,7 @@
 """What ``kvote ask`` found out, as it is printed and as JSON."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One question to one document, and every method's run; ``answer`` and ``right`` are those of the first."""
+    """One question to one document, and every method's run, in their order."""
 
     model: str
     dtype: str
@@ -29,6 +30,10 @@ class Outcome:
     tokens: int
     question: str
     expected: str | None
-    answer: str
-    right: bool | None
-    runs: list[Run]
+    runs: list[Run] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """With the answer of the first method, and whether it is right, beside the runs."""
+        first, plain = self.runs[0], asdict(self)
+        runs = plain.pop("runs")
+        return {**plain, "answer": first.answer, "right": first.right, "runs": runs}

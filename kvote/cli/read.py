@@ -37,13 +37,21 @@ def run(args: argparse.Namespace) -> None:
     if not text.strip():
         raise InputError(f"{name_of(args.document)} is empty; give a text to read.")
     parse(args.method)
-    loaded = load(args.model)
+    loaded = load(args.model, dtype=args.dtype, device=args.device, load_in=args.load_in)
     spec = with_presets(args.method) if loaded.is_embedded else args.method
     tokens = len(loaded.ids(text))
     check_memory(loaded.model, parse(spec), tokens)
     with quiet(bars=False), progress() as bar:
         task = bar.add_task(plain(args.method), total=tokens)
-        document = Document(loaded.model, loaded.tokenizer, text, spec, progress=lambda count: bar.advance(task, count))
+        document = Document(
+            loaded.model,
+            loaded.tokenizer,
+            text,
+            spec,
+            system=args.system,
+            raw=args.raw,
+            progress=lambda count: bar.advance(task, count),
+        )
     document.save(args.out)
     found = Written(
         model=loaded.name,

@@ -1,6 +1,6 @@
 """Tables for people, one JSON object for programs."""
 
-from dataclasses import asdict
+from collections.abc import Callable
 from textwrap import indent
 from typing import Any
 
@@ -45,16 +45,60 @@ def plain_console() -> Console:
     return console
 
 
-def show(outcome: Outcome, *, json: bool) -> None:
-    """Prints the answer of the first method and a table of all."""
-    if json:
-        print(as_json(asdict(outcome)))
-        return
-    console = plain_console()
-    for name, value in _head(outcome):
-        # Further lines of an answer stand below its first, so that none of them passes for another fact.
-        console.print(f"{name:{_INDENT}}{indent(value, ' ' * _INDENT)[_INDENT:]}", soft_wrap=True)
-    console.print(_runs(outcome))
+class Page:
+    """What ``kvote ask`` prints: of a quiet page the answers alone, of JSON one object. An answer may come in pieces
+    before the rest is known."""
+
+    def __init__(self, outcomes: list[Outcome], *, json: bool, quiet: bool) -> None:
+        self._outcomes, self._json, self._quiet = outcomes, json, quiet
+        self._console = plain_console()
+        self._streamed: list[Outcome] = []
+
+    def stream(self, outcome: Outcome) -> Callable[[str], None]:
+        """Prints what stands in front of the answer, and gives what prints a piece of it."""
+        self._end_stream()
+        self._streamed.append(outcome)
+        if not self._quiet:
+            self._before(outcome, first=len(self._streamed) == 1)
+            self._write(f"{'Answer':{_INDENT}}")
+        return lambda piece: self._write(piece if self._quiet else piece.replace("\n", "\n" + " " * _INDENT))
+
+    def show(self) -> None:
+        """Prints what has not been printed yet."""
+        if self._json:
+            each = [outcome.as_dict() for outcome in self._outcomes]
+            print(as_json(each[0] if len(each) == 1 else {"questions": each}))
+            return
+        self._end_stream()
+        for i, outcome in enumerate(self._outcomes[len(self._streamed) :], len(self._streamed)):
+            answer = outcome.runs[0].answer
+            if self._quiet:
+                self._console.print(answer, soft_wrap=True)
+                continue
+            self._before(outcome, first=i == 0)
+            # Further lines of an answer stand below its first, so that none of them passes for another fact.
+            answer = indent(answer + _verdict(outcome), " " * _INDENT)[_INDENT:]
+            self._console.print(f"{'Answer':{_INDENT}}{answer}", soft_wrap=True)
+        if not self._quiet:
+            self._console.print(_runs(self._outcomes))
+
+    def _before(self, outcome: Outcome, *, first: bool) -> None:
+        for name, value in (_head(outcome) if first else []) + [("Question", " ".join(outcome.question.split()))]:
+            self._console.print(f"{name:{_INDENT}}{value}", soft_wrap=True)
+
+    def _end_stream(self) -> None:
+        if self._streamed:
+            outcome = self._streamed[-1]
+            self._write(("" if self._quiet or not outcome.runs else _verdict(outcome)) + "\n")
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(plain(text))
+        self._console.file.flush()
+
+
+def _verdict(outcome: Outcome) -> str:
+    right = outcome.runs[0].right
+    return "" if right is None else " (right)" if right else f" (wrong: it is {outcome.expected})"
 
 
 def _head(outcome: Outcome) -> list[tuple[str, str]]:
@@ -63,27 +107,24 @@ def _head(outcome: Outcome) -> list[tuple[str, str]]:
         times = outcome.tokens / outcome.trained_tokens
         factor = f"{times:,.0f}" if times >= 10 else f"{times:.2f}"
         size += f", {factor} times the {outcome.trained_tokens:,} that the model was made for"
-    verdict = "" if outcome.right is None else " (right)" if outcome.right else f" (wrong: it is {outcome.expected})"
-    return [
-        ("Model", one_line(outcome.model)),
-        ("Document", f"{one_line(outcome.document)}, {size}"),
-        ("Question", " ".join(outcome.question.split())),
-        ("Answer", outcome.answer + verdict),
-    ]
+    return [("Model", one_line(outcome.model)), ("Document", f"{one_line(outcome.document)}, {size}")]
 
 
-def _runs(outcome: Outcome) -> Table:
+def _runs(outcomes: list[Outcome]) -> Table:
     table = plain_table()
-    judged = outcome.expected is not None
+    judged, several = outcomes[0].expected is not None, len(outcomes) > 1
+    if several:
+        table.add_column("question", justify="right")
     table.add_column("method", overflow="fold")
     table.add_column("answer", max_width=_ANSWER_SHOWN)
     if judged:
         table.add_column("", no_wrap=True)
     for name in ("prefill\ns", "first\ntoken s", "ms per\ntoken", "tokens\nread", "KV held\nMiB"):
         table.add_column(name, justify="right", no_wrap=True)
-    for run in outcome.runs:
-        verdict = [] if not judged else ["right" if run.right else "wrong"]
-        table.add_row(run.name, _short(run.answer), *verdict, *_figures(run))
+    for number, outcome in enumerate(outcomes, 1):
+        for run in outcome.runs:
+            verdict = [] if not judged else ["right" if run.right else "wrong"]
+            table.add_row(*[str(number)] * several, run.name, _short(run.answer), *verdict, *_figures(run))
     return table
 
 

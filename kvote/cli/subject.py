@@ -20,39 +20,37 @@ _MOST = 2**32
 
 @dataclass(frozen=True)
 class Subject:
-    """A text, empty where it is in a saved file only, and a question. ``expected``: the right answer where it is
-    known."""
+    """A text, empty where it is in a saved file only, and questions about it. ``expected``: the right answers, where
+    they are known."""
 
     name: str
     text: str
-    question: str
-    expected: str | None
+    questions: list[str]
+    expected: list[str | None]
 
 
 def subject(args: argparse.Namespace) -> Subject:
-    """The document and question that the arguments of ``ask`` name. Raises InputError for what cannot be asked."""
-    if args.question is not None:
-        if not args.question.strip():
+    """The document and questions that the arguments of ``ask`` name. Raises InputError for what cannot be asked."""
+    for question in args.question or ():
+        if not question.strip():
             raise InputError("The question is empty; ask something.")
-        if not _is_text(args.question):
+        if not is_text(question):
             raise InputError("The question is not UTF-8 text; ask it in plain text.")
     if args.document is None and args.load is not None:
         if args.question is None or args.tokens is not None:
             raise InputError("--load answers about what is in the file: it needs --question, and takes no --tokens.")
-        return Subject(args.load, "", args.question, None)
+        return Subject(args.load, "", args.question, [None] * len(args.question))
     if args.document is None:
         return _built_in(args.tokens or TOKENS, args.question)
     if args.tokens is not None:
         raise InputError("--tokens sets the size of the built-in document; leave it out with --document.")
     if args.question is None:
         raise InputError("A document needs a question; add --question.")
-    text = read_text(args.document)
-    if not text.strip():
-        raise InputError(f"{name_of(args.document)} is empty; give a text to read.")
-    return Subject(name_of(args.document), text, args.question, None)
+    text = document_of(args.document)
+    return Subject(name_of(args.document), text, args.question, [None] * len(args.question))
 
 
-def _built_in(tokens: int, question: str | None) -> Subject:
+def _built_in(tokens: int, questions: list[str] | None) -> Subject:
     needed, free = tokens * _MAKING, memory()[1]
     if free and needed > free:
         raise InputError(
@@ -64,9 +62,17 @@ def _built_in(tokens: int, question: str | None) -> Subject:
     except ValueError as error:
         raise InputError(f"--tokens {tokens} is too small for what the question asks: {error}") from error
     asked = made.questions[0]
-    if question is not None:
-        return Subject("built-in", made.document, question, None)
-    return Subject("built-in", made.document, asked.prompt, asked.answer)
+    if questions is not None:
+        return Subject("built-in", made.document, questions, [None] * len(questions))
+    return Subject("built-in", made.document, [asked.prompt], [asked.answer])
+
+
+def document_of(document: str) -> str:
+    """The text to read. Raises InputError as ``read_text``, and for an empty one."""
+    text = read_text(document)
+    if not text.strip():
+        raise InputError(f"{name_of(document)} is empty; give a text to read.")
+    return text
 
 
 def name_of(document: str) -> str:
@@ -82,12 +88,12 @@ def read_text(document: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    if not _is_text(text):
+    if not is_text(text):
         raise InputError(f"{name} is not UTF-8 text; convert it to plain text first.")
     return text
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
     """Whether a tokenizer can read it: no NUL, and none of the surrogates that stand for bytes outside UTF-8."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in set(text))
 

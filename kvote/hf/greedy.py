@@ -1,33 +1,35 @@
-"""Greedy generation from a cache that is checked at every step, whatever the model's generation config says."""
+"""Generation from a cache that is checked at every step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers import LogitsProcessor, PreTrainedModel
 
 from kvote.errors import UnsupportedModelError
 
-# What a model's generation config still says: which tokens mean what.
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
-
-def generate(model: PreTrainedModel, ids: Tensor, cache: Any, max_new_tokens: int, streamer: BaseStreamer) -> list[int]:
-    """The tokens that follow ``ids`` [1, n], of which ``cache`` holds the first.
+def generate(
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache: Any,
+    settings: dict[str, Any],
+    told: Callable[[], None],
+    **more: Any,
+) -> list[int]:
+    """The tokens that follow ``ids`` [1, n], of which ``cache`` holds the first, with all ``settings`` of generate()
+    and ``more`` arguments of it; ``told`` is called before each token is chosen.
 
     Raises LogitsError if the model gives logits that are no numbers, and UnsupportedModelError if it did not answer
     from ``cache``.
     """
+    own = [_Watch(model, cache, told), *(settings.get("logits_processor") or ())]
     output: Any = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        streamer=streamer,
-        logits_processor=[_Watch(model, cache)],
-        **(_greedy(model) | {"max_new_tokens": max_new_tokens}),
+        **(settings | more | {"past_key_values": cache, "logits_processor": own}),
     )
     new: list[int] = output.sequences[0, ids.shape[1] :].tolist()
     if output.past_key_values is not cache or cache.get_seq_length() < ids.shape[1] + len(new) - 1:
@@ -53,27 +55,17 @@ def _switches_at(model: PreTrainedModel) -> int | None:
     return int(limit) if limit and rope.get("rope_type") == "longrope" else None
 
 
-def _greedy(model: PreTrainedModel) -> dict[str, Any]:
-    """Every setting of generation, most of them at what changes nothing. Given one by one, because generate() takes
-    those that are not given from the model."""
-    settings = {name: None for name in vars(GenerationConfig()) if not name.startswith("_")}
-    settings.pop("transformers_version", None)
-    settings |= GenerationConfig._get_default_generation_params()
-    settings |= {name: getattr(model.generation_config, name, None) for name in _KEPT}
-    single = {"num_beams": 1, "num_return_sequences": 1}
-    return settings | single | {"max_length": None, "use_cache": True, "return_dict_in_generate": True}
-
-
 class _Watch(LogitsProcessor):
     """Looks at the logits of every step, and whether the cache holds what they were computed from."""
 
-    def __init__(self, model: PreTrainedModel, cache: Any) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: PreTrainedModel, cache: Any, told: Callable[[], None]) -> None:
+        self.model, self.cache, self.told = model, cache, told
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.cache.get_seq_length() != input_ids.shape[1]:
             raise _threw_away(self.model)
         check_finite(scores, input_ids)
+        self.told()
         return scores
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from kvote.method import Method, find
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
+from kvote.methods.critic import critic
 from kvote.methods.delta import delta
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
@@ -15,10 +16,12 @@ from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.expectedattention import expectedattention
 from kvote.methods.h2o import h2o
+from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.oracle import oracle
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
 from kvote.methods.random import random
@@ -35,6 +38,7 @@ from kvote.methods.xkv import xkv
 __all__ = [
     "adakv",
     "cake",
+    "critic",
     "delta",
     "dense",
     "doublesparsity",
@@ -42,10 +46,12 @@ __all__ = [
     "ems",
     "expectedattention",
     "h2o",
+    "keyformer",
     "kivi",
     "knorm",
     "kvzip",
     "mikv",
+    "oracle",
     "pyramidkv",
     "quest",
     "random",

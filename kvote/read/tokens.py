@@ -185,7 +185,8 @@ class Reader(Protocol):
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
     what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
     model rotated them. ``pairs_by_layer``: which key head a query head belongs to follows from their places in the
-    whole layer."""
+    whole layer. ``grain``: what its queries read in a prompt, in front of the tail, does not depend on what follows the
+    next multiple of so many tokens; None: it may."""
 
     @property
     def one_list(self) -> bool: ...
@@ -203,6 +204,8 @@ class Reader(Protocol):
     def indexes(self) -> "tuple[Index, ...]": ...
     @property
     def tail(self) -> int: ...
+    @property
+    def grain(self) -> int | None: ...
     def check(self, layers: int) -> None:
         """Raises MethodError if it cannot serve so many layers with full attention."""
         ...
@@ -246,6 +249,10 @@ class PlainReader:
     def tail(self) -> int:
         return 0
 
+    @property
+    def grain(self) -> int | None:
+        return None
+
     def check(self, layers: int) -> None:
         pass
 
@@ -269,6 +276,10 @@ class Everything(PlainReader):
 
     # Whether key heads may hold different numbers of tokens.
     uneven: bool = True
+
+    @property
+    def grain(self) -> int | None:
+        return 1
 
     def step(
         self, token: Token, segment: Any, rope: "Rope | None", memory: "Memory | None", activity: Activity

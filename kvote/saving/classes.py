@@ -37,7 +37,7 @@ def forms() -> Mapping[type, tuple[str, Form]]:
     return found
 
 
-_LAYER = "index method rope layers crew others_drop passes number counted steps _turns"
+_LAYER = "index method rope layers crew others_drop passes number counted steps reads _turns"
 
 
 def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, Any]:
@@ -98,6 +98,7 @@ register(
     "kvote.hf.cache_layer:CacheLayer",
     "turn previous rotary needs_positions pending followed keys values",
 )
+register("layout", "kvote.prompt:Layout")
 register("turn", "kvote.hf.cache_layer:Turn")
 register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
@@ -134,6 +135,8 @@ register("balance", "kvote.store.two_precisions:Balance")
 register("selection", "kvote.read.reuse:SelectionMemory", "in_place _known")
 register("chosen", "kvote.read.persistent:Chosen")
 register("mass", "kvote.keep.score.mass:Mass")
+register("noised mass", "kvote.keep.score.noised:NoisedMass")
+register("signs", "kvote.keep.score.signs:Signs")
 register("importance", "kvote.keep.score.importance:Importance")
 register("moments", "kvote.keep.score.votes:Moments")
 register("vote", "kvote.keep.score.votes:Vote")

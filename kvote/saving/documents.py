@@ -14,6 +14,7 @@ from kvote.document import Document
 from kvote.errors import InputError, MethodError
 from kvote.files import named
 from kvote.method import Method
+from kvote.prompt import Layout
 from kvote.saving import caches, identity, recipe
 from kvote.saving.block_file import BlockFile
 from kvote.state import Describer, Maker
@@ -77,7 +78,7 @@ def _filled(cache: Cache, facts: dict[str, Any], maker: Maker, model: Any, token
     for name, inner in held.items():
         setattr(made, name, maker.value(inner))
     made.model, made.tokenizer, made.cache = model, tokenizer, cache
-    made._lock, made._asking = threading.RLock(), False
+    made._lock, made._asking, made._progress, made._library = threading.RLock(), False, None, None
     ids, known = made.token_ids, model.get_input_embeddings().weight.shape[0]
     if (
         ids.dtype != torch.int64
@@ -87,6 +88,15 @@ def _filled(cache: Cache, facts: dict[str, Any], maker: Maker, model: Any, token
         raise ValueError("its tokens are not those of its cache")
     if not 0 <= int(ids.min()) <= int(ids.max()) < known:
         raise ValueError("it has tokens that the model does not know")
+    asked = made._queries
+    if asked is not None and (asked.dtype != torch.int64 or asked.dim() != 2 or not asked.numel()):
+        raise ValueError("its queries are no tokens")
+    if asked is not None and not 0 <= int(asked.min()) <= int(asked.max()) < known:
+        raise ValueError("its queries are no tokens")
+    if not isinstance(made.layout, Layout) or not all(
+        isinstance(part, str | bool) for part in vars(made.layout).values()
+    ):
+        raise ValueError("it has no layout")
     per_pass, seconds = made._tokens_per_pass, made.prefill_seconds
     if type(per_pass) is not int or not 1 <= per_pass <= _MOST or not isinstance(seconds, float):
         raise ValueError("it was read in no passes that there are")

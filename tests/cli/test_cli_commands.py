@@ -13,7 +13,7 @@ from kvote.cli import main
 from kvote.method import METHODS, parse
 from kvote.models.presets import PRESETS, preset, with_presets
 
-COMMANDS = ("ask", "read", "info", "methods", "env", "bench", "will-it-help", "calibrate", "train-embedded")
+COMMANDS = ("ask", "chat", "read", "info", "methods", "env", "bench", "will-it-help", "calibrate", "train-embedded")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS), ["--no"]])

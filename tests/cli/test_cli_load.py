@@ -213,12 +213,12 @@ def test_a_tokenizer_of_another_model_is_refused(ask, folder):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("", "The model's name is empty; give a hub name or a folder."),
+        ("", "The model's name is empty; give a hub name, a folder or a GGUF file."),
         ("a\0b", "Cannot read the model a\\x00b: embedded null byte."),
         ("\ud800", "Cannot read the model \\ud800: 'utf-8' codec can't encode"),
         ("loop", "Cannot read the model loop: Too many levels of symbolic links."),
-        ("file", "file is not the folder of a model; give that."),
-        ("./fifo", "./fifo is not the folder of a model; give that."),
+        ("file", "file is not the folder of a model, nor a GGUF file; give one of these."),
+        ("./fifo", "./fifo is not the folder of a model, nor a GGUF file; give one of these."),
         ("~nobody/x", "There is no model folder ~nobody/x."),
         ("x" * 300, "File name too long."),
         ("a b", "Repo id must use alphanumeric chars"),

@@ -8,7 +8,7 @@ import pytest
 from kvote.cli import main
 from kvote.cli.outcome import Outcome, Run
 from kvote.cli.plain import one_line, plain
-from kvote.cli.show import plain_console, plain_table, show
+from kvote.cli.show import Page, plain_console, plain_table
 
 EVIL = "a\x1b[31mb\x07c\rd\x9be\u202ef\x00g\x7fh\ud800i\u2028j"
 OBEYED = set(EVIL) - set("abcdefghij[31m")
@@ -24,7 +24,11 @@ def test_control_characters_are_written_out_and_text_stays():
 
 def outcome(text: str) -> Outcome:
     run = Run(text, "dense", text, False, 1000.5, 100.25, 12345.5, 1_048_576, 2**36)
-    return Outcome(text, "float32", 1024, text, 1_048_576, text, text, text, False, [run, run])
+    return Outcome(text, "float32", 1024, text, 1_048_576, text, text, [run, run])
+
+
+def show(outcome: Outcome, *, json: bool) -> None:
+    Page([outcome], json=json, quiet=False).show()
 
 
 def test_nothing_in_an_outcome_is_obeyed(capsys):
@@ -55,6 +59,18 @@ def test_further_lines_of_an_answer_pass_for_nothing_else(capsys):
     assert [line for line in lines if line.startswith("Model")] == ["Model     one Model another"]
     assert "Answer    one" in lines
     assert any(line.startswith("          Model     another") for line in lines)
+
+
+def test_nothing_in_an_answer_that_comes_in_pieces_is_obeyed(capsys):
+    made = outcome(EVIL)
+    page = Page([made], json=False, quiet=False)
+    write = page.stream(made)
+    for piece in (EVIL, "\nModel     another"):
+        write(piece)
+    page.show()
+    out = capsys.readouterr().out
+    assert not OBEYED & set(out)
+    assert f"Answer    {WRITTEN}\n          Model     another (wrong: it is {WRITTEN})\n" in out
 
 
 def test_tables_and_lines_of_every_command_are_plain(capsys):

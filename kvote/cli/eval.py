@@ -1,0 +1,105 @@
+"""``kvote eval``: measure methods on a model, sample by sample, into a folder that a second run completes."""
+
+import argparse
+from functools import partial
+
+from kvote.cli.load import load, names_embedded, quiet
+from kvote.cli.plain import as_json, plain, warn
+from kvote.cli.progress import progress
+from kvote.errors import InputError
+from kvote.eval.estimate import estimate, speed_of
+from kvote.eval.folder import Record, open_folder
+from kvote.eval.manifest import manifest_of
+from kvote.eval.plan import Plan
+from kvote.eval.report import write_report
+from kvote.eval.run import pending
+from kvote.eval.run import run as run_plan
+from kvote.eval.subject import Subject, stops_of
+from kvote.eval.tasks import PROSE
+from kvote.eval.template import template_of
+from kvote.models.presets import with_presets
+
+# What every method is seen beside. The embedded model's have its presets.
+BASELINES = (
+    "dense",
+    "streamingllm",
+    "random",
+    "randomkeep",
+    "oracle",
+    "tokenselect",
+    "tokenselect(head_map='paper')",
+    "tokenselect(published=True)",
+)
+_EMBEDDED_BASELINES = ("dense", "streamingllm", "random", "tokenselect")
+_LENGTHS, _EMBEDDED_LENGTHS = (4096,), (2048,)
+_DAY, _HOUR, _MINUTE = 86_400, 3_600, 60
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the estimate, measures what is missing in ``--out``, and writes the page about it."""
+    if args.report is not None:
+        print(plain(str(write_report(args.report))))
+        return
+    if args.out is None:
+        raise InputError("kvote eval needs --out DIR for what it measures, or --report DIR of what was measured.")
+    plan = _plan(args)
+    plan.check()
+    opened = partial(open_subject, args.model, raw=args.raw, dtype=args.dtype)
+    subject = opened()
+    todo = pending(plan, args.out)
+    whole = sum(len(names) for _, names in todo)
+    open_folder(args.out, manifest_of(plan, subject, args.workers))
+    with quiet(bars=False):
+        seconds = estimate(todo, speed_of(subject), args.out, args.workers) if todo else 0.0
+        warn(f"{whole:,} records to measure with {args.workers} worker(s), about {_told(seconds)}")
+        held = (lambda: subject) if args.workers == 1 else opened
+        refused: dict[str, str] = {}
+        with progress("records") as bar:
+            task = bar.add_task("eval", total=whole)
+
+            def tell(record: Record) -> None:
+                bar.update(
+                    task, advance=1, description=plain(f"{record['task']} {record['length']:,} {record['name']}")
+                )
+                if "refused" in record and record["name"] not in refused:
+                    refused[record["name"]] = record["refused"]
+                    warn(f"{record['name']} is refused: {record['refused']}")
+
+            count = run_plan(plan, args.out, held, workers=args.workers, tell=tell)
+    page = str(write_report(args.out))
+    if args.json:
+        print(as_json({"folder": str(args.out), "measured": count, "report": page, "refused": refused}))
+    else:
+        print(f"{count:,} records measured: {plain(str(args.out))}\n{plain(page)}")
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    embedded = names_embedded(args.model)
+    baselines = _EMBEDDED_BASELINES if embedded else BASELINES
+    asked = list(args.methods or ())
+    methods = list(dict.fromkeys(["dense", *asked, *(() if args.no_baselines else baselines)]))
+    if embedded:
+        methods = [with_presets(name) if name != "dense" else name for name in methods]
+    return Plan(
+        tasks=tuple(args.tasks or (("world",) if embedded else PROSE)),
+        lengths=tuple(args.lengths or (_EMBEDDED_LENGTHS if embedded else _LENGTHS)),
+        samples=args.samples,
+        methods=tuple(dict.fromkeys(methods)),
+        budgets=tuple(args.budgets or ()),
+        seed=args.seed,
+    )
+
+
+def open_subject(name: str | None, *, raw: bool, dtype: str | None) -> Subject:
+    """The model and its tokenizer. Raises InputError where that fails."""
+    loaded = load(name, dtype=dtype)
+    model, tokenizer, embedded = loaded.model, loaded.tokenizer, loaded.is_embedded
+    template = template_of(tokenizer, raw=raw, plain=embedded)
+    return Subject(name or "embedded", model, tokenizer, template, embedded, stops_of(model, tokenizer))
+
+
+def _told(seconds: float) -> str:
+    for unit, name in ((_DAY, "days"), (_HOUR, "hours"), (_MINUTE, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"

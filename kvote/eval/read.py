@@ -1,0 +1,89 @@
+"""One document in one kvote cache, asked question by question, or scored token by token."""
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import kvote
+from kvote.errors import NotFiniteError
+from kvote.eval.sample import Question
+from kvote.eval.subject import Subject
+
+TOKENS_PER_PASS = 4096
+
+
+@dataclass
+class Answered:
+    """What came behind a question: tokens, and milliseconds for each (median)."""
+
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+class Reading:
+    """A cache that has read a document. Every question sees the document alone, unless it is a turn of a talk.
+
+    ``last`` is the cache that answered last, ``nbytes`` what was held once the document was read.
+    """
+
+    def __init__(self, subject: Subject, method: str, document: str) -> None:
+        self.subject = subject
+        self.cache = kvote.Cache(subject.model, method)
+        self.ids = subject.ids(subject.template.opening(document), first=True)
+        begin = time.perf_counter()
+        self.cache.expect(self.ids.shape[1], question_follows=True)
+        self.logits = self._feed(self.cache, self.ids)
+        self.seconds = time.perf_counter() - begin
+        self.nbytes = self.cache.nbytes()
+        self.last = self.cache
+
+    @torch.no_grad()
+    def _feed(self, cache: kvote.Cache, ids: Tensor) -> Tensor:
+        """Logits [n] behind ``ids`` [1, t]. Raises NotFiniteError."""
+        for part in torch.split(ids, TOKENS_PER_PASS, dim=1):
+            output = self.subject.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[0, -1].float()
+        if not bool(logits.amax().isfinite()):
+            raise NotFiniteError(f"{self.subject.name} gave NaN or infinite logits with {cache.method.spec}.")
+        return logits
+
+    def ask(self, question: Question) -> Answered:
+        """Answers greedily from the document, and leaves the cache as it was."""
+        cache = copy.deepcopy(self.cache)
+        return self._answer(cache, self.subject.ids(self.subject.template.asking(question), first=False), question.room)
+
+    def turn(self, question: Question, *, opening: bool) -> Answered:
+        """Answers greedily and goes on holding question and answer; the first of a talk is its ``opening``."""
+        template = self.subject.template
+        text = template.asking(question)
+        if not opening:
+            text = template.next + text.removeprefix(template.between)
+        return self._answer(self.cache, self.subject.ids(text, first=False), question.room)
+
+    def _answer(self, cache: kvote.Cache, asked: Tensor, room: int) -> Answered:
+        got, self.last = Answered(), cache
+        logits = self._feed(cache, asked)
+        while True:
+            token = int(logits.argmax())
+            if token in self.subject.stops:
+                return got
+            got.tokens.append(token)
+            if len(got.tokens) == room:
+                return got
+            begin = time.perf_counter()
+            logits = self._feed(cache, torch.tensor([[token]], device=asked.device))
+            got.seconds.append(time.perf_counter() - begin)
+
+    def follow(self, continuation: Tensor) -> tuple[Tensor, list[float]]:
+        """Log-probabilities [t, vocabulary] in front of every token of ``continuation`` [t], and seconds per step: it
+        goes through the cache token by token."""
+        rows, seconds = [self.logits.log_softmax(-1)], []
+        for token in continuation[:-1].tolist():
+            begin = time.perf_counter()
+            logits = self._feed(self.cache, torch.tensor([[token]], device=continuation.device))
+            seconds.append(time.perf_counter() - begin)
+            rows.append(logits.log_softmax(-1))
+        return torch.stack(rows), seconds

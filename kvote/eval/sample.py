@@ -1,0 +1,76 @@
+"""What a task makes: a document and questions about it, or a text whose continuation is scored."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvote.errors import InputError
+
+Count = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Question:
+    """``answers``: what has to come, all of them where ``score`` is 'all', one where it is 'any'.
+
+    ``lead``: the beginning of the answer, put into the model's mouth; ``room``: tokens that an answer may take.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    score: str = "all"
+    lead: str = ""
+    room: int = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document, and the questions that each see it alone; ``turns``: each sees those before it and their answers.
+
+    ``continuation``: text behind the document whose likelihood is measured token by token, in place of questions.
+    """
+
+    document: str
+    questions: tuple[Question, ...] = ()
+    continuation: str | None = None
+    turns: bool = False
+
+
+def rng_of(seed: int, task: str, length: int, index: int) -> random.Random:
+    """Random numbers that depend on the sample alone, not on the order in which samples are made."""
+    return random.Random(f"{seed} {task} {length} {index}")
+
+
+def most(parts: Sequence[str], tokens: int, count: Count, glue: str = " ") -> int:
+    """How many of the first ``parts`` hold at most ``tokens`` tokens together. Raises InputError if not even one does,
+    or all of them do not fill half of it."""
+    low, high = 0, 1
+    while high < len(parts) and count(glue.join(parts[:high])) <= tokens:
+        low, high = high, min(len(parts), 2 * high)
+    if high == len(parts) and count(glue.join(parts)) <= tokens:
+        low = high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count(glue.join(parts[:middle])) <= tokens:
+            low = middle
+        else:
+            high = middle
+    if low < 1:
+        raise InputError(f"A document of {tokens:,} tokens has no room for this task; give a larger --lengths.")
+    return low
+
+
+def strewn(rng: random.Random, hay: list[str], needles: Sequence[str]) -> list[str]:
+    """``hay`` with each needle put in at a random place, not before the first sentence."""
+    out = list(hay)
+    for needle in needles:
+        out.insert(rng.randint(1, len(out)), needle)
+    return out
+
+
+def prose_with(rng: random.Random, needles: Sequence[str], tokens: int, count: Count, hay: Sequence[str]) -> str:
+    """As much of ``hay`` as leaves room for ``needles`` among ``tokens`` tokens, with the needles strewn in."""
+    room = tokens - count(" ".join(needles))
+    if room < tokens // 8:
+        raise InputError(f"A document of {tokens:,} tokens has no room for this task; give a larger --lengths.")
+    return " ".join(strewn(rng, list(hay[: most(hay, room, count)]), needles))

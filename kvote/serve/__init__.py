@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server in which the cache policy is a field of the request."""
