@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from kvote.beside import Beside
+
 if TYPE_CHECKING:
     from kvote.index.column import Index
     from kvote.rope import Rope
@@ -119,7 +121,8 @@ class Reading:
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
-    unless the reader ``crosses_layers``.
+    unless the reader ``crosses_layers``. ``beside``: token ids and hidden states of the query rows, where the reader's
+    ``beside`` names them.
     """
 
     queries: Queries
@@ -135,6 +138,7 @@ class Reading:
     memory: "Memory | None" = None
     memories: "Sequence[Memory | None]" = ()
     number: int = 0
+    beside: Beside | None = None
 
     def of(self, rows: list[int]) -> "Reading":
         """The same for some of the sequences only."""
