@@ -26,6 +26,7 @@ if typing.TYPE_CHECKING:
         UnsupportedModelError,
     )
     from kvote.hf.facts import detach
+    from kvote.library.library import Library
     from kvote.method import Method
     from kvote.report import LayerReport, Report
     from kvote.rows import Rows
@@ -45,6 +46,7 @@ _HOME = {
     "InterruptedPassError": "errors",
     "KvoteError": "errors",
     "LayerReport": "report",
+    "Library": "library.library",
     "Method": "method",
     "MethodError": "errors",
     "NotFiniteError": "errors",
@@ -71,6 +73,7 @@ __all__ = [
     "InterruptedPassError",
     "KvoteError",
     "LayerReport",
+    "Library",
     "Method",
     "MethodError",
     "NotFiniteError",

@@ -22,6 +22,7 @@ from kvote.echo import read_again
 from kvote.errors import InputError, KvoteError
 from kvote.hf.cache_layer import recording
 from kvote.hf.settings import settings_of
+from kvote.library.library import Library
 from kvote.method import Method
 from kvote.numbers import is_whole
 from kvote.prompt import document_ids, layout_of, question_ids
@@ -40,6 +41,7 @@ class Document:
 
     The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that memory stays bounded at any length;
     ``progress`` is called with the number of tokens read after each. ``lazy``: not now, but when a question needs it.
+    ``library``: what it has read of the same text is not read again, and it remembers the rest; not with ``queries``.
 
     Raises InputError for an empty text, and NotFiniteError if the model gives NaN or infinite logits.
     """
@@ -60,6 +62,7 @@ class Document:
         lazy: bool = False,
         tokens_per_pass: int = TOKENS_PER_PASS,
         progress: Callable[[int], None] | None = None,
+        library: Library | None = None,
     ) -> None:
         if not isinstance(text, str) or not text.strip():
             raise InputError("The document is empty; give a text to read.")
@@ -74,7 +77,7 @@ class Document:
         self._queries: Tensor | None = None
         if queries is not None:
             self._queries = question_ids(tokenizer, self.layout, queries).to(model.device)
-        self._tokens_per_pass, self._progress = tokens_per_pass, progress
+        self._tokens_per_pass, self._progress, self._library = tokens_per_pass, progress, library
         self._lock, self._asking = threading.RLock(), False
         self.prefill_seconds = 0.0
         if not lazy:
@@ -234,8 +237,12 @@ class Document:
     def _read(self) -> None:
         """Puts the document, and nothing else, into the cache."""
         begin = time.perf_counter()
-        self.cache.reset()
         asked = self._queries if self.cache.method.keep.drops else None
+        if self._library is not None and asked is None:
+            self.cache = self._library.read(self)
+            self.prefill_seconds = time.perf_counter() - begin
+            return
+        self.cache.reset()
         self.cache.expect(len(self) + (0 if asked is None else asked.shape[1]), question_follows=True)
         self._responder.feed(self.cache, self.token_ids, self._progress)
         if asked is not None:

@@ -31,6 +31,8 @@ METHODS: dict[str, Any] = {
     "snapkv": "snapkv(budget=20, window=6)",
     "pyramidkv": "pyramidkv(budget=20, window=6, beta=4)",
     "knorm": "knorm(budget=20)",
+    "keyformer": "keyformer(budget=20)",
+    "critic": "critic(budget=20)",
     "expectedattention": "expectedattention(budget=20, sinks=2, future=16)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",

@@ -20,8 +20,8 @@ class Observation:
     ``lse`` [b, heads, t]: log-sum-exp of all that each query row read, which was ``spans``. ``ahead``: tokens of the
     prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None where the
     tokens are generated ones. ``rope``: the layer's rotation, where the method has to know it. ``repeats``: of a pass
-    that reads tokens again (``kvote.echo``), their slots in each sequence of the batch. ``beside``: token ids and
-    hidden states of its rows, where the keeper says that it needs them.
+    that reads tokens again (``kvote.echo``), their slots in each sequence of the batch. ``layer``: the model's.
+    ``beside``: token ids and hidden states of its rows, where the keeper says that it needs them.
     """
 
     queries: Queries
@@ -34,6 +34,7 @@ class Observation:
     ahead: int | None
     rope: Rope | None = None
     repeats: Sequence[range] | None = None
+    layer: int = 0
     beside: Beside | None = None
 
     @property

@@ -31,6 +31,10 @@ class BestPages(ReadsLists):
     def indexes(self) -> tuple[BoundsIndex, ...]:
         return (BoundsIndex(self.page, self.dense_layers),)
 
+    @property
+    def grain(self) -> int | None:
+        return 1
+
     def read(self, reading: Reading) -> Iterator[Span]:
         n, bounds = reading.first + reading.count, reading.segment.indexes.get(NAME)
         last, count = (n - 1) // self.page, max(3, self.token_budget // self.page)

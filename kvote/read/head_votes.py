@@ -123,6 +123,11 @@ class HeadVotes:
         """A cosine never exceeds 1, so a larger threshold turns the selection cache off."""
         return self.theta <= 1
 
+    @property
+    def grain(self) -> int | None:
+        # Sketches of keys are made of several tokens at once.
+        return None if self.indexes else self.chunk
+
     def check(self, layers: int) -> None:
         pass
 

@@ -31,6 +31,10 @@ class LabelWinners(ReadsLists):
     def indexes(self) -> tuple[LabelIndex, ...]:
         return (LabelIndex(self.order, self.share, self.dense_layers),)
 
+    @property
+    def grain(self) -> int | None:
+        return 1
+
     def read(self, reading: Reading) -> Iterator[Span]:
         n, labels = reading.first + reading.count, reading.segment.indexes.get(NAME)
         if labels is None or not reading.decode or n <= self.top_k:

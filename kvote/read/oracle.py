@@ -28,6 +28,10 @@ class MostMass(ReadsLists):
     def tail(self) -> int:
         return self.selecting
 
+    @property
+    def grain(self) -> int | None:
+        return 1
+
     def read(self, reading: Reading) -> Iterator[Span]:
         whole = max(0, min(reading.count, max(reading.count - reading.solo, self.top_k - reading.first)))
         if whole:

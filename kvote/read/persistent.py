@@ -58,6 +58,10 @@ class PersistentPositions(ReadsLists):
             )
 
     @property
+    def grain(self) -> int | None:
+        return 1
+
+    @property
     def crosses_layers(self) -> bool:
         return True
 

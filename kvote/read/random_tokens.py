@@ -22,6 +22,11 @@ class RandomTokens(HeadVotes):
             raise MethodError(f"seed must be a whole number; got {self.seed!r}.")
 
     @property
+    def grain(self) -> int | None:
+        # Lots are drawn for a whole pass.
+        return None
+
+    @property
     def _fused(self) -> bool:
         return False
 

@@ -60,12 +60,23 @@ class TokenSet:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """What stands for the tokens that queries do not read: ``value`` [b, heads, t, dv], and the logarithm ``beyond``
+    [b, heads, t] of their softmax mass, as a multiple of the mass of the tokens that are read."""
+
+    value: Tensor
+    beyond: Tensor
+
+
+@dataclass(frozen=True)
 class Span:
-    """Query rows ``start`` to ``stop`` of a forward pass, and the disjoint token sets that they read."""
+    """Query rows ``start`` to ``stop`` of a forward pass, the disjoint token sets that they read, and what stands for
+    the others, if anything does."""
 
     start: int
     stop: int
     reads: list[TokenSet]
+    unread: Unread | None = None
 
     def in_place(self, length: int) -> "Span":
         """The same with tokens at their own positions, if they are all ``length`` that are held: where some rows of a
@@ -121,8 +132,8 @@ class Reading:
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
-    unless the reader ``crosses_layers``. ``beside``: token ids and hidden states of the query rows, where the reader's
-    ``beside`` names them.
+    unless the reader ``crosses_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
+    ``beside``: token ids and hidden states of the query rows, where the reader's ``beside`` names them.
     """
 
     queries: Queries
@@ -138,7 +149,15 @@ class Reading:
     memory: "Memory | None" = None
     memories: "Sequence[Memory | None]" = ()
     number: int = 0
+    logits: "Logits | None" = None
     beside: Beside | None = None
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Products q.k as they enter the softmax."""
+        if self.logits is None:
+            return scores
+        scaled, cap = scores * self.logits.scale, self.logits.softcap
+        return scaled if cap is None else cap * (scaled / cap).tanh()
 
     def of(self, rows: list[int]) -> "Reading":
         """The same for some of the sequences only."""
@@ -170,7 +189,8 @@ class Reader(Protocol):
     tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
     what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
     model rotated them. ``pairs_by_layer``: which key head a query head belongs to follows from their places in the
-    whole layer."""
+    whole layer. ``grain``: what its queries read in a prompt, in front of the tail, does not depend on what follows the
+    next multiple of so many tokens; None: it may."""
 
     @property
     def one_list(self) -> bool: ...
@@ -188,6 +208,8 @@ class Reader(Protocol):
     def indexes(self) -> "tuple[Index, ...]": ...
     @property
     def tail(self) -> int: ...
+    @property
+    def grain(self) -> int | None: ...
     def check(self, layers: int) -> None:
         """Raises MethodError if it cannot serve so many layers with full attention."""
         ...
@@ -231,6 +253,10 @@ class PlainReader:
     def tail(self) -> int:
         return 0
 
+    @property
+    def grain(self) -> int | None:
+        return None
+
     def check(self, layers: int) -> None:
         pass
 
@@ -254,6 +280,10 @@ class Everything(PlainReader):
 
     # Whether key heads may hold different numbers of tokens.
     uneven: bool = True
+
+    @property
+    def grain(self) -> int | None:
+        return 1
 
     def step(
         self, token: Token, segment: Any, rope: "Rope | None", memory: "Memory | None", activity: Activity

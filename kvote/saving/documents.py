@@ -78,7 +78,7 @@ def _filled(cache: Cache, facts: dict[str, Any], maker: Maker, model: Any, token
     for name, inner in held.items():
         setattr(made, name, maker.value(inner))
     made.model, made.tokenizer, made.cache = model, tokenizer, cache
-    made._lock, made._asking, made._progress = threading.RLock(), False, None
+    made._lock, made._asking, made._progress, made._library = threading.RLock(), False, None, None
     ids, known = made.token_ids, model.get_input_embeddings().weight.shape[0]
     if (
         ids.dtype != torch.int64

@@ -1,0 +1,197 @@
+"""Library: a store of prefixes, shared by all prompts that begin alike."""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvote.answering import Responder
+from kvote.cache import Cache
+from kvote.echo import read_again
+from kvote.errors import CropError, InputError, InterruptedPassError
+from kvote.keep.budget import budget
+from kvote.library.cuts import grain, reusable
+from kvote.library.prefix import Prefix, shared, worth
+from kvote.library.scope import Reading, scope_of
+from kvote.library.statistics import Statistics
+from kvote.method import Method
+from kvote.numbers import is_whole
+from kvote.store.family import counted_once
+
+TOKENS_PER_PASS = 4096
+
+
+class Library:
+    """Prompts that have been read, for the next ones that begin alike.
+
+    ``cache`` gives a cache that has read a prompt: from the longest prefix that is known, whose pages it shares until
+    one of both writes to them, and for the rest from the model. It holds what it would hold if all had been read, or
+    nothing is reused: methods that keep all tokens and choose for each query by itself share any prefix, tokenselect
+    whole chunks of one, and methods that drop or encode tokens whole prompts only.
+
+    ``memory``: bytes that prefixes may take, such as ``"2GiB"``; what is worth least goes first (``prefix.worth``).
+    Threads may share a library.
+    """
+
+    def __init__(self, *, memory: int | str = "2GiB", clock: Callable[[], float] = time.time) -> None:
+        self._memory = bytes_of("memory", memory)
+        self._clock = clock
+        self._held: list[Prefix] = []
+        self._counted = Statistics()
+        self._lock = threading.RLock()
+
+    def cache(
+        self,
+        model: PreTrainedModel,
+        method: Method | str,
+        ids: Tensor,
+        *,
+        question_follows: bool = True,
+        tokens_per_pass: int = TOKENS_PER_PASS,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[Cache, int]:
+        """A cache of its own that has read ``ids`` [1, n], and how many of them were not read again.
+
+        ``question_follows``: as ``Cache.expect`` has it. ``tokenizer``: for methods that read a prompt again.
+        ``progress`` is called with the number of tokens that have come, after each pass. ``generate()`` takes a prompt
+        that is at least a token longer than what its cache holds.
+
+        Raises InputError for other ids, NotFiniteError, and what ``Cache`` raises.
+        """
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+            raise InputError("A library takes the ids of one prompt, [1, n] with at least one token.")
+        if ids.is_floating_point() or not is_whole(tokens_per_pass) or tokens_per_pass < 1:
+            raise InputError("A library takes whole numbers as ids and as tokens_per_pass, the latter at least 1.")
+        fresh = Cache(model, method)
+        reading = Reading(tokens_per_pass, bool(question_follows), tokenizer)
+        scope = scope_of(model, fresh.method, reading)
+        begin = time.perf_counter()
+        cache, reused, spared = (fresh, 0, 0.0) if scope is None else self._find(scope, fresh, ids, reading)
+        if progress is not None and reused:
+            progress(reused)
+        if reused < ids.shape[1]:
+            _read(cache, ids, reused, reading, progress)
+        seconds = spared + time.perf_counter() - begin
+        with self._lock:
+            self._count(prompts=1, hits=int(reused > 0), tokens=ids.shape[1], tokens_reused=reused)
+            self._counted = replace(self._counted, seconds_saved=self._counted.seconds_saved + spared)
+            if scope is not None and reused < ids.shape[1]:
+                self._remember(scope, cache, ids, seconds)
+        return cache, reused
+
+    def read(self, document: Any) -> Cache:
+        """A cache that has read a ``kvote.Document``."""
+        return self.cache(
+            document.model,
+            document.cache.method,
+            document.token_ids,
+            tokens_per_pass=document._tokens_per_pass,
+            tokenizer=document.tokenizer,
+            progress=document._progress,
+        )[0]
+
+    @property
+    def statistics(self) -> Statistics:
+        with self._lock:
+            return replace(self._counted, held=len(self._held), nbytes=self._nbytes())
+
+    def clear(self) -> None:
+        """Forgets all prefixes in memory."""
+        with self._lock:
+            self._held.clear()
+
+    def _count(self, **more: int) -> None:
+        told = {name: getattr(self._counted, name) + count for name, count in more.items()}
+        self._counted = replace(self._counted, **told)
+
+    def _nbytes(self) -> int:
+        with counted_once():
+            return sum(prefix.cache.nbytes() for prefix in self._held)
+
+    def _find(self, scope: str, fresh: Cache, ids: Tensor, reading: Reading) -> tuple[Cache, int, float]:
+        """A cache with the longest prefix that can be reused, its tokens, and the seconds that this spares."""
+        row, step = _row(ids), grain(fresh.method, fresh.model)
+        tail = 0 if reading.question_follows else fresh.method.read.tail
+        with self._lock:
+            own = [held for held in self._held if held.scope == scope and held.model() is fresh.model]
+            counts = [_count(held.ids, row, step, tail) for held in own]
+            for at in sorted(range(len(own)), key=lambda i: -counts[i]):
+                if counts[at] and (cut := _cut(own[at].cache, counts[at])) is not None:
+                    own[at].used = self._clock()
+                    return cut, counts[at], own[at].seconds * counts[at] / len(own[at].ids)
+        return fresh, 0, 0.0
+
+    def _remember(self, scope: str, cache: Cache, ids: Tensor, seconds: float) -> None:
+        new = Prefix(scope, _row(ids), cache.fork(), weakref.ref(cache.model), seconds, self._clock())
+        step = grain(cache.method, cache.model)
+        # A longer prompt has all of a shorter one, if that may be cut anywhere.
+        self._held = [
+            held
+            for held in self._held
+            if held.scope != scope
+            or not torch.equal(held.ids, new.ids[: len(held.ids)])
+            or (len(held.ids) < len(new.ids) and (step != 1 or cache.method.read.tail > 0))
+        ]
+        self._held.append(new)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Lets go of what is worth least, and of models that are gone."""
+        self._held = [held for held in self._held if held.model() is not None]
+        while self._held and self._nbytes() > self._memory:
+            now = self._clock()
+            last = min(self._held, key=lambda held: worth(held.seconds, held.cache.nbytes(), now - held.used))
+            self._held.remove(last)
+            self._count(dropped=1)
+
+
+def bytes_of(name: str, value: int | str) -> int:
+    """Bytes of a size such as 4096 or "2GiB". Raises InputError for anything else."""
+    if is_whole(value) and int(value) >= 0:
+        return int(value)
+    try:
+        return int(budget(value).amount) if isinstance(value, str) else int("")
+    except ValueError:
+        raise InputError(f'{name} is a size in bytes, such as 4096 or "2GiB"; got {value!r}.') from None
+
+
+def _read(cache: Cache, ids: Tensor, seen: int, reading: Reading, progress: Callable[[int], None] | None) -> None:
+    """Reads the rest of a prompt, of which ``seen`` tokens are known, in passes that end where they always do."""
+    size, model = reading.tokens_per_pass, cache.model
+    cache.expect(ids.shape[1] - seen, question_follows=reading.question_follows)
+    responder: Any = Responder(model, reading.tokenizer, size)
+    edge = -(-seen // size) * size
+    for part in (ids[:, seen:edge], ids[:, edge:]):
+        if part.shape[1]:
+            responder.feed(cache, part.to(model.device), progress)
+    read_again(model, cache, ids.to(model.device), tokenizer=reading.tokenizer)
+
+
+def _row(ids: Tensor) -> Tensor:
+    return ids[0].detach().cpu().to(torch.int64).clone()
+
+
+def _count(held: Tensor, row: Tensor, step: int | None, tail: int) -> int:
+    """How many tokens of the prompt ``row`` a prefix may serve."""
+    same = shared(held, row)
+    if same == len(held) == len(row):
+        return same
+    return 0 if step is None else reusable(same, (len(held), len(row)), tail, step)
+
+
+def _cut(held: Cache, count: int) -> Cache | None:
+    """A fork that ends behind ``count`` tokens; None where a layer cannot go back."""
+    cache = held.fork()
+    try:
+        if cache.get_seq_length() > count:
+            cache.crop_to(count)
+    except (CropError, InterruptedPassError):
+        return None
+    return cache
