@@ -70,7 +70,7 @@ def test_snippets_about_a_library_run_and_print_what_they_say(capsys, monkeypatc
 
 
 def test_no_other_page_has_python_that_is_not_run():
-    """CONTRIBUTING's is followed in test_adding_a_method.py; serve.md's and eval.md's is what tests/serve and tests/eval
+    """CONTRIBUTING is followed in test_adding_a_method.py; serve.md and eval.md are what tests/serve and tests/eval
     ask."""
     assert {page.name for page in PAGES if blocks(page)} == {
         "README.md",

@@ -2,8 +2,8 @@
 
     lm_eval.simple_evaluate(KvoteLM("model", "h2o(budget=0.25)"), tasks=["lambada_openai"])
 
-A method that drops or encodes tokens does so behind a prompt. A likelihood computed in one pass of context and
-continuation would therefore be that of dense attention; here the context is one pass, and the continuation follows token
+A method that drops or encodes tokens does so behind a prompt, so a likelihood computed in one pass of context and
+continuation would be that of dense attention. Here the context is one pass, and the continuation follows token
 by token. Requests are answered one by one, so no padding comes near a cache.
 """
 

@@ -35,7 +35,7 @@ def keyformer(
     generate), with 100 as the code's configuration has it; key tokens are rounded down, not recent ones; a later turn
     goes on with the sums, and its temperature starts again; sequences of a batch are kept apart (there their sums are
     one), with the same noise at the same positions, so that none depends on its neighbours; query heads that share keys
-    are added up (no such models there). Noise takes time by the square of a prompt's length. Missing: selection in
+    are added up (no such models there). ``seed``: of the noise, which takes time by the square of a prompt's length. Missing: selection in
     blocks of eight steps, of which ``burst`` is another form.
     """
     score = NoisedReceived(tau=tau, tau_end=tau_end, steps=steps, noise=noise, seed=seed, per_head=per_head)
