@@ -44,8 +44,6 @@ _BATCH = 8
 # Steps of the baseline at equal bytes: a page of 64 tokens.
 _PAGE = 64
 _COUNTED = ("dropped", "selections", "reused")
-# Layers that the stepwise methods leave as they are, on the embedded model.
-_DENSE_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ def against(
     if subject.kind == "keep":
         method = parse(f"randomkeep(budget={examiner.tokens_in(points[0]['bytes'], way)})")
     elif subject.stepwise:
-        method = random_steps(round(share * PROMPT), _DENSE_LAYERS)
+        method = random_steps(round(share * PROMPT), subject.whole)
     else:
         method = parse(next(s.small[share] for s in known(["random"])))
     measured(examiner, results, method.spec, method, way)

@@ -38,7 +38,9 @@ class RandomSteps(Everything):
 
 def random_steps(top_k: int, dense: int) -> Method:
     """Prompts are read whole, generated tokens read ``top_k`` random ones."""
-    return Method(f"random generated steps, {top_k} tokens", read=RandomSteps(top_k=top_k, dense=dense))
+    # Two layers is what most of those have with which it is compared.
+    layers = "" if dense == 2 else f", {dense} layers whole"
+    return Method(f"random generated steps, {top_k} tokens{layers}", read=RandomSteps(top_k=top_k, dense=dense))
 
 
 Verdict = Literal["beats", "equals", "loses"]

@@ -41,6 +41,8 @@ class Subject:
     stepwise: bool = False
     weights: Weights = (1.0,)
     longest: int | None = None
+    # Layers of the embedded model that it leaves as they are, if it is stepwise.
+    whole: int = 2
 
     def at(self, tokens: int) -> str:
         """``large`` for a text of so many tokens."""
@@ -76,6 +78,10 @@ SUBJECTS: tuple[Subject, ...] = (
         "streamingllm(sinks=4, window={quarter})",
     ),
     Subject("h2o", dial(lambda s, n: f"h2o(budget={s})"), "h2o(budget=0.25)"),
+    Subject("keyformer", dial(lambda s, n: f"keyformer(budget={s})"), "keyformer(budget=0.25)"),
+    Subject("critic", dial(lambda s, n: f"critic(budget={s})"), "critic(budget=0.25)"),
+    Subject("prefixkv", dial(lambda s, n: f"prefixkv(budget={s})"), "prefixkv(budget=0.25)"),
+    Subject("kvcrush", dial(lambda s, n: f"kvcrush(budget={s})"), "kvcrush(budget=0.25)"),
     Subject("snapkv", dial(lambda s, n: f"snapkv(budget={s})"), "snapkv(budget=0.25)"),
     Subject("adakv", dial(lambda s, n: f"adakv(budget={s})"), "adakv(budget=0.25)"),
     Subject("expectedattention", dial(lambda s, n: f"expectedattention(budget={s})"), "expectedattention(budget=0.25)"),
@@ -152,6 +158,17 @@ SUBJECTS: tuple[Subject, ...] = (
         weights=(4 / 32, 28 / 32),
     ),
     Subject(
+        "delta",
+        dial(lambda s, n: f"delta(full=(0, 1, 2), pages={n // 16}, recent=1)"),
+        "delta(full=(0,), pages=128)",
+        ("reused",),
+        "read",
+        stepwise=True,
+        # Layers 0, 1, 2, 16 and 25 of 32 attend to everything.
+        weights=(5 / 32, 27 / 32),
+        whole=3,
+    ),
+    Subject(
         "doublesparsity",
         dial(lambda s, n: f"doublesparsity(channels={{channels}}, top_k={n})"),
         "doublesparsity(channels={channels}, top_k=2048, dense_layers=0)",
@@ -166,6 +183,16 @@ SUBJECTS: tuple[Subject, ...] = (
         ("selections",),
         "read",
         stepwise=True,
+    ),
+    Subject(
+        "sparq",
+        # A quarter of the channels, as in the paper at an eighth of the traffic.
+        dial(lambda s, n: f"sparq(rank=8, top_k={n - 1}, local={n // 4})"),
+        "sparq(top_k=2047, local=512)",
+        ("selections",),
+        "read",
+        stepwise=True,
+        whole=0,
     ),
     Subject(
         "snapkv | tokenselect",

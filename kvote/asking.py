@@ -1,5 +1,6 @@
 """What queries of one layer are answered: by the tokens that its reader names, and by those that have no slot."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,9 @@ def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Te
             span = span.in_place(reading.first + span.stop)
         queries = reading.queries.rows(span.start, span.stop)
         answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
+        if span.unread is not None:
+            out, lse = kernels.merge(answers)
+            answers = [(out, lse), (span.unread.value, lse + span.unread.beyond)]
         answers += asides_of(layer, queries, reading.rows, step.logits)
         out, lse = kernels.merge(answers)
         if step.sink_logits is not None:
@@ -31,7 +35,8 @@ def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Te
             layer.reads.add(reading, span)
         pieces.append(out)
         totals.append(lse)
-        spans.append(span)
+        # Whoever asks for the spans asks which tokens were read.
+        spans.append(replace(span, unread=None) if span.unread is not None else span)
     if len(pieces) == 1:
         return pieces[0], totals[0], spans
     return torch.cat(pieces, dim=2), torch.cat(totals, dim=2), spans

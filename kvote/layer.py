@@ -225,12 +225,13 @@ class Layer:
                 memory=self.memory,
                 memories=[layer.memory for layer in self.crew.layers] if self.method.read.crosses_layers else (),
                 number=self.number,
+                logits=step.logits,
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)
             if again is not None or self.method.keep.observes(step.ahead):
                 parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
-                seen = Observation(*parts, self.rope, again)
+                seen = Observation(*parts, self.rope, again, self.index)
                 if again is None:
                     self.record.waiting.append(seen)
                 else:

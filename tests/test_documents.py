@@ -17,7 +17,7 @@ from kvote.method import METHODS, parse
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _PYTHON = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
-_SHELL = re.compile(r"^```\n((?:make|kvote|cat) .*?)^```", re.S | re.M)
+_SHELL = re.compile(r"^```(?:sh)?\n((?:make|kvote|cat|pip) .*?)^```", re.S | re.M)
 # What a line with this comment prints is the rest of it.
 _TOLD = re.compile(r"#\s*->\s*(.*)$", re.M)
 
@@ -70,14 +70,26 @@ def test_snippets_about_a_library_run_and_print_what_they_say(capsys, monkeypatc
 
 
 def test_no_other_page_has_python_that_is_not_run():
-    """CONTRIBUTING's is followed in test_adding_a_method.py."""
-    assert [page.name for page in PAGES if blocks(page)] == ["README.md", "CONTRIBUTING.md", "ask.md", "library.md"]
+    """CONTRIBUTING is followed in test_adding_a_method.py; serve.md and eval.md are what tests/serve and tests/eval
+    ask."""
+    assert {page.name for page in PAGES if blocks(page)} == {
+        "README.md",
+        "CONTRIBUTING.md",
+        "ask.md",
+        "eval.md",
+        "library.md",
+        "serve.md",
+    }
 
 
-@pytest.mark.parametrize(
-    "line", [line for code in _SHELL.findall((ROOT / "README.md").read_text()) for line in code.splitlines()]
-)
-def test_command_lines_of_the_readme_are_understood(line):
+def commands() -> list[str]:
+    found = [code for page in PAGES for code in _SHELL.findall(page.read_text())]
+    lines = [line for code in found for line in code.replace("\\\n", " ").splitlines()]
+    return sorted({line for line in lines if not line.startswith("pip ")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_lines_are_understood(line):
     words = shlex.split(line.split("|")[-1] if line.startswith("cat ") else line, comments=True)
     if words[0] == "make":
         assert f"\n{words[1]}:" in "\n" + (ROOT / "Makefile").read_text()
@@ -103,10 +115,42 @@ def test_specs_are_found_at_all():
     assert len(found) > 40
 
 
-def test_the_readme_lists_every_method():
-    told = (ROOT / "README.md").read_text().split("## Methods")[1].split("\n## ")[0]
-    rows = re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in told.splitlines() if line.startswith("| `")))
-    assert sorted(rows) == sorted(kvote.methods.__all__)
+def test_the_readme_is_short_and_names_methods_that_exist():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    rows = [line for line in text.split("## Which method when")[1].split("\n## ")[0].splitlines() if "`" in line]
+    named = {name for line in rows if line.startswith("|") for name in re.findall(r"`(\w+)[(`]", line)}
+    assert len(named) > 8
+    assert named <= set(kvote.methods.__all__)
+
+
+def test_contributing_tells_how_long_things_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| [^|]* \| (`.*?`) \| (\d+) \|$", text, re.M)
+    assert len(rows) > 5
+    for files, told in rows:
+        lines = sum(len((ROOT / "kvote" / name).read_text().splitlines()) for name in re.findall(r"`(.*?)`", files))
+        assert abs(lines - int(told)) <= 0.1 * lines, files
+    named = text.split("above 400 (")[1].split(")")[0]
+    long = {path.name for path in (ROOT / "kvote").rglob("*.py") if len(path.read_text().splitlines()) > 400}
+    long |= {path.name for path in (ROOT / "kvote").rglob("*.inl") if len(path.read_text().splitlines()) > 400}
+    assert {Path(name).name for name in re.findall(r"`(.*?)`", named)} == long
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
 
 
 @pytest.mark.parametrize("name", kvote.methods.__all__)

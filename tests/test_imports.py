@@ -74,3 +74,27 @@ def test_a_backend_is_reached_through_the_kernels_alone():
     inside = ("kvote.kernels.cpu", "kvote.kernels.triton", "kvote.kernels.law", "kvote.kernels.gpu")
     outside = {name: others for name, others in IMPORTS.items() if not name.startswith("kvote.kernels")}
     assert [name for name, others in outside.items() if any(other.startswith(inside) for other in others)] == []
+
+
+def test_the_rooms_know_no_paper_and_no_model():
+    rooms = tuple(f"kvote.{room}." for room in ("keep", "store", "read", "index", "kernels"))
+    beyond = ("methods", "hf", "cache", "document", "layer", "eval", "serve", "cli", "models", "calibration", "measure")
+    names = [name for name in MODULES if name.startswith(rooms)]
+    assert len(names) > 60
+    used = {
+        (name, other) for name in names for other in IMPORTS[name] if other.split(".")[1:2] in [[b] for b in beyond]
+    }
+    assert used == set()
+
+
+def test_the_insides_of_transformers_are_known_in_one_folder():
+    found = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            inside = node.module if isinstance(node, ast.ImportFrom) else ""
+            if (inside or "").startswith("transformers.") and not name.startswith("kvote.hf"):
+                found.add((name.split(".")[1], inside))
+    # A public base class, and the function that kvote is timed against.
+    assert {inside for room, inside in found if room != "measure"} == {"transformers.generation.streamers"}
+    assert ("measure", "transformers.integrations.sdpa_attention") in found
+    assert len({inside for room, inside in found if room == "measure"}) == 2

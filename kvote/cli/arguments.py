@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
         """Refuses ``--model=--``, of which argparse makes a list of nothing."""
         given = super().parse_args(*args, **kwargs)
         for name, value in vars(given).items():
-            if (value == [] and name != "compare") or value == [[]]:
+            if (value == [] and name not in ("compare", "allow_host")) or value == [[]]:
                 self.error(f"--{name.replace('_', '-')}: expected one argument")
         return given
 

@@ -19,7 +19,7 @@ class Observation:
     ``lse`` [b, heads, t]: log-sum-exp of all that each query row read, which was ``spans``. ``ahead``: tokens of the
     prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None where the
     tokens are generated ones. ``rope``: the layer's rotation, where the method has to know it. ``repeats``: of a pass
-    that reads tokens again (``kvote.echo``), their slots in each sequence of the batch.
+    that reads tokens again (``kvote.echo``), their slots in each sequence of the batch. ``layer``: the model's.
     """
 
     queries: Queries
@@ -32,6 +32,7 @@ class Observation:
     ahead: int | None
     rope: Rope | None = None
     repeats: Sequence[range] | None = None
+    layer: int = 0
 
     @property
     def count(self) -> int:
@@ -109,7 +110,8 @@ class Observation:
         groups, raw = self.lse.shape[1] // self.segment.heads, self.queries.raw
         heads = slice(i, None, groups)
         queries = Queries(self.queries.rotated[:, heads].contiguous(), None if raw is None else raw[:, heads])
-        return replace(self, queries=queries, lse=self.lse[:, heads].contiguous())
+        spans = [replace(span, reads=[_of_heads(read, heads) for read in span.reads]) for span in self.spans]
+        return replace(self, queries=queries, lse=self.lse[:, heads].contiguous(), spans=spans)
 
     def of(self, row: int, length: int) -> "Observation | None":
         """What is left of one sequence when it is cut to ``length`` tokens; None if that is nothing."""
@@ -135,6 +137,13 @@ class Observation:
         lists = [read.index for span in self.spans for read in span.reads]
         own = [self.lse, self.queries.rotated, self.queries.raw, *lists]
         return [tensor for tensor in own if isinstance(tensor, Tensor)]
+
+
+def _of_heads(tokens: TokenSet, heads: slice) -> TokenSet:
+    """What these query heads read of them."""
+    if not isinstance(tokens.index, Tensor) or not tokens.by_head:
+        return tokens
+    return replace(tokens, index=tokens.index[:, heads].contiguous())
 
 
 def _cut(span: Span, i: int, count: int) -> Span:

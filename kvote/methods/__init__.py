@@ -8,23 +8,29 @@ from collections.abc import Callable
 from kvote.method import Method, find
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
+from kvote.methods.critic import critic
+from kvote.methods.delta import delta
 from kvote.methods.dense import dense
 from kvote.methods.doublesparsity import doublesparsity
 from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.expectedattention import expectedattention
 from kvote.methods.h2o import h2o
+from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
+from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
 from kvote.methods.oracle import oracle
+from kvote.methods.prefixkv import prefixkv
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
 from kvote.methods.snapkv import snapkv
+from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
@@ -34,23 +40,29 @@ from kvote.methods.xkv import xkv
 __all__ = [
     "adakv",
     "cake",
+    "critic",
+    "delta",
     "dense",
     "doublesparsity",
     "duoattention",
     "ems",
     "expectedattention",
     "h2o",
+    "keyformer",
     "kivi",
     "knorm",
+    "kvcrush",
     "kvzip",
     "mikv",
     "oracle",
+    "prefixkv",
     "pyramidkv",
     "quest",
     "random",
     "randomkeep",
     "razorattention",
     "snapkv",
+    "sparq",
     "streamingllm",
     "think",
     "tidaldecode",

@@ -58,12 +58,23 @@ class TokenSet:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """What stands for the tokens that queries do not read: ``value`` [b, heads, t, dv], and the logarithm ``beyond``
+    [b, heads, t] of their softmax mass, as a multiple of the mass of the tokens that are read."""
+
+    value: Tensor
+    beyond: Tensor
+
+
+@dataclass(frozen=True)
 class Span:
-    """Query rows ``start`` to ``stop`` of a forward pass, and the disjoint token sets that they read."""
+    """Query rows ``start`` to ``stop`` of a forward pass, the disjoint token sets that they read, and what stands for
+    the others, if anything does."""
 
     start: int
     stop: int
     reads: list[TokenSet]
+    unread: Unread | None = None
 
     def in_place(self, length: int) -> "Span":
         """The same with tokens at their own positions, if they are all ``length`` that are held: where some rows of a
@@ -119,7 +130,7 @@ class Reading:
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
-    unless the reader ``crosses_layers``.
+    unless the reader ``crosses_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
     """
 
     queries: Queries
@@ -135,6 +146,14 @@ class Reading:
     memory: "Memory | None" = None
     memories: "Sequence[Memory | None]" = ()
     number: int = 0
+    logits: "Logits | None" = None
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Products q.k as they enter the softmax."""
+        if self.logits is None:
+            return scores
+        scaled, cap = scores * self.logits.scale, self.logits.softcap
+        return scaled if cap is None else cap * (scaled / cap).tanh()
 
     def of(self, rows: list[int]) -> "Reading":
         """The same for some of the sequences only."""

@@ -68,8 +68,13 @@ class Lot(Score):
         memory.rows.discard(held.row)
 
     def lots(self, positions: Tensor) -> Tensor:
-        x = (positions.long() * _SPREAD + self.seed * _SALT) & _BITS
-        for shift in (15, 13):
-            x = ((x ^ (x >> shift)) * _MIX) & _BITS
         # As many bits as float32 keeps apart.
-        return ((x ^ (x >> 16)) >> 8).float() / (1 << 24)
+        return (scattered(positions.long() * _SPREAD + self.seed * _SALT) >> 8).float() / (1 << 24)
+
+
+def scattered(x: Tensor) -> Tensor:
+    """32 bits of each whole number (int64), so that neighbours have nothing to do with each other."""
+    x = x & _BITS
+    for shift in (15, 13):
+        x = ((x ^ (x >> shift)) * _MIX) & _BITS
+    return x ^ (x >> 16)
