@@ -383,7 +383,8 @@ class Cache(TransformersCache):
         for layer in self.managed:
             if layer.rope is not None:
                 memo[id(layer.rope)] = layer.rope
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        with self._turn_taken:
+            clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 
     def watch_reads(self) -> None:

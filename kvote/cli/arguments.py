@@ -93,6 +93,11 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
     ask.add_argument(
         "--tokens", metavar="N", type=_positive, help=f"size of the built-in document (default: {TOKENS:,})"
     )
+    ask.add_argument(
+        "--library",
+        metavar="DIR",
+        help="a folder of what has been read: look there first, and leave there what is read",
+    )
     ask.add_argument("--save", metavar="FILE", help="keep what was read in a file, for --load")
     ask.add_argument(
         "--load",

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from kvote import Answer, Document
+from kvote import Answer, Document, Library
 from kvote.cli.arguments import ALL, COMPARED
 from kvote.cli.kept import kept, tokens_in
 from kvote.cli.load import Loaded, load, quiet, sentence
@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--load answers with the method in the file; leave --compare out.")
     if args.load is not None and (args.queries is not None or args.question_first):
         raise InputError("--load answers from what has been read; leave --queries and --question-first out.")
+    if args.library is not None and (args.load is not None or args.queries is not None or args.question_first):
+        raise InputError(
+            "--library serves documents that are read by themselves; leave --load, --queries and --question-first out."
+        )
     if args.save is not None:
         check_writable(args.save)
     streams = _streams(args)
@@ -142,7 +146,8 @@ def _document(
     loaded: Loaded, asked: Subject, name: str, spec: str, args: argparse.Namespace, bar: Progress
 ) -> Document:
     task = bar.add_task(plain(name), total=len(loaded.ids(asked.text)))
-    return Document(
+    library = None if args.library is None else Library(args.library)
+    document = Document(
         loaded.model,
         loaded.tokenizer,
         asked.text,
@@ -152,7 +157,11 @@ def _document(
         raw=args.raw,
         lazy=args.question_first,
         progress=lambda count: bar.advance(task, count),
+        library=library,
     )
+    if library is not None:
+        library.flush()
+    return document
 
 
 def _reading(loaded: Loaded, name: str, run: Callable[[], Any]) -> Any:

@@ -2,9 +2,11 @@
 
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from kvote.echo import read_again
 from kvote.errors import CropError, InputError, InterruptedPassError
 from kvote.keep.budget import budget
 from kvote.library.cuts import grain, reusable
+from kvote.library.folder import Folder
 from kvote.library.prefix import Prefix, shared, worth
 from kvote.library.scope import Reading, scope_of
 from kvote.library.statistics import Statistics
@@ -25,6 +28,8 @@ from kvote.numbers import is_whole
 from kvote.store.family import counted_once
 
 TOKENS_PER_PASS = 4096
+# A file is fetched where this part of its tokens serves, as 1 / n.
+_AT_LEAST = 16
 
 
 class Library:
@@ -35,12 +40,24 @@ class Library:
     nothing is reused: methods that keep all tokens and choose for each query by itself share any prefix, tokenselect
     whole chunks of one, and methods that drop or encode tokens whole prompts only.
 
-    ``memory``: bytes that prefixes may take, such as ``"2GiB"``; what is worth least goes first (``prefix.worth``).
-    Threads may share a library.
+    ``memory``: bytes that prefixes may take, such as ``"2GiB"``; what is worth least goes first (``prefix.worth``), to
+    ``folder``, if there is one, where files may take ``disk`` bytes. ``close``, or the end of ``with``, writes what is
+    still in memory. Threads may share a library, and processes its folder. What is in a folder tells what was read: it
+    is made with mode 0700, and files are of mode 0600.
+
+    Raises InputError for sizes that make no sense, and a folder that cannot be written.
     """
 
-    def __init__(self, *, memory: int | str = "2GiB", clock: Callable[[], float] = time.time) -> None:
-        self._memory = bytes_of("memory", memory)
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        memory: int | str = "2GiB",
+        disk: int | str = "16GiB",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._memory, most = bytes_of("memory", memory), bytes_of("disk", disk)
+        self._folder = None if folder is None else Folder(folder, most)
         self._clock = clock
         self._held: list[Prefix] = []
         self._counted = Statistics()
@@ -82,8 +99,10 @@ class Library:
         with self._lock:
             self._count(prompts=1, hits=int(reused > 0), tokens=ids.shape[1], tokens_reused=reused)
             self._counted = replace(self._counted, seconds_saved=self._counted.seconds_saved + spared)
+            gone = []
             if scope is not None and reused < ids.shape[1]:
-                self._remember(scope, cache, ids, seconds)
+                gone = self._remember(scope, cache, ids, seconds)
+        self._spill(gone)
         return cache, reused
 
     def read(self, document: Any) -> Cache:
@@ -99,13 +118,43 @@ class Library:
 
     @property
     def statistics(self) -> Statistics:
+        files, size = (0, 0) if self._folder is None else self._folder.size()
         with self._lock:
-            return replace(self._counted, held=len(self._held), nbytes=self._nbytes())
+            known = replace(self._counted, held=len(self._held), nbytes=self._nbytes())
+        return replace(known, on_disk=files, disk_nbytes=size)
 
-    def clear(self) -> None:
-        """Forgets all prefixes in memory."""
+    def flush(self) -> None:
+        """Writes what is in memory into the folder, where other processes and later ones find it."""
+        with self._lock:
+            held = list(self._held)
+        self._spill(held)
+
+    def close(self) -> None:
+        """Writes as ``flush``, and forgets what is in memory."""
+        self.flush()
         with self._lock:
             self._held.clear()
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _spill(self, prefixes: list[Prefix]) -> None:
+        """Writes prefixes that are in no file. What cannot be written is read again some time, with a warning now."""
+        if self._folder is None:
+            return
+        for prefix in prefixes:
+            if prefix.kept:
+                continue
+            try:
+                prefix.kept = self._folder.keep(prefix)
+            except InputError as error:
+                warnings.warn(f"A prefix of {len(prefix.ids):,} tokens is not kept: {error}", stacklevel=3)
+                continue
+            with self._lock:
+                self._count(spilled=int(prefix.kept))
 
     def _count(self, **more: int) -> None:
         told = {name: getattr(self._counted, name) + count for name, count in more.items()}
@@ -119,37 +168,64 @@ class Library:
         """A cache with the longest prefix that can be reused, its tokens, and the seconds that this spares."""
         row, step = _row(ids), grain(fresh.method, fresh.model)
         tail = 0 if reading.question_follows else fresh.method.read.tail
+        model, best = fresh.model, (fresh, 0, 0.0)
         with self._lock:
-            own = [held for held in self._held if held.scope == scope and held.model() is fresh.model]
-            counts = [_count(held.ids, row, step, tail) for held in own]
-            for at in sorted(range(len(own)), key=lambda i: -counts[i]):
-                if counts[at] and (cut := _cut(own[at].cache, counts[at])) is not None:
-                    own[at].used = self._clock()
-                    return cut, counts[at], own[at].seconds * counts[at] / len(own[at].ids)
-        return fresh, 0, 0.0
+            own = [prefix for prefix in self._held if prefix.scope == scope and prefix.model() is model]
+            counts = [_count(prefix.ids, row, step, tail) for prefix in own]
+            for count, prefix in sorted(zip(counts, own, strict=True), key=lambda pair: -pair[0]):
+                if count and (cut := _cut(prefix.cache, count)) is not None:
+                    prefix.used = self._clock()
+                    best = cut, count, prefix.seconds * count / len(prefix.ids)
+                    break
+        if self._folder is None or best[1] == len(row):
+            return best
+        filed = [(_count(each.ids, row, step, tail), each) for each in self._folder.prefixes(scope)]
+        for count, each in sorted(filed, key=lambda pair: -pair[0]):
+            # The whole file is read, whatever it serves.
+            if count <= best[1] or count * _AT_LEAST < len(each.ids):
+                continue
+            cache = self._folder.fetch(each, model, fresh.method)
+            if cache is None:
+                continue
+            cut = _cut(cache, count)
+            if cut is not None:
+                best = cut, count, each.seconds * count / len(each.ids)
+                new = Prefix(scope, each.ids, cache, weakref.ref(model), each.seconds, self._clock(), kept=True)
+                with self._lock:
+                    self._count(fetched=1)
+                    gone = self._hold(new, step, fresh.method.read.tail)
+                self._spill(gone)
+            break
+        return best
 
-    def _remember(self, scope: str, cache: Cache, ids: Tensor, seconds: float) -> None:
+    def _remember(self, scope: str, cache: Cache, ids: Tensor, seconds: float) -> list[Prefix]:
+        """Holds a prefix. What had to go for it is the caller's to spill."""
         new = Prefix(scope, _row(ids), cache.fork(), weakref.ref(cache.model), seconds, self._clock())
-        step = grain(cache.method, cache.model)
+        return self._hold(new, grain(cache.method, cache.model), cache.method.read.tail)
+
+    def _hold(self, new: Prefix, step: int | None, tail: int) -> list[Prefix]:
         # A longer prompt has all of a shorter one, if that may be cut anywhere.
         self._held = [
             held
             for held in self._held
-            if held.scope != scope
+            if held.scope != new.scope
+            or held.model() is not new.model()
             or not torch.equal(held.ids, new.ids[: len(held.ids)])
-            or (len(held.ids) < len(new.ids) and (step != 1 or cache.method.read.tail > 0))
+            or (len(held.ids) < len(new.ids) and (step != 1 or tail > 0))
         ]
         self._held.append(new)
-        self._make_room()
+        return self._make_room()
 
-    def _make_room(self) -> None:
-        """Lets go of what is worth least, and of models that are gone."""
-        self._held = [held for held in self._held if held.model() is not None]
+    def _make_room(self) -> list[Prefix]:
+        """Lets go of models that are gone, and of what is worth least, which is returned."""
+        self._held, gone = [held for held in self._held if held.model() is not None], []
         while self._held and self._nbytes() > self._memory:
             now = self._clock()
             last = min(self._held, key=lambda held: worth(held.seconds, held.cache.nbytes(), now - held.used))
             self._held.remove(last)
+            gone.append(last)
             self._count(dropped=1)
+        return gone
 
 
 def bytes_of(name: str, value: int | str) -> int:

@@ -43,18 +43,20 @@ def save(
 
     Raises InputError where nothing can be written, and as ``describe``.
     """
-    describer = Describer(forms())
-    facts = {
-        "kind": kind,
-        "cache": describe(cache, describer),
-        "method": recipe.describe(cache.method),
-        "model": identity.of_model(cache.model),
-        "tokens": cache.get_seq_length(),
-        "nbytes": cache.nbytes(),
-    }
-    if more is not None:
-        facts |= more(describer)
-    return write(path, facts, describer.tensors)
+    # Forks that share its pages may move them.
+    with cache._turn_taken:
+        describer = Describer(forms())
+        facts = {
+            "kind": kind,
+            "cache": describe(cache, describer),
+            "method": recipe.describe(cache.method),
+            "model": identity.of_model(cache.model),
+            "tokens": cache.get_seq_length(),
+            "nbytes": cache.nbytes(),
+        }
+        if more is not None:
+            facts |= more(describer)
+        return write(path, facts, describer.tensors)
 
 
 def equal(one: Cache, other: Cache) -> bool:
