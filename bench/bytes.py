@@ -96,6 +96,8 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "h2o": lambda n: _quarter(n) + n / 4 * 4,
     "adakv": _quarter,
     "expectedattention": _quarter,
+    "kvcrush": _quarter,
+    "prefixkv": _quarter,
     # Attention and entropy of each token of a layer, and what its latest query answered.
     "critic": lambda n: _quarter(n) + (n / 4 * 8 + GEOMETRY.heads * _DIM * 4) / GEOMETRY.kv_heads,
     "keyformer": lambda n: _quarter(n) + n / 4 * 4,

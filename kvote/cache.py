@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kvote.errors import CropError, InactiveCacheError, InputError, InterruptedPassError, MethodError
 from kvote.heads import HeadGroups, in_groups
+from kvote.hf.beside import watch
 from kvote.hf.cache_layer import CacheLayer, Turn, check_native_crop, columns_of, forget_states, has_states
 from kvote.hf.compiling import uncompiled
 from kvote.hf.facts import facts_of, ropes_of
@@ -70,6 +71,8 @@ class Cache(TransformersCache):
                     fact.rotary.watch()
             layers.append(held)
         super().__init__(layers=layers)
+        # Held, not used.
+        self._watch = watch(model) if self.method.beside else None
         # Where a pass begins and ends: of the layers that count columns, and of all that take part.
         self._ends = (min(ours), max(ours))
         self._counting = [index for index, layer in enumerate(layers) if columns_of(layer) is not None]

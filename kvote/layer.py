@@ -132,7 +132,7 @@ class Layer:
             self._turns = self.rope if self.method.needs_raw_keys else None
             # What a class inherits may not hold for what it changes.
             offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
-            self.steps = offered and type(self.method.keep) is KeepAll
+            self.steps = offered and type(self.method.keep) is KeepAll and not self.method.beside
         return self.segment
 
     def budget(self, row: int) -> int | None:
@@ -226,12 +226,13 @@ class Layer:
                 memories=[layer.memory for layer in self.crew.layers] if self.method.read.crosses_layers else (),
                 number=self.number,
                 logits=step.logits,
+                beside=None if step.beside is None else step.beside.of(group),
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)
             if again is not None or self.method.keep.observes(step.ahead):
                 parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
-                seen = Observation(*parts, self.rope, again, self.index)
+                seen = Observation(*parts, self.rope, again, self.index, reading.beside)
                 if again is None:
                     self.record.waiting.append(seen)
                 else:

@@ -60,6 +60,12 @@ class Method:
         """Whether the model's rotation has to be known."""
         return self.needs_raw_keys or self.keep.needs_rope
 
+    @property
+    def beside(self) -> frozenset[str]:
+        """What it needs of a pass beside queries, keys and values (``kvote.beside``)."""
+        none: frozenset[str] = frozenset()
+        return none.union(*(getattr(part, "beside", none) for part in (self.keep, self.read)))
+
     def __or__(self, other: "Method") -> "Method":
         parts: dict[str, Any] = {}
         for room, default in _NO_OPINION.items():

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvote.beside import Beside
+
 _DRAFTS = 32
 
 
@@ -25,6 +27,8 @@ class Turn:
 
     end: int = 0
     question_follows: bool = False
+    # What the running pass brings beside queries, keys and values, where the method needs it.
+    beside: Beside | None = None
 
     def phase(self, seen: int, t: int, tail: int, *, drafts: bool = False) -> Phase:
         """The phase of the ``t`` columns behind ``seen``. ``tail``: tokens at a prompt's end that select one by one;

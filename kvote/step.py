@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvote.beside import Beside
 from kvote.store.segment import Logits
 
 
@@ -17,7 +18,8 @@ class Step:
     is); ``past`` [b, seen] is the same for the columns before, where padding is among them. ``solo``: how many of the
     last tokens end a prompt or a turn. ``decode``: a single generated token. ``ahead``: tokens of the prompt still to
     come after this pass; negative where the pass goes on behind the prompt's end; None where all its tokens are
-    generated ones. ``sink_logits`` [heads]: learned sinks.
+    generated ones. ``sink_logits`` [heads]: learned sinks. ``beside``: token ids and
+    hidden states, where the method needs them.
     """
 
     query: Tensor
@@ -31,3 +33,4 @@ class Step:
     past: Tensor | None = None
     decode: bool = False
     ahead: int | None = 0
+    beside: Beside | None = None

@@ -33,6 +33,8 @@ METHODS: dict[str, Any] = {
     "knorm": "knorm(budget=20)",
     "keyformer": "keyformer(budget=20)",
     "critic": "critic(budget=20)",
+    "prefixkv": "prefixkv(budget=20)",
+    "kvcrush": "kvcrush(budget=20, window=6)",
     "expectedattention": "expectedattention(budget=20, sinks=2, future=16)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",

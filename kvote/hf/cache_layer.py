@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from kvote.errors import CropError, InactiveCacheError, InputError
 from kvote.heads import HeadGroups
+from kvote.hf.beside import taken
 from kvote.hf.compiling import uncompiled
 from kvote.hf.rotary import RotaryPositions
 from kvote.layer import Layer, Step
@@ -75,6 +76,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         self.rotary = rotary
         # Whether the method has to know at which positions keys were rotated.
         self.needs_positions = rotated and layer.method.needs_rope
+        self.beside = layer.method.beside
 
     def step(
         self,
@@ -86,9 +88,11 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         sinks: Tensor | None,
         valid: Tensor | None = None,
         past: Tensor | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> Step:
         """What attention asks of the layer, in the phase in which its text is; all as ``Step`` has it, but
-        ``positions`` [1 or b, t] or None: those behind what was seen."""
+        ``positions`` [1 or b, t] or None: those behind what was seen. ``columns``: where they stand in a batch of
+        several caches. Raises InputError where what the method needs beside them is missing."""
         t, layer = query.shape[2], self.layer
         seen = layer.seen
         if positions is None:
@@ -96,7 +100,12 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         if len(positions) != len(query):
             positions = positions.expand(len(query), -1)
         phase = self.turn.phase(seen, t, layer.method.read.tail, drafts=layer.record_past)
-        return Step(query, key, value, positions, valid, phase.solo, logits, sinks, past, phase.decode, phase.ahead)
+        beside = None
+        if self.beside:
+            beside = taken(self.turn, self.beside, layer.method.spec, len(query), t, columns)
+        return Step(
+            query, key, value, positions, valid, phase.solo, logits, sinks, past, phase.decode, phase.ahead, beside
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True

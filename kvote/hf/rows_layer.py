@@ -102,7 +102,7 @@ class RowsLayer(HandsOn, CacheLayerMixin):
             query, key, value, places = _row(given, row, start, stop)
             # Padding that the cache itself has seen, when it was alone.
             past = layer.layer.parts[0].columns
-            steps.append(layer.step(query, key, value, places, logits, sinks, past=past))
+            steps.append(layer.step(query, key, value, places, logits, sinks, past=past, columns=(start, stop)))
 
         def run() -> list[Tensor | None]:
             pairs = zip(layers, steps, strict=True)

@@ -55,6 +55,22 @@ class Merge(Protocol):
         ...
 
 
+class Choice(Protocol):
+    """Which of the tokens that compete stay, where it is not those of the largest worth alone."""
+
+    def chosen(self, worth: Tensor, count: int) -> Tensor:
+        """Which ``count`` of n tokens stay of each row of ``worth`` [h, n]: [h, count], ascending."""
+        ...
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Those of the largest worth."""
+
+    def chosen(self, worth: Tensor, count: int) -> Tensor:
+        return kernels.top_k(worth, count)
+
+
 @dataclass(frozen=True)
 class Evict:
     """The first ``sinks`` tokens and the last ``window`` ones stay (a fraction: that share of all but the sinks), and
@@ -63,8 +79,8 @@ class Evict:
 
     ``evict_generated``: whether generated tokens make some go, a ``burst`` at a time, or come on top until the next
     prompt ends; before anything goes, they may exceed the budget by ``slack``. ``waits``: an announced prompt stays
-    whole until its end. ``merge``: what becomes of what goes; None: it is gone. Raises MethodError for numbers that
-    make no sense.
+    whole until its end. ``merge``: what becomes of what goes; None: it is gone. ``choose``: whether those of the
+    largest score stay, or others among them. Raises MethodError for numbers that make no sense.
     """
 
     score: Score
@@ -78,12 +94,15 @@ class Evict:
     slack: int = 0
     waits: bool = True
     over_heads: OverHeads | None = None
+    choose: Choice = field(default_factory=Largest)
 
     def __post_init__(self) -> None:
-        if self.over_heads is not None and not (self.score.per_head and self.score.uneven and self.merge is None):
+        plain = self.merge is None and isinstance(self.choose, Largest)
+        if self.over_heads is not None and not (self.score.per_head and self.score.uneven and plain):
             raise MethodError(
-                "a budget is divided over key heads only where each keeps its own tokens (per_head=True), nothing is "
-                f"merged, and the score says that heads may differ in length (uneven); got {type(self.score).__name__}."
+                "a budget is divided over key heads only where each keeps its own tokens (per_head=True), the best "
+                "stay, nothing is merged, and the score says that heads may differ in length (uneven); got "
+                f"{type(self.score).__name__}."
             )
         check_whole(self, sinks=0)
         check_flags(self, "evict_generated")
@@ -201,7 +220,7 @@ class Evict:
             return None
         first = torch.arange(self.sinks, device=worth.device).expand(len(worth), -1)
         last = torch.arange(edge, held.length, device=worth.device).expand(len(worth), -1)
-        best = [kernels.top_k(worth[:, self.sinks : edge], chosen) + self.sinks] if chosen else []
+        best = [self.choose.chosen(worth[:, self.sinks : edge], chosen) + self.sinks] if chosen else []
         slots = torch.cat([first, *best, last], dim=1)
         cut = Cut(slots, worth, self.sinks, chosen)
         content = None if self.merge is None else self.merge.merged(held, memory, cut)

@@ -114,7 +114,7 @@ class Keeper(Protocol):
     ``needs_plain_keys``: whether it works with keys as the model rotated them; ``needs_rope``: whether it takes that
     rotation out of them itself. ``splits``: whether key heads of a layer may be groups with keepers of their own.
     ``echo``: of how many tokens at a time it wants a prompt read again once that has ended (``kvote.echo``); 0: not at
-    all.
+    all. A keeper may also have ``beside``: what it needs of a pass beside queries, keys and values (``kvote.beside``).
     """
 
     @property

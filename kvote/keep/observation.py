@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvote.beside import Beside
 from kvote.kernels.masks import end_aligned
 from kvote.read.tokens import Queries, Span, TokenSet
 from kvote.rope import Rope
@@ -20,6 +21,7 @@ class Observation:
     prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None where the
     tokens are generated ones. ``rope``: the layer's rotation, where the method has to know it. ``repeats``: of a pass
     that reads tokens again (``kvote.echo``), their slots in each sequence of the batch. ``layer``: the model's.
+    ``beside``: token ids and hidden states of its rows, where the keeper says that it needs them.
     """
 
     queries: Queries
@@ -33,6 +35,7 @@ class Observation:
     rope: Rope | None = None
     repeats: Sequence[range] | None = None
     layer: int = 0
+    beside: Beside | None = None
 
     @property
     def count(self) -> int:
@@ -110,7 +113,8 @@ class Observation:
         groups, raw = self.lse.shape[1] // self.segment.heads, self.queries.raw
         heads = slice(i, None, groups)
         queries = Queries(self.queries.rotated[:, heads].contiguous(), None if raw is None else raw[:, heads])
-        return replace(self, queries=queries, lse=self.lse[:, heads].contiguous())
+        spans = [replace(span, reads=[_of_heads(read, heads) for read in span.reads]) for span in self.spans]
+        return replace(self, queries=queries, lse=self.lse[:, heads].contiguous(), spans=spans)
 
     def of(self, row: int, length: int) -> "Observation | None":
         """What is left of one sequence when it is cut to ``length`` tokens; None if that is nothing."""
@@ -122,7 +126,9 @@ class Observation:
         raw = self.queries.raw
         queries = Queries(self.queries.rotated[i : i + 1], None if raw is None else raw[i : i + 1])
         lse = self.lse[i : i + 1, :, :count]
-        return replace(self, queries=queries.rows(0, count), lse=lse, rows=[row], spans=spans, ahead=ahead)
+        beside = None if self.beside is None else self.beside.at(i, 0, count)
+        queries = queries.rows(0, count)
+        return replace(self, queries=queries, lse=lse, rows=[row], spans=spans, ahead=ahead, beside=beside)
 
     def selected(self, index: list[int]) -> "list[Observation]":
         """The same once sequence i is a copy of the former sequence ``index[i]``."""
@@ -134,8 +140,16 @@ class Observation:
     def tensors(self) -> list[Tensor]:
         """What it holds on to."""
         lists = [read.index for span in self.spans for read in span.reads]
-        own = [self.lse, self.queries.rotated, self.queries.raw, *lists]
+        beside = [] if self.beside is None else self.beside.tensors
+        own = [self.lse, self.queries.rotated, self.queries.raw, *lists, *beside]
         return [tensor for tensor in own if isinstance(tensor, Tensor)]
+
+
+def _of_heads(tokens: TokenSet, heads: slice) -> TokenSet:
+    """What these query heads read of them."""
+    if not isinstance(tokens.index, Tensor) or not tokens.by_head:
+        return tokens
+    return replace(tokens, index=tokens.index[:, heads].contiguous())
 
 
 def _cut(span: Span, i: int, count: int) -> Span:

@@ -19,9 +19,11 @@ from kvote.methods.h2o import h2o
 from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
+from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
 from kvote.methods.oracle import oracle
+from kvote.methods.prefixkv import prefixkv
 from kvote.methods.pyramidkv import pyramidkv
 from kvote.methods.quest import quest
 from kvote.methods.random import random
@@ -49,9 +51,11 @@ __all__ = [
     "keyformer",
     "kivi",
     "knorm",
+    "kvcrush",
     "kvzip",
     "mikv",
     "oracle",
+    "prefixkv",
     "pyramidkv",
     "quest",
     "random",

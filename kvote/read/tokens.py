@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from kvote.beside import Beside
+
 if TYPE_CHECKING:
     from kvote.index.column import Index
     from kvote.rope import Rope
@@ -131,6 +133,7 @@ class Reading:
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
     unless the reader ``crosses_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
+    ``beside``: token ids and hidden states of the query rows, where the reader's ``beside`` names them.
     """
 
     queries: Queries
@@ -147,6 +150,7 @@ class Reading:
     memories: "Sequence[Memory | None]" = ()
     number: int = 0
     logits: "Logits | None" = None
+    beside: Beside | None = None
 
     def scaled(self, scores: Tensor) -> Tensor:
         """Products q.k as they enter the softmax."""

@@ -96,10 +96,10 @@ register("head group", "kvote.heads:HeadGroup", "heads")
 register(
     "cache layer",
     "kvote.hf.cache_layer:CacheLayer",
-    "turn previous rotary needs_positions pending followed keys values",
+    "turn previous rotary needs_positions beside pending followed keys values",
 )
 register("layout", "kvote.prompt:Layout")
-register("turn", "kvote.hf.cache_layer:Turn")
+register("turn", "kvote.hf.cache_layer:Turn", "beside")
 register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
 register("activity", "kvote.read.tokens:Activity")
@@ -137,6 +137,7 @@ register("chosen", "kvote.read.persistent:Chosen")
 register("mass", "kvote.keep.score.mass:Mass")
 register("noised mass", "kvote.keep.score.noised:NoisedMass")
 register("signs", "kvote.keep.score.signs:Signs")
+register("prompt mass", "kvote.keep.score.prompt_mass:PromptMass")
 register("importance", "kvote.keep.score.importance:Importance")
 register("moments", "kvote.keep.score.votes:Moments")
 register("vote", "kvote.keep.score.votes:Vote")

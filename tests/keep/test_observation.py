@@ -1,6 +1,7 @@
 """What a keeper sees: the attention that tokens received, without a matrix of queries by tokens."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvote.keep.observation import Observation
 from kvote.kernels import reference
 from kvote.method import Method, parse
 from kvote.read.recent import SinksAndRecent
-from kvote.read.tokens import TokenSet
+from kvote.read.tokens import Span, TokenSet
 
 READERS = {
     "everything": "dense",
@@ -137,6 +138,21 @@ def test_members_of_a_group_give_what_the_group_gives():
     parts = [seen.member(i).mass() for i in range(3)]
     torch.testing.assert_close(torch.stack(parts).sum(0), whole, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(parts[0], parts[1], atol=1e-2)
+
+
+def test_members_read_the_lists_of_their_own_heads():
+    layer, keeper = fed(6, 2)
+    layer.feed(63)
+    layer.feed(1)
+    seen, _ = keeper.seen[-1]
+    lists = torch.stack([torch.arange(i, i + 30) for i in range(6)])[None, :, None]
+    own = replace(seen, spans=[Span(0, 1, [TokenSet(lists, causal=False)])])
+    parts = [own.member(i).mass() for i in range(3)]
+    torch.testing.assert_close(torch.stack(parts).sum(0), own.mass(), atol=1e-5, rtol=1e-4)
+    for i, part in enumerate(parts):
+        for h in range(2):
+            read = part[0, h].nonzero().flatten()
+            assert read.tolist() == lists[0, 3 * h + i, 0].tolist()
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)

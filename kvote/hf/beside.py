@@ -1,0 +1,108 @@
+"""Token ids and hidden states of a pass, noted by hooks on the model while a held cache's method needs them."""
+
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+from transformers import Cache as TransformersCache
+
+from kvote.beside import HIDDEN, IDS, Beside
+from kvote.errors import InputError
+from kvote.hf.compiling import uncompiled
+from kvote.phase import Turn
+
+
+class Watch:
+    """The hooks of one model. They go with the last cache that holds it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        inner: Any = getattr(model, "get_decoder", None)
+        decoder = model if inner is None else inner()
+        outer = {id(module): module for module in (model, getattr(model, "base_model", model), decoder)}
+        self.model = ref(model)
+        self._handles = []
+        for module in outer.values():
+            self._handles.append(module.register_forward_pre_hook(_note_ids, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_forget, with_kwargs=True, always_call=True))
+        for module in model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                self._handles.append(module.register_forward_pre_hook(_note_hidden, with_kwargs=True))
+
+    def __del__(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Watch":
+        return self
+
+
+# By the identity of the model, which a watch outlives only where nobody asks for it again.
+_watches: "WeakValueDictionary[int, Watch]" = WeakValueDictionary()
+
+
+def watch(model: torch.nn.Module) -> Watch:
+    """The watch of ``model``, whoever asks; what it notes reaches caches as ``Turn.beside``."""
+    found = _watches.get(id(model))
+    if found is None or found.model() is not model:
+        found = _watches[id(model)] = Watch(model)
+    return found
+
+
+def taken(turn: Turn, needs: frozenset[str], spec: str, rows: int, columns: int, at: tuple[int, int] | None) -> Beside:
+    """What was noted for ``columns`` new columns of ``rows`` sequences. ``at``: of a batch of several caches, the
+    columns that belong to this one.
+
+    Raises InputError where something that the method ``needs`` is missing.
+    """
+    noted = turn.beside or Beside()
+    # Hidden states belong to one layer.
+    turn.beside = Beside(noted.ids)
+    found = {IDS: noted.ids, HIDDEN: noted.hidden}
+    if at is not None:
+        found = {name: None if x is None else x[:, slice(*at)] for name, x in found.items()}
+    for name in sorted(needs):
+        x = found[name]
+        if x is None or x.shape[:2] != (rows, columns):
+            how = "call the model with input_ids, not with inputs_embeds" if name == IDS else "use another method"
+            raise InputError(f"{spec} needs the {name} of all tokens, which this pass does not show; {how}.")
+    return Beside(*(found[name] if name in needs else None for name in (IDS, HIDDEN)))
+
+
+@uncompiled
+def _note_ids(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = kwargs.get("input_ids", args[0] if args else None)
+    ids = given if isinstance(given, Tensor) and not given.is_floating_point() and given.dim() == 2 else None
+    turns = _turns(args, kwargs)
+    for row, turn in enumerate(turns):
+        if ids is not None:
+            turn.beside = Beside(_of_row(ids, row, len(turns)))
+
+
+@uncompiled
+def _note_hidden(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = kwargs.get("hidden_states", args[0] if args else None)
+    turns = _turns(args, kwargs)
+    for row, turn in enumerate(turns):
+        hidden = given.detach() if isinstance(given, Tensor) and given.dim() == 3 else None
+        ids = None if turn.beside is None else turn.beside.ids
+        turn.beside = Beside(ids, None if hidden is None else _of_row(hidden, row, len(turns)))
+
+
+@uncompiled
+def _forget(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    for turn in _turns(args, kwargs):
+        turn.beside = None
+
+
+def _of_row(x: Tensor, row: int, of: int) -> Tensor:
+    return x if of == 1 else x[row : row + 1]
+
+
+def _turns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Turn]:
+    """Those of the caches that a module was given: one, or those that have joined a batch."""
+    for given in (*kwargs.values(), *args):
+        if isinstance(given, TransformersCache):
+            members = getattr(given, "caches", None) or (given,)
+            return [turn for each in members if isinstance(turn := getattr(each, "turn", None), Turn)]
+    return []
