@@ -4,6 +4,7 @@ package with a method whose reader or keeper remembers something lists its own w
 import functools
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def _fill_layer(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
         none = torch.empty(rows, 0, dtype=torch.int64, device=maker.device)
         layer.start(Step(key, key, value, none, None, 0, Logits(1.0)))
     maker.attributes(layer, facts, frozenset(_LAYER.split()), False)
+    layer.record.waiting = [replace(seen, rope=layer.rope) for seen in layer.record.waiting]
     check.layer(layer)
     layer.count()
 
@@ -148,7 +150,7 @@ register("gaussian", "kvote.keep.score.gaussians:Gaussian")
 register("gaussians", "kvote.keep.score.gaussians:Gaussians")
 register("mean", "kvote.keep.merge.means:Mean")
 register("means", "kvote.keep.merge.means:Means")
-register("observation", "kvote.keep.observation:Observation")
+register("observation", "kvote.keep.observation:Observation", "rope")
 register("queries", "kvote.read.tokens:Queries")
 register("span", "kvote.read.tokens:Span")
 register("token set", "kvote.read.tokens:TokenSet")
