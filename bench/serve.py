@@ -9,6 +9,7 @@ token; then questions about a document that was read once, against the same text
 import argparse
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -51,7 +52,10 @@ async def one(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> tup
         reply.raise_for_status()
         async for line in reply.aiter_lines():
             if line.startswith("data: {") and not first:
-                first = time.perf_counter() - begin
+                # The first event of a chat tells the role alone.
+                told = (json.loads(line[6:]).get("choices") or [{}])[0]
+                if told.get("text") or told.get("delta", {}).get("content"):
+                    first = time.perf_counter() - begin
     return first, time.perf_counter() - begin
 
 
