@@ -27,7 +27,8 @@ def keyformer(
 
     ``budget``: tokens kept, as a number, a fraction of the tokens seen or bytes. ``recent``: the share of it that is
     for recent tokens (the paper recommends 0.2 to 0.3). ``noise=False``, ``tau=1`` and ``tau_end=1`` is ``h2o``.
-    ``seed``: of the noise. ``per_head``, ``burst``: as in ``h2o``; ``burst=1`` is one token per step, as in the paper.
+    ``noise``: whether it is drawn at all. ``seed``: of it. ``per_head``, ``burst``: as in ``h2o``; ``burst=1`` is one
+    token per step, as in the paper.
 
     This is the paper's rule: a token that leaves the recent ones can become a key token. In the published code it is
     lost, so that the key tokens of the prompt stay as they are. Also differs from the code: a fraction follows the text
@@ -35,7 +36,7 @@ def keyformer(
     with 100 as the code's configuration has it; key tokens are rounded down, not recent ones; a later turn goes on with
     the sums, and its temperature starts again; sequences of a batch are kept apart (there their sums are one), with the
     same noise at the same positions, so that none depends on its neighbours; query heads that share keys are added up
-    (no such models there). ``seed``: of the noise, which takes time by the square of a prompt's length. Missing:
+    (no such models there). Noise takes time by the square of a prompt's length. Missing:
     selection in blocks of eight steps, of which ``burst`` is another form.
     """
     score = NoisedReceived(tau=tau, tau_end=tau_end, steps=steps, noise=noise, seed=seed, per_head=per_head)
