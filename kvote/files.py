@@ -1,12 +1,13 @@
 """Files that users name: only regular ones are read or replaced, and always whole."""
 
+import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from kvote.errors import InputError
 
@@ -171,3 +172,20 @@ def _probe(folder: Path) -> None:
 
 def _unwritable(path: str | Path, error: OSError | ValueError) -> InputError:
     return error if isinstance(error, InputError) else InputError(f"Cannot write {named(path)}: {reason(error)}.")
+
+
+def strict_json(text: str) -> Any:
+    """What a JSON text of others holds. Raises ValueError for what is none, for numbers that are none, and for a key
+    that stands twice, of which readers would see different values."""
+    return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return held
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")

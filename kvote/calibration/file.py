@@ -16,7 +16,7 @@ from typing import Any
 
 from kvote.calibration.fingerprint import LONGEST, Fingerprint
 from kvote.errors import InputError
-from kvote.files import read_regular, write_whole
+from kvote.files import read_regular, strict_json, write_whole
 from kvote.numbers import is_number
 
 FORMAT, VERSION = "kvote-calibration", 2
@@ -81,7 +81,7 @@ def load(path: str | Path, kind: str) -> Calibration:
     except UnicodeDecodeError as error:
         raise _not_one(path, "it is not UTF-8 text") from error
     try:
-        held = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        held = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise _not_one(path, "it is not plain JSON") from error
     if not isinstance(held, dict) or held.get("format") != FORMAT:
@@ -156,14 +156,3 @@ def _makes_sense(name: str, value: Any) -> bool:
 
 def _not_one(path: str | Path, why: str) -> InputError:
     return InputError(f"{path} is not a calibration of kvote: {why}.")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    held = dict(pairs)
-    if len(held) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return held
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvote.env import memory
 from kvote.errors import InputError
-from kvote.files import named, open_regular, reason, replacing
+from kvote.files import named, open_regular, reason, replacing, strict_json
 from kvote.state import Block
 
 FORMAT, VERSION = "kvote", 1
@@ -225,7 +225,7 @@ class BlockFile:
         if hashlib.sha256(start + text).digest() != self._bytes_at(self.size - _DIGEST, _DIGEST):
             raise self.damaged("its header has changed, its end is missing, or it is no file of kvote's")
         try:
-            header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+            header = strict_json(text.decode())
             return self._facts(header.pop("__metadata__")), self._places(header, _SIZE + length)
         except InputError:
             raise
@@ -240,8 +240,8 @@ class BlockFile:
                 f"{named(self.path)} is of version {told['version'][:20]!r} of the format, and this kvote reads "
                 f"version {VERSION}; read the text again, and save it anew."
             )
-        self._digests = json.loads(told["sha256"], object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-        facts = json.loads(told["facts"], object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        self._digests = strict_json(told["sha256"])
+        facts = strict_json(told["facts"])
         if not isinstance(facts, dict):
             raise TypeError("no facts")
         return facts
@@ -260,14 +260,3 @@ class BlockFile:
         if seal["data_offsets"] != [at, at + _DIGEST] or begin + at + _DIGEST != self.size:
             raise self.damaged("blocks are missing")
         return places
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    held = dict(pairs)
-    if len(held) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return held
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
