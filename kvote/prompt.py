@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvote.errors import InputError
 
@@ -79,6 +79,14 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, layout: Layout, question: s
     if ids.shape[1] == 0:
         raise InputError("The question is empty; ask something.")
     return ids
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: those of the generation config, and the tokenizer's own."""
+    found: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        found |= {value} if isinstance(value, int) else set(value or ())
+    return frozenset(found)
 
 
 def _ids(encoded: Any) -> Tensor:

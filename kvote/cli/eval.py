@@ -14,10 +14,11 @@ from kvote.eval.plan import Plan
 from kvote.eval.report import write_report
 from kvote.eval.run import pending
 from kvote.eval.run import run as run_plan
-from kvote.eval.subject import Subject, stops_of
+from kvote.eval.subject import Subject
 from kvote.eval.tasks import PROSE
 from kvote.eval.template import template_of
 from kvote.models.presets import with_presets
+from kvote.prompt import ends_of
 
 # What every method is seen beside. The embedded model's have its presets.
 BASELINES = (
@@ -95,7 +96,7 @@ def open_subject(name: str | None, *, raw: bool, dtype: str | None) -> Subject:
     loaded = load(name, dtype=dtype)
     model, tokenizer, embedded = loaded.model, loaded.tokenizer, loaded.is_embedded
     template = template_of(tokenizer, raw=raw, plain=embedded)
-    return Subject(name or "embedded", model, tokenizer, template, embedded, stops_of(model, tokenizer))
+    return Subject(name or "embedded", model, tokenizer, template, embedded, ends_of(model, tokenizer))
 
 
 def _told(seconds: float) -> str:

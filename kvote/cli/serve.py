@@ -13,7 +13,6 @@ from kvote.errors import InputError
 
 # Of the memory that is free once the model is loaded.
 _FOR_CACHES, _FOR_DOCUMENTS = 0.5, 0.25
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputError(f"The server needs {error.name}; install kvote[serve].") from error
     keys = [] if args.api_key_file is None else _keys(args.api_key_file)
-    if not keys and args.host not in _LOOPBACK:
+    if not keys and args.host not in app.LOOPBACK:
         raise InputError(f"Anyone could use the server on {args.host}; give --api-key-file, or serve on 127.0.0.1.")
     listening = _listen(args.host, args.port)
     loaded = load(args.model)
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or loaded.name
     with quiet(bars=False):
         made = service.Service(name, loaded.model, loaded.tokenizer, args.method, limits, held, keys)
-    hosts = [*_LOOPBACK, args.host, *args.allow_host]
+    hosts = [*app.LOOPBACK, args.host, *args.allow_host]
     port = listening.getsockname()[1]
     warn(f"serving {name} on http://{args.host}:{port} (page at /, OpenAI interface at /v1)")
     config = uvicorn.Config(app.application(made, hosts=hosts), log_level="warning", access_log=False)

@@ -38,14 +38,6 @@ class Subject:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def stops_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: those of the generation config, and the tokenizer's own."""
-    found: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        found |= {value} if isinstance(value, int) else set(value or ())
-    return frozenset(found)
-
-
 def model_digest(model: PreTrainedModel) -> str:
     """SHA-256 of numbers spread over every parameter, its name and its shape."""
     seen = hashlib.sha256()

@@ -18,6 +18,8 @@ class StoredDocument:
     name: str
     text: str
     system: str | None
+    # What was read: the text with the template in front of it.
+    read: str
     owner: str
     method: str
     ids: tuple[int, ...]

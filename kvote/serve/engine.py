@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvote import Cache, NotFiniteError, Rows
 from kvote.peak import peak_bytes, shape_of
+from kvote.prompt import ends_of
 from kvote.serve.errors import ApiError
 from kvote.serve.job import Done, Job, Piece, Row, Usage
 from kvote.serve.metrics import Metrics
@@ -42,7 +43,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.limits, self.metrics = model, tokenizer, limits, metrics
         self.shape = shape_of(model)
-        self.ends = _ends(model, tokenizer)
+        self.ends = ends_of(model, tokenizer)
         # Passes of the model in which answers got their next token, and tokens they got.
         self.steps = self.generated = 0
         self._waiting: deque[Job] = deque()
@@ -130,9 +131,11 @@ class Engine:
             job.emit(Done(error=over))
 
     def _jobs(self) -> list[Job]:
-        running = list(dict.fromkeys(id(row.job) for row in self._rows))
-        by_id = {id(row.job): row.job for row in self._rows}
-        return [*self._waiting, *self._reading, *(by_id[i] for i in running)]
+        return [*self._waiting, *self._in_hand()]
+
+    def _in_hand(self) -> list[Job]:
+        """Those that are read or answered now."""
+        return list(dict.fromkeys((*self._reading, *(row.job for row in self._rows))))
 
     def _sort_out(self) -> None:
         """Lets go of cancelled jobs, and begins those for which there is room."""
@@ -150,7 +153,7 @@ class Engine:
 
     def _fits(self, job: Job) -> bool:
         """Whether its rows and bytes fit beside those of all jobs in hand."""
-        others = {id(j): j for j in (*self._reading, *(row.job for row in self._rows))}.values()
+        others = self._in_hand()
         rows = sum(other.n for other in others)
         if rows and rows + job.n > self.limits.rows:
             return False
@@ -166,8 +169,8 @@ class Engine:
                 job.cache = Cache(self.model, job.method) if job.prefix is None else job.prefix.fork()
                 job.cache.expect(len(job.ids), question_follows=job.question_follows)
             chunk = job.ids[job.read : job.read + self.limits.chunk]
-            at = job.prefix_tokens + job.read
-            logits = self._forward([list(chunk)], [list(range(at, at + len(chunk)))], job.cache)[0]
+            ids = torch.tensor([list(chunk)], device=self.model.device)
+            logits = self._forward(input_ids=ids, past_key_values=job.cache, use_cache=True)[0]
             job.read += len(chunk)
             self.metrics.prompt_tokens.inc(len(chunk))
             if job.read < len(job.ids):
@@ -188,7 +191,7 @@ class Engine:
                 cache.watch_reads()
             sampler = Sampler(job.sampling, choice)
             text = TextStream(self.tokenizer, job.stops)
-            row = Row(job, choice, cache, sampler, text, position=job.prompt_tokens)
+            row = Row(job, choice, cache, sampler, text)
             job.rows.append(row)
             self._rows.append(row)
             self._batch.join(cache)
@@ -201,19 +204,22 @@ class Engine:
         if not rows:
             return
         try:
-            logits = self._forward([[row.token] for row in rows], [[row.position] for row in rows], self._batch)
+            logits = self._forward(**self._batch.inputs([[row.token] for row in rows], self.model.device))
             self.steps += 1
         except Exception as error:
             self._fail([row.job for row in rows], error)
             return
         for row, own in zip(rows, logits, strict=True):
-            row.position += 1
-            try:
-                self._take(row, own)
-            except Exception as error:
-                self._fail([row.job], error)
+            self._take(row, own)
 
     def _take(self, row: Row, logits: Tensor) -> None:
+        """The row's next token; what fails here ends its job alone."""
+        try:
+            self._choose(row, logits)
+        except Exception as error:
+            self._fail([row.job], error)
+
+    def _choose(self, row: Row, logits: Tensor) -> None:
         """Chooses the token that follows, and gives out the text that is certain by now."""
         job = row.job
         if row not in self._rows:
@@ -249,17 +255,9 @@ class Engine:
         self._rows.remove(row)
         self._batch.leave(row.cache)
 
-    def _forward(self, ids: list[list[int]], positions: list[list[int]], cache: Any) -> Tensor:
+    def _forward(self, **inputs: Any) -> Tensor:
         """Logits [b, vocabulary] of the last column."""
-        device = self.model.device
-        output = self.model(
-            input_ids=torch.tensor(ids, device=device),
-            position_ids=torch.tensor(positions, device=device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = self.model(**inputs, logits_to_keep=1).logits[:, -1]
         return logits
 
     def _usage(self, job: Job, cache: Cache, generated: int) -> Usage:
@@ -284,18 +282,10 @@ class Engine:
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
         """Ends jobs that cannot go on. Each is told why; the others do not notice."""
         log.error("a request failed", exc_info=error)
-        for job in {id(job): job for job in jobs}.values():
+        for job in dict.fromkeys(jobs):
             for row in [row for row in self._rows if row.job is job]:
                 self._leave(row)
             if job in self._reading:
                 self._reading.remove(job)
             job.rows.clear()
             job.emit(Done(error=error))
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer, by the model's generation config and its tokenizer."""
-    config = getattr(model, "generation_config", None)
-    given = getattr(config, "eos_token_id", None)
-    ends = given if isinstance(given, list) else [given]
-    return frozenset(int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None)

@@ -44,7 +44,7 @@ class Done:
     error: Exception | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """``ids``: the tokens to read, behind those that ``prefix`` holds. ``emit`` is called from the engine's thread.
     With ``max_tokens`` 0 the text is only read, and ``cache`` is what became of it."""
@@ -74,16 +74,15 @@ class Job:
         return self.prefix_tokens + len(self.ids)
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """One answer that is being generated: ``token`` is the one to go in next, at ``position``."""
+    """One answer that is being generated: ``token`` is the one to go in next."""
 
     job: Job
     choice: int
     cache: Cache
     sampler: Sampler
     text: TextStream
-    position: int
     token: int = 0
     tokens: int = 0
     reason: str | None = None

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kvote.prompt import Layout, document_ids
 from kvote.serve.errors import ApiError
 from kvote.serve.schema import Message, Tool
 
@@ -39,15 +40,16 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], t
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool, known: int) -> list[int]:
-    """Tokens of ``text``; with ``begins``, after the token that every text begins with. Raises ApiError for a text that
-    the model cannot read."""
+    """Tokens of ``text``; with ``begins``, after what a tokenizer puts in front of a text. Raises ApiError for a text
+    that the model cannot read."""
     try:
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = (
+            document_ids(tokenizer, Layout(), text)[0].tolist()
+            if begins
+            else tokenizer(text, add_special_tokens=False).input_ids
+        )
     except Exception as error:
         raise ApiError(400, f"The tokenizer cannot read this text: {error}") from error
-    first = tokenizer.bos_token_id
-    if begins and first is not None and _adds_first(tokenizer, first) and ids[:1] != [first]:
-        ids = [first, *ids]
     if any(token >= known for token in ids):
         raise ApiError(400, f"The text has a token that the model does not know; it knows {known:,}.")
     return ids
@@ -62,10 +64,10 @@ def document_text(tokenizer: PreTrainedTokenizerBase, document: str, system: str
 
 
 def behind_document(
-    tokenizer: PreTrainedTokenizerBase, document: str, system: str | None, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, document: str, system: str | None, read: str, messages: Sequence[Message]
 ) -> str:
-    """What follows a document that has been read, if ``messages`` are about it. Raises ApiError for messages that do
-    not go on where the document ends."""
+    """What follows a document of which ``read`` has been read, if ``messages`` are about it. Raises ApiError for
+    messages that do not go on where that ends."""
     told = [message.model_copy() for message in messages]
     if told[0].role in ("system", "developer"):
         if told[0].text != (system or ""):
@@ -80,14 +82,10 @@ def behind_document(
     told[0].content = f"{document}\n\n{told[0].text}"
     if system is not None:
         told.insert(0, Message(role="system", content=system))
-    text, read = chat_text(tokenizer, told, None), document_text(tokenizer, document, system)
+    text = chat_text(tokenizer, told, None)
     if not text.startswith(read):
         raise ApiError(400, "The model's chat template changes the document in this conversation.", param="messages")
     return text[len(read) :]
-
-
-def _adds_first(tokenizer: PreTrainedTokenizerBase, first: int) -> bool:
-    return bool(tokenizer("a").input_ids[:1] == [first])
 
 
 def _role(role: str) -> str:

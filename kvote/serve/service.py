@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -22,6 +23,8 @@ from kvote.serve.schema import ChatRequest, CompletionRequest, Decoded, Message,
 
 # Pieces of a prompt, at most, in which is told what was read.
 _PIECES = 4_000
+# Methods that need not be tried anew for every request.
+_SPECS = 256
 
 
 @dataclass
@@ -48,7 +51,8 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics()
         # Whoever is refused is refused now, not in the first request.
-        self._checked(self.method)
+        self._default = self._checked(self.method)
+        self._allowed = lru_cache(_SPECS)(self._checked)
         self.engine = Engine(self.model, self.tokenizer, self.limits, self.metrics)
         self.known = self.model.get_input_embeddings().weight.shape[0]
 
@@ -60,15 +64,13 @@ class Service:
     def method_of(self, spec: str | None) -> Method:
         """Raises ApiError for a policy that is none, that names files, or that this model does not allow."""
         if spec is None:
-            return parse(self.method)
+            return self._default
         try:
             # No file of the server is opened for a client.
             with no_files():
-                method = parse(spec)
-            Cache(self.model, method)
+                return self._allowed(spec)
         except KvoteError as error:
             raise ApiError(400, str(error), param="kv_method", code="invalid_kv_method") from None
-        return method
 
     def check_model(self, name: str) -> None:
         """Raises ApiError for a model that is not this one."""
@@ -121,7 +123,7 @@ class Service:
                 f"The document was read with {document.method}; leave kv_method out, or send the document anew.",
                 param="kv_method",
             )
-        behind = behind_document(self.tokenizer, document.text, document.system, messages)
+        behind = behind_document(self.tokenizer, document.text, document.system, document.read, messages)
         return self._run(request, [self._ids(behind, False)], most, logprobs, document)
 
     def complete(self, request: CompletionRequest, owner: str) -> "Running":
@@ -160,15 +162,15 @@ class Service:
             raise ApiError(400, "The prompt is empty; ask something.", param="prompt")
         method = document.cache.method if document else self.method_of(request.kv_method)
         decoded = request if isinstance(request, Decoded) else None
+        sampling, prefix_tokens = self._sampling(request, logprobs), document.tokens if document else 0
         running = Running(self.engine)
         for ids in prompts:
-            prefix_tokens = document.tokens if document else 0
             room = self.limits.context - prefix_tokens - len(ids)
             running.add(
                 Job(
                     ids=ids,
                     method=method,
-                    sampling=self._sampling(request, logprobs),
+                    sampling=sampling,
                     emit=running.emitter(),
                     max_tokens=max(1, min(room, 4_096)) if most is None else most,
                     n=decoded.n if decoded else 1,
@@ -210,14 +212,15 @@ class Service:
         method = self.method_of(spec)
         if not text.strip():
             raise ApiError(400, "The document is empty.", param="text")
-        ids = self._ids(document_text(self.tokenizer, text, system), not self.tokenizer.chat_template)
+        read = document_text(self.tokenizer, text, system)
+        ids = self._ids(read, not self.tokenizer.chat_template)
         running = Running(self.engine)
         job = Job(ids, method, Sampling(), running.emitter(), max_tokens=0, question_follows=True)
         running.add(job)
         async for _ in running.pieces():
             pass
         assert job.cache is not None
-        document = StoredDocument(name, text, system, owner, method.spec, tuple(ids), job.cache)
+        document = StoredDocument(name, text, system, read, owner, method.spec, tuple(ids), job.cache)
         self.documents.add(document)
         self.metrics.documents.set(len(self.documents))
         self.metrics.document_bytes.set(self.documents.total)
