@@ -6,16 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rich.progress import Progress
-
 from kvote import Answer, Document, Library
 from kvote.cli.arguments import ALL, COMPARED
 from kvote.cli.kept import kept, tokens_in
 from kvote.cli.load import Loaded, load, quiet, sentence
 from kvote.cli.options import most_tokens, options_of
 from kvote.cli.outcome import Outcome, Run
-from kvote.cli.plain import plain, warn
-from kvote.cli.progress import progress
+from kvote.cli.plain import warn
+from kvote.cli.reading import read_document
 from kvote.cli.room import check_memory
 from kvote.cli.show import Page
 from kvote.cli.subject import Subject, subject
@@ -111,8 +109,8 @@ def _ask_all(
 ) -> None:
     """Reads the document with one method and asks all questions; each outcome gets a run."""
     if args.load is None:
-        with progress() as bar:
-            document = _reading(loaded, name, lambda: _document(loaded, asked, name, spec, args, bar))
+        tokens = outcomes[0].tokens
+        document = _reading(loaded, name, lambda: _document(loaded, asked, name, spec, args, tokens))
     else:
         document = _reading(loaded, name, lambda: kept(loaded, asked, spec, args))
         name = spec = document.cache.method.spec
@@ -142,21 +140,17 @@ def _ask_all(
         )
 
 
-def _document(
-    loaded: Loaded, asked: Subject, name: str, spec: str, args: argparse.Namespace, bar: Progress
-) -> Document:
-    task = bar.add_task(plain(name), total=len(loaded.ids(asked.text)))
+def _document(loaded: Loaded, asked: Subject, name: str, spec: str, args: argparse.Namespace, tokens: int) -> Document:
     library = None if args.library is None else Library(args.library)
-    document = Document(
-        loaded.model,
-        loaded.tokenizer,
+    document = read_document(
+        loaded,
         asked.text,
+        name,
         spec,
+        args,
+        tokens=tokens,
         queries=args.queries,
-        system=args.system,
-        raw=args.raw,
         lazy=args.question_first,
-        progress=lambda count: bar.advance(task, count),
         library=library,
     )
     if library is not None:

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from kvote import Conversation, Document
+from kvote import Conversation
 from kvote.cli.load import Loaded, load, quiet
 from kvote.cli.options import options_of
 from kvote.cli.plain import plain, warn
-from kvote.cli.progress import progress
+from kvote.cli.reading import read_document
 from kvote.cli.room import check_memory
 from kvote.cli.subject import document_of, is_text
 from kvote.errors import InputError
@@ -48,17 +48,7 @@ def _begin(loaded: Loaded, spec: str, text: str | None, args: argparse.Namespace
         return Conversation(loaded.model, loaded.tokenizer, spec, system=args.system, raw=args.raw)
     tokens = len(loaded.ids(text))
     check_memory(loaded.model, parse(spec), 2 * tokens)
-    with progress() as bar:
-        task = bar.add_task(plain(args.method), total=tokens)
-        return Document(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            spec,
-            system=args.system,
-            raw=args.raw,
-            progress=lambda count: bar.advance(task, count),
-        ).chat()
+    return read_document(loaded, text, args.method, spec, args, tokens=tokens).chat()
 
 
 def _messages(prompt: str) -> Iterator[str]:

@@ -4,10 +4,9 @@ import argparse
 import os
 from dataclasses import asdict, dataclass
 
-from kvote import Document
 from kvote.cli.load import load, quiet
-from kvote.cli.plain import as_json, plain
-from kvote.cli.progress import progress
+from kvote.cli.plain import as_json
+from kvote.cli.reading import read_document
 from kvote.cli.room import check_memory
 from kvote.cli.show import plain_console
 from kvote.cli.subject import name_of, read_text
@@ -41,17 +40,8 @@ def run(args: argparse.Namespace) -> None:
     spec = with_presets(args.method) if loaded.is_embedded else args.method
     tokens = len(loaded.ids(text))
     check_memory(loaded.model, parse(spec), tokens)
-    with quiet(bars=False), progress() as bar:
-        task = bar.add_task(plain(args.method), total=tokens)
-        document = Document(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            spec,
-            system=args.system,
-            raw=args.raw,
-            progress=lambda count: bar.advance(task, count),
-        )
+    with quiet(bars=False):
+        document = read_document(loaded, text, args.method, spec, args, tokens=tokens)
     document.save(args.out)
     found = Written(
         model=loaded.name,

@@ -117,7 +117,7 @@ def test_memory_that_runs_out_on_the_way(capsys, monkeypatch):
     def exhausted(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("kvote.cli.ask.Document", exhausted)
+    monkeypatch.setattr("kvote.cli.reading.Document", exhausted)
     assert main(["ask", "--tokens", "100"]) == 2
     assert "kvote: Memory ran out with tokenselect; give a shorter document.\n" in capsys.readouterr().err
 

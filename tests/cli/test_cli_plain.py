@@ -140,7 +140,7 @@ def test_numbers_that_mean_nothing(capsys, option, number):
 def test_more_than_the_memory_holds_is_refused_before_anything_is_read(capsys, monkeypatch, argv, sentence):
     for module in ("subject", "room"):
         monkeypatch.setattr(f"kvote.cli.{module}.memory", lambda: (2**34, 2**33))
-    monkeypatch.setattr("kvote.cli.ask.Document", None)
+    monkeypatch.setattr("kvote.cli.reading.Document", None)
     assert main(["ask", *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"kvote: {sentence}")
