@@ -41,52 +41,15 @@ def decode(
         checks.angles_fit(angles, count, dim)
         cos, sin = (a.float().contiguous() for a in angles)
         pairs = cos.shape[-1]
+    pools = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), TYPES[keys.dtype], *lanes.address, groups, dim)
+    turned = (cos.data_ptr(), sin.data_ptr(), pairs, interleaved)
+    rest = (scale, softcap or 0.0, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     if ends is not None:
         checks.ends_of(ends, tokens, lanes)
-        _cpu.decode_ragged(
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            TYPES[keys.dtype],
-            *lanes.address,
-            groups,
-            dim,
-            start,
-            count,
-            ends,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            pairs,
-            interleaved,
-            scale,
-            softcap or 0.0,
-            out.data_ptr(),
-            lse.data_ptr(),
-            torch.get_num_threads(),
-        )
+        _cpu.decode_ragged(*pools, start, count, ends, *turned, *rest)
         return out, lse
-    _cpu.decode(
-        query.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        TYPES[keys.dtype],
-        *lanes.address,
-        groups,
-        dim,
-        tokens.data_ptr() if isinstance(tokens, Tensor) else 0,
-        lanes.count // sequences,
-        start,
-        count,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        pairs,
-        interleaved,
-        scale,
-        softcap or 0.0,
-        out.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
+    listed = tokens.data_ptr() if isinstance(tokens, Tensor) else 0
+    _cpu.decode(*pools, listed, lanes.count // sequences, start, count, *turned, *rest)
     return out, lse
 
 
