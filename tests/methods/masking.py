@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import tiny
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
@@ -10,6 +11,19 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 # From a layer's index, its logits [b, heads, 1, n] and rotated query and keys [b, heads, ..., d] to the mask of what a
 # generated token sees, or None for everything.
 Masking = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+
+
+def model(groups: int = 2, layers: int = 4) -> PreTrainedModel:
+    """Two key heads of 16 channels, with ``groups`` query heads each."""
+    heads = 2 * groups
+    return tiny.model(num_hidden_layers=layers, hidden_size=16 * heads, num_attention_heads=heads, head_dim=16)
+
+
+def run(net: PreTrainedModel, method: Any, rows: int = 2, *, prompt: int, steps: int) -> tuple[Any, Tensor]:
+    """The cache after a prompt and some generated tokens, and the logits of these."""
+    cache, tokens = tiny.cache(net, method), tiny.ids(rows, prompt + steps)
+    tiny.feed(net, cache, tokens[:, :prompt])
+    return cache, tiny.feed(net, cache, tokens[:, prompt:], passes=1)
 
 
 def top(logits: Tensor, k: int) -> Tensor:

@@ -1,14 +1,15 @@
 """DELTA: the proofs of its card (arXiv 2510.09883)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import masking
 import pytest
 import tiny
 import torch
 from masking import decoded
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvote import MethodError
 from kvote.method import parse
@@ -18,18 +19,8 @@ from kvote.store.raw import RawSegment
 
 PROMPT, STEPS, PAGES, RECENT, PAGE = 86, 6, 6, 2, 4
 SPEC = f"pages={PAGES}, recent={RECENT}, page={PAGE}"
-
-
-def model(layers: int = 6, groups: int = 2) -> PreTrainedModel:
-    heads = 2 * groups
-    return tiny.model(num_hidden_layers=layers, hidden_size=16 * heads, num_attention_heads=heads, head_dim=16)
-
-
-def run(net: PreTrainedModel, method: str, rows: int = 2) -> tuple[Any, Tensor]:
-    """The cache after a prompt and some generated tokens, and the logits of these."""
-    cache, tokens = tiny.cache(net, method), tiny.ids(rows, PROMPT + STEPS)
-    tiny.feed(net, cache, tokens[:, :PROMPT])
-    return cache, tiny.feed(net, cache, tokens[:, PROMPT:], passes=1)
+run = partial(masking.run, prompt=PROMPT, steps=STEPS)
+model = partial(masking.model, layers=6)
 
 
 def strongest(logits: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import masking
 import pytest
 import tiny
 import torch
 from calibrated import channels, double_sparsity
-from masking import decoded, top
+from masking import decoded, model, top
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import kvote
 from kvote import InputError, MethodError
@@ -26,18 +28,7 @@ from kvote.read.tokens import Activity, PlainReader, Queries, Reading, Span, eve
 from kvote.store.raw import RawSegment
 
 PROMPT, STEPS, K = 60, 6, 9
-
-
-def model(groups: int = 2, layers: int = 4) -> PreTrainedModel:
-    heads = 2 * groups
-    return tiny.model(num_hidden_layers=layers, hidden_size=16 * heads, num_attention_heads=heads, head_dim=16)
-
-
-def run(net: PreTrainedModel, method: Any, rows: int = 2) -> tuple[Any, Tensor]:
-    """The cache after a prompt and some generated tokens, and the logits of these."""
-    cache, tokens = tiny.cache(net, method), tiny.ids(rows, PROMPT + STEPS)
-    tiny.feed(net, cache, tokens[:, :PROMPT])
-    return cache, tiny.feed(net, cache, tokens[:, PROMPT:], passes=1)
+run = partial(masking.run, prompt=PROMPT, steps=STEPS)
 
 
 def published(order: dict[int, Any], r: int, dense_layers: int) -> Any:

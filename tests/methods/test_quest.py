@@ -1,31 +1,21 @@
 """Quest: the proofs of its card (arXiv 2406.10774)."""
 
+from functools import partial
 from typing import Any
 
+import masking
 import pytest
 import tiny
 import torch
-from masking import decoded, top
+from masking import decoded, model, top
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvote import MethodError
 from kvote.method import parse
 from kvote.methods import quest
 
 PROMPT, STEPS = 90, 9
-
-
-def model(groups: int = 2, layers: int = 4) -> PreTrainedModel:
-    heads = 2 * groups
-    return tiny.model(num_hidden_layers=layers, hidden_size=16 * heads, num_attention_heads=heads, head_dim=16)
-
-
-def run(net: PreTrainedModel, method: str, rows: int = 2) -> tuple[Any, Tensor]:
-    """The cache after a prompt and some generated tokens, and the logits of these."""
-    cache, tokens = tiny.cache(net, method), tiny.ids(rows, PROMPT + STEPS)
-    tiny.feed(net, cache, tokens[:, :PROMPT])
-    return cache, tiny.feed(net, cache, tokens[:, PROMPT:], passes=1)
+run = partial(masking.run, prompt=PROMPT, steps=STEPS)
 
 
 def published(pages: int, page: int, dense_layers: int) -> Any:

@@ -1,13 +1,14 @@
 """TidalDecode: the proofs of its card (arXiv 2410.05076)."""
 
+from functools import partial
 from typing import Any
 
+import masking
 import pytest
 import tiny
 import torch
 from masking import decoded, top
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from kvote import MethodError, kernels
 from kvote.keep.evict import sinks_and_recent
@@ -17,18 +18,8 @@ from kvote.read.tokens import TokenSet
 from kvote.store.raw import RawSegment
 
 PROMPT, STEPS, K = 60, 6, 9
-
-
-def model(layers: int = 6, groups: int = 2) -> PreTrainedModel:
-    heads = 2 * groups
-    return tiny.model(num_hidden_layers=layers, hidden_size=16 * heads, num_attention_heads=heads, head_dim=16)
-
-
-def run(net: PreTrainedModel, method: str, rows: int = 2) -> tuple[Any, Tensor]:
-    """The cache after a prompt and some generated tokens, and the logits of these."""
-    cache, tokens = tiny.cache(net, method), tiny.ids(rows, PROMPT + STEPS)
-    tiny.feed(net, cache, tokens[:, :PROMPT])
-    return cache, tiny.feed(net, cache, tokens[:, PROMPT:], passes=1)
+run = partial(masking.run, prompt=PROMPT, steps=STEPS)
+model = partial(masking.model, layers=6)
 
 
 def published(first: int, reselect: int) -> Any:
@@ -89,7 +80,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RawSegment, Tensor, Tok
 
 
 def test_positions_persist_from_a_selecting_layer_to_the_next(reads):
-    net = model(8)
+    net = model(layers=8)
     cache = tiny.cache(net, f"tidaldecode(top_k={K}, first=1, reselect=4)")
     tokens = tiny.ids(2, PROMPT + STEPS)
     tiny.feed(net, cache, tokens[:, :PROMPT])
@@ -111,7 +102,7 @@ def test_positions_persist_from_a_selecting_layer_to_the_next(reads):
 @pytest.mark.parametrize("layers", [6, 9])
 @pytest.mark.parametrize(("reselect", "selections"), [(4, 2), (0, 1)])
 def test_tokens_are_chosen_once_or_twice_per_step_however_deep_the_model(monkeypatch, layers, reselect, selections):
-    net, calls, top_k = model(layers), [], kernels.top_k
+    net, calls, top_k = model(layers=layers), [], kernels.top_k
     monkeypatch.setattr(kernels, "top_k", lambda votes, k: (calls.append(k), top_k(votes, k))[1])
     run(net, f"tidaldecode(top_k={K}, reselect={reselect})", rows=1)
     assert calls == [K] * selections * STEPS
@@ -240,6 +231,6 @@ def test_parameters_that_make_no_sense_are_refused(spec, sentence):
     ],
 )
 def test_models_with_too_few_layers_are_refused(spec, sentence):
-    net = model(3)
+    net = model(layers=3)
     with pytest.raises(MethodError, match=sentence):
         tiny.feed(net, tiny.cache(net, spec), tiny.ids(1, 5))
