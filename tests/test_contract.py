@@ -121,7 +121,11 @@ STAYS_ENCODED = (METHODS["think"], METHODS["think-tidaldecode"], METHODS["xkv"],
 COLUMNS = 70
 
 
-@pytest.fixture(params=METHODS.values(), ids=METHODS)
+# What keeps and reads everything does little that the same method does not do with a small budget.
+SLOW = {name: pytest.mark.slow for name in METHODS if name.endswith("-all")}
+
+
+@pytest.fixture(params=[pytest.param(spec, id=name, marks=SLOW.get(name, ())) for name, spec in METHODS.items()])
 def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str | Callable[[PreTrainedModel], Method]:
     if callable(request.param):
         return request.param
@@ -166,8 +170,17 @@ def more(rows: int, mask: Tensor | None, columns: int = 3, seed: int = 9) -> tup
     return tiny.ids(rows, columns, seed), longer
 
 
-@SHARING
-@pytest.mark.parametrize("passes", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("net", "passes"),
+    [
+        pytest.param(
+            sharing, passes, id=f"{passes}-gqa{sharing}", marks=() if sharing == 4 or passes == 7 else pytest.mark.slow
+        )
+        for sharing in (1, 4, 7)
+        for passes in (1, 7, 64)
+    ],
+    indirect=["net"],
+)
 def test_one_shot_equals_passes(net, method, batch, passes):
     tokens, mask = batch
     whole, parts = tiny.cache(net, method), tiny.cache(net, method)
