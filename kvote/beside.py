@@ -9,7 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kvote.groups import Group
 
-# What ``Keeper.beside`` and ``Reader.beside`` may name.
+# What the ``beside`` of ``needs`` may name.
 IDS, HIDDEN = "token ids", "hidden states"
 
 

@@ -72,7 +72,7 @@ class Cache(TransformersCache):
             layers.append(held)
         super().__init__(layers=layers)
         # Held, not used.
-        self._watch = watch(model) if self.method.beside else None
+        self._watch = watch(model) if self.method.needs.beside else None
         # Where a pass begins and ends: of the layers that count columns, and of all that take part.
         self._ends = (min(ours), max(ours))
         self._counting = [index for index, layer in enumerate(layers) if columns_of(layer) is not None]

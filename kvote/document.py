@@ -237,7 +237,7 @@ class Document:
     def _read(self) -> None:
         """Puts the document, and nothing else, into the cache."""
         begin = time.perf_counter()
-        asked = self._queries if self.cache.method.keep.drops else None
+        asked = self._queries if self.cache.method.keep.offers.drops else None
         if self._library is not None and asked is None:
             self.cache = self._library.read(self)
             self.prefill_seconds = time.perf_counter() - begin

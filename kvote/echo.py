@@ -26,7 +26,7 @@ def read_again(
     InputError for other ids, or where tokens have been dropped already. Interrupted, the cache refuses to go on until
     it is reset.
     """
-    size, columns = cache.method.keep.echo, cache.get_seq_length()
+    size, columns = cache.method.keep.needs.echo, cache.get_seq_length()
     if not size:
         return
     rows = cache.managed[0].sequences

@@ -76,7 +76,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         self.rotary = rotary
         # Whether the method has to know at which positions keys were rotated.
         self.needs_positions = rotated and layer.method.needs_rope
-        self.beside = layer.method.beside
+        self.beside = layer.method.needs.beside
 
     def step(
         self,
@@ -127,7 +127,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return not self.layer.method.keep.drops or self.record_past
+        return not self.layer.method.keep.offers.drops or self.record_past
 
     @property
     def record_past(self) -> bool:
