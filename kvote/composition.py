@@ -4,6 +4,7 @@ in the docs is made from this, by trying."""
 from collections.abc import Callable
 from typing import NamedTuple
 
+from kvote.beside import HIDDEN, IDS, MARKS
 from kvote.keep.keeper import Keeper
 from kvote.needs import Keys
 from kvote.read.tokens import Reader
@@ -107,6 +108,10 @@ RULES = (
     Rule(
         lambda of: bool(of.store.needs.beside),
         "a store is shown queries, keys and values, and nothing besides",
+    ),
+    Rule(
+        lambda of: bool((of.keep.needs.beside | of.read.needs.beside) - {IDS, HIDDEN, MARKS}),
+        "a part asks for more of a pass than its token ids, hidden states and marks",
     ),
 )
 

@@ -1,9 +1,10 @@
 """Phase: what a forward pass is to the text of one row. Decided here, carried with the pass, asked everywhere else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvote.beside import Beside
+from kvote.marked import Marked
 
 _DRAFTS = 32
 
@@ -27,6 +28,8 @@ class Turn:
 
     end: int = 0
     question_follows: bool = False
+    # Spans of the text that have names.
+    marked: Marked = field(default_factory=Marked)
     # What the running pass brings beside queries, keys and values, where the method needs it.
     beside: Beside | None = None
 

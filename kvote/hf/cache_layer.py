@@ -102,7 +102,8 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         phase = self.turn.phase(seen, t, layer.method.read.tail, drafts=layer.record_past)
         beside = None
         if self.beside:
-            beside = taken(self.turn, self.beside, layer.method.spec, len(query), t, columns)
+            new = range(seen, seen + t)
+            beside = taken(self.turn, self.beside, layer.method.spec, len(query), new, columns, query.device)
         return Step(
             query, key, value, positions, valid, phase.solo, logits, sinks, past, phase.decode, phase.ahead, beside
         )

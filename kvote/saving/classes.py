@@ -105,6 +105,8 @@ register(
 )
 register("layout", "kvote.prompt:Layout")
 register("turn", "kvote.hf.cache_layer:Turn", "beside")
+register("marked", "kvote.marked:Marked")
+register("beside", "kvote.beside:Beside")
 register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
 register("activity", "kvote.read.tokens:Activity")
