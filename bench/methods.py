@@ -93,7 +93,7 @@ def from_drop_to_drop(
 def drops(layers: list[Layer | HeadGroups]) -> bool:
     """Whether they let go of tokens while generating."""
     keepers = [part.method.keep for layer in layers for part in layer.parts]
-    return any(keep.drops and keep.while_generating for keep in keepers)
+    return any(keep.offers.drops and keep.offers.drops_generated for keep in keepers)
 
 
 def measure(subject: Subject, held: Held, sweep: Sweep, rounds: int, made_up: MadeUp) -> dict[str, Any] | str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from kvote.beside import MARKS
 from kvote.cache import Cache
 from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
 from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_finite
@@ -99,6 +100,7 @@ class Responder:
         """A sentence that names the first layer that gives what is no number, found by reading ``ids`` again."""
         again, fine = Cache(self.model, cache.method), True
         again.expect(ids.shape[1])
+        again.turn.marked = cache.turn.marked
         with torch.no_grad(), where_not_finite(self.model) as found:
             for part in passes(ids, self.model, self.tokens_per_pass):
                 output = self.model(input_ids=part, past_key_values=again, use_cache=True, logits_to_keep=1)
@@ -112,6 +114,14 @@ class Responder:
             f"{type(self.model).__name__} gave NaN or infinite logits: {where}; check its weights and load it in "
             "float32 or bfloat16."
         )
+
+
+def mark_next(cache: Cache, name: str, stop: int) -> None:
+    """Marks what ``cache`` reads next, up to column ``stop``, where its method asks for marks."""
+    start = cache.get_seq_length()
+    if MARKS in cache.method.needs.beside and start < stop:
+        cache.turn.marked = cache.turn.marked.until(start)
+        cache.mark_span(name, start, stop)
 
 
 def takes_back(cache: Cache) -> bool:

@@ -30,7 +30,7 @@ def pad_past(layer: "Layer", past: Tensor | None) -> None:
     past = everything if past is None else past
     if torch.equal(known, past):
         return
-    if layer.method.keep.drops or layer.others_drop or bool((past & ~known).any()):
+    if layer.keeps.drops or layer.others_drop or bool((past & ~known).any()):
         raise InputError(
             f"The attention mask changed for tokens that {layer.method.spec} has already read; pass the same mask "
             "as before, or start anew with cache.reset()."

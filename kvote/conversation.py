@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from kvote.answering import COMPLETING, TALKING, Answer, Responder, copied, takes_back
+from kvote.answering import COMPLETING, TALKING, Answer, Responder, copied, mark_next, takes_back
 from kvote.cache import Cache
 from kvote.errors import InputError, KvoteError
 from kvote.hf.settings import settings_of
@@ -135,6 +135,7 @@ class Conversation:
         spare = None if takes_back(self.cache) else copied(self.cache)
         try:
             self.cache.expect(ids.shape[1] - before)
+            mark_next(self.cache, "question", ids.shape[1])
             # The last pass is left to generate().
             size = self._responder.tokens_per_pass
             whole = before + (ids.shape[1] - before - 1) // size * size

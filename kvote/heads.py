@@ -123,11 +123,11 @@ def in_groups(
     split = method.keep.split(index, kv_heads)
     if split is None:
         return None
-    groups = []
+    groups, drops = [], method.keep.offers.drops
     for share in split:
         if share.heads:
             own = _of(share, method)
-            layer = Layer(index, own, rope, share.sharers or layers, others_drop=method.keep.drops, passes=passes)
+            layer = Layer(index, own, rope, share.sharers or layers, others_drop=drops, passes=passes)
             groups.append(HeadGroup(share.heads, layer))
     return HeadGroups(index, method, groups)
 

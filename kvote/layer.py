@@ -70,16 +70,21 @@ class Layer:
     changes: int = 0
     # Bytes held when they were last counted.
     counted: int = 0
-    # Whether a generated token may be stored and answered in one call of the reader, and the rotation it needs.
+    # Whether a generated token may be stored and answered in one call of the reader.
     steps: bool = False
     # Who counts what generated tokens read; nobody unless asked for.
     reads: Reads | None = field(default=None, repr=False)
-    _turns: Rope | None = field(default=None, repr=False)
     record: Record = field(init=False)
 
     def __post_init__(self) -> None:
         self.record = Record(self.method.keep)
         self.number = self.crew.add(self)
+        # What the parts of the method say of themselves is asked once.
+        self.keeps = self.method.keep.offers
+        self._turns = self.rope if self.method.unrotated else None
+        self._hears = self.method.keep.needs.echo > 0
+        self._looks_across = self.method.read.needs.equal_layers
+        self._shares = self.method.store.offers.shares_layers
 
     @property
     def parts(self) -> "list[Layer]":
@@ -119,20 +124,19 @@ class Layer:
                 step.key.shape[1],
                 step.key,
                 step.value.shape[3],
-                self.rope if self.method.needs_raw_keys else None,
+                self._turns,
             )
             self.segment.add_sequences(step.key.shape[0])
-            if isinstance(self.segment, Indexed) and self.method.store.indexed:
-                for index in self.method.read.indexes:
+            if isinstance(self.segment, Indexed) and self.method.store.offers.as_made:
+                for index in self.method.read.needs.indexes:
                     self.segment.add_index(index, self.index)
             self.memory = self.method.read.new_memory()
             self.record.memory = self.method.keep.new_memory()
             self.reserve()
             check_budget(self)
-            self._turns = self.rope if self.method.needs_raw_keys else None
             # What a class inherits may not hold for what it changes.
             offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
-            self.steps = offered and type(self.method.keep) is KeepAll and not self.method.beside
+            self.steps = offered and type(self.method.keep) is KeepAll and not self.method.needs.beside
         return self.segment
 
     def budget(self, row: int) -> int | None:
@@ -152,14 +156,13 @@ class Layer:
         """Announces ``tokens`` columns."""
         self.expected = tokens
         # Where layers share a budget, only the one at work holds a whole prompt.
-        if not self.method.keep.cascades:
+        if not self.keeps.cascades:
             self.reserve()
 
     @outside_inference
     def reserve(self) -> None:
         """Sets memory aside for the tokens expected, unless the method drops most of them on the way."""
-        keep = self.method.keep
-        if self.segment is not None and self.expected and (keep.waits or not keep.drops):
+        if self.segment is not None and self.expected and (self.keeps.waits or not self.keeps.drops):
             self.segment.reserve(self.expected)
             self.expected = 0
 
@@ -181,7 +184,7 @@ class Layer:
     def run(self, step: Step) -> Tensor:
         """As ``attend``, for a caller that sees to interruptions."""
         segment, again = self.start(step), self.passes.repeats
-        if again is None and self.method.keep.due(self.record.memory):
+        if self._hears and again is None and self.method.keep.due(self.record.memory):
             raise unheard(self.method.spec)
         if self.expected:
             self.reserve()
@@ -197,7 +200,7 @@ class Layer:
             pad_past(self, step.past)
         remember_columns(self, step.valid, b, t)
         raw_key, raw_query = step.key, None
-        rope = self.rope if self.method.needs_raw_keys else None
+        rope = self._turns
         if rope is not None:
             angles = rope.angles(step.positions, step.key.dtype)
             raw_key, raw_query = rope.undo(step.key, angles), rope.undo(step.query, angles)
@@ -223,7 +226,7 @@ class Layer:
                 rope=rope,
                 activity=self.activity,
                 memory=self.memory,
-                memories=[layer.memory for layer in self.crew.layers] if self.method.read.crosses_layers else (),
+                memories=[layer.memory for layer in self.crew.layers] if self._looks_across else (),
                 number=self.number,
                 logits=step.logits,
                 beside=None if step.beside is None else step.beside.of(group),
@@ -312,19 +315,19 @@ class Layer:
     def drop(self) -> bool:
         """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep, here and in the
         layers before whose share of a budget that has changed. Says whether it saw or dropped anything."""
-        keeper = self.method.keep
-        if self.segment is None or not keeper.drops:
+        keeps = self.keeps
+        if self.segment is None or not keeps.drops:
             return False
         shown = self.record.settle([self.segment.length(row) for row in range(self.sequences)])
         if shown:
             self.shown = self.seen
-        if shown and keeper.adds_up:
+        if shown and keeps.adds_up:
             self.settled = self.seen
-        if keeper.waits and self.ahead:
+        if keeps.waits and self.ahead:
             return shown
         prompted, self.prompted = self.prompted, False
         # Generated tokens change nothing in other layers.
-        first = 0 if keeper.cascades and prompted else self.number
+        first = 0 if keeps.cascades and prompted else self.number
         asked = self.crew.layers[first : self.number + 1]
         dropped = [layer.drop_own(self.number + 1, generated=not prompted) for layer in asked]
         return shown or any(dropped)
@@ -336,9 +339,9 @@ class Layer:
         if self.segment is None:
             return False
         before = self.activity.dropped
-        memories = [layer.record.memory for layer in self.crew.layers] if self.method.keep.cascades else ()
-        rope = None if self.method.needs_raw_keys else self.rope
-        uneven = getattr(self.method.keep, "uneven", False)
+        memories = [layer.record.memory for layer in self.crew.layers] if self.keeps.cascades else ()
+        rope = self.rope if self._turns is None else None
+        uneven = self.method.keep.needs.uneven_heads
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
             budget = length if budget is None else budget
@@ -361,7 +364,7 @@ class Layer:
     def seal_all(self) -> bool:
         """Seals, unless later layers may still take tokens from this one: then all are sealed after the last. Says
         whether anything was encoded."""
-        if not self.method.keep.cascades:
+        if not self.keeps.cascades:
             return self.seal()
         if self.number == len(self.crew.layers) - 1:
             return sum(layer.seal() for layer in self.crew.layers) > 0
@@ -373,7 +376,7 @@ class Layer:
         if self.segment is None:
             return False
         encoded = self.segment.seal(self.ahead)
-        if self.method.store.spans_layers:
+        if self._shares:
             segments = [layer.segment for layer in self.crew.layers]
             encoded |= self.method.store.after_layer(segments, self.number, self.ahead)
         if encoded:

@@ -44,7 +44,7 @@ def take_back(layer: "Layer", lengths: list[int], ahead: int | None) -> None:
     forgotten, and passes that it has not been shown are cut."""
     assert layer.segment is not None
     # What was heard of a prompt that was read again outlives a crop.
-    if not (layer.method.keep.adds_up or layer.method.keep.echo) and ahead is None:
+    if not (layer.keeps.adds_up or layer.method.keep.needs.echo) and ahead is None:
         layer.record.memory = layer.method.keep.new_memory()
     # Before the tokens go: what remains of a pass may be listed together with them.
     layer.record.settle(lengths)

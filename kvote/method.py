@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ParamSpec
 
 from kvote.calibration.file import Calibration
@@ -17,6 +18,7 @@ from kvote.composition import conflict
 from kvote.errors import KvoteError, MethodError
 from kvote.keep.keeper import Keeper
 from kvote.keep.policies import KeepAll
+from kvote.needs import Cuts, Keys, Needs
 from kvote.read.tokens import Everything, Reader
 from kvote.store.raw import Raw
 from kvote.store.segment import Store
@@ -45,26 +47,30 @@ class Method:
         if reason is not None:
             raise MethodError(f"{self.spec}: {reason}.")
 
-    @property
-    def needs_raw_keys(self) -> bool:
-        """Whether keys are held at position 0 and rotated when they are read."""
-        return self.read.needs_raw_keys or self.store.needs_raw_keys
+    @cached_property
+    def needs(self) -> Needs:
+        """What its parts need together."""
+        return self.keep.needs | self.store.needs | self.read.needs
 
-    @property
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where a prefix may be cut without changing what follows."""
+        return self.keep.offers.cuts & self.store.offers.cuts & self.read.offers.cuts
+
+    @cached_property
+    def unrotated(self) -> bool:
+        """Whether keys are held at position 0 and rotated when they are read."""
+        return self.needs.keys is Keys.UNROTATED
+
+    @cached_property
     def spans_layers(self) -> bool:
         """Whether what happens in one layer changes what others hold."""
-        return self.keep.cascades or self.store.spans_layers
+        return self.keep.offers.cascades or self.store.offers.shares_layers
 
     @property
     def needs_rope(self) -> bool:
         """Whether the model's rotation has to be known."""
-        return self.needs_raw_keys or self.keep.needs_rope
-
-    @property
-    def beside(self) -> frozenset[str]:
-        """What it needs of a pass beside queries, keys and values (``kvote.beside``)."""
-        none: frozenset[str] = frozenset()
-        return none.union(*(getattr(part, "beside", none) for part in (self.keep, self.read)))
+        return self.unrotated or self.needs.rotation
 
     def __or__(self, other: "Method") -> "Method":
         parts: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from kvote.cache import Cache
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer
 from kvote.hf.model import innermost, name_of
-from kvote.hf.prepacked import Prepacked
+from kvote.prepacked import Prepacked
 
 
 @torch.inference_mode()

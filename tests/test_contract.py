@@ -230,7 +230,7 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
     cache = tiny.cache(net, method)
     tiny.feed(net, cache, tokens, mask)
     dropped = sum(layer.dropped for layer in cache.report().layers)
-    if cache.is_croppable or (dropped == 0 and not cache.method.keep.adds_up):
+    if cache.is_croppable or (dropped == 0 and not cache.method.keep.offers.adds_up):
         cache.crop(-40)
         assert cache.get_seq_length() == COLUMNS - 40
         return
@@ -260,7 +260,7 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
     tiny.feed(net, fresh, tokens[:, :40], cut(mask, 40))
     extra, longer = more(3, cut(mask, 40))
     got = tiny.feed(net, cache, extra, longer)
-    if cache.method.store.regroups and method != METHODS["kivi-all"]:
+    if cache.method.store.needs.lasting and method != METHODS["kivi-all"]:
         # More of the tokens that are left is encoded than if the others had never been there.
         assert bool(got.isfinite().all())
         assert cache.get_seq_length() == 43

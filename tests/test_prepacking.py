@@ -9,7 +9,7 @@ import torch
 
 import kvote
 from kvote import InputError, UnsupportedModelError
-from kvote.hf.prepacked import Prepacked, bins_of
+from kvote.prepacked import Prepacked, bins_of
 
 PADS = [0, 61, 30, 69, 55, 30, 0]
 METHODS = [

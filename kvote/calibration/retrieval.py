@@ -19,6 +19,7 @@ from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
 from kvote.method import Method
+from kvote.needs import KeeperOffers
 
 # The published search: so many random tokens, said so many times.
 PERIOD, TIMES = 2500, 4
@@ -93,8 +94,11 @@ class Retrieval(Plain):
     tokens again and again."""
 
     period: int
-    # Only those that may drop tokens are shown what was read.
-    drops: bool = field(default=True, init=False)
+
+    @property
+    def offers(self) -> KeeperOffers:
+        # Only those that may drop tokens are shown what was read.
+        return KeeperOffers(drops=True)
 
     @property
     def budget(self) -> Budget | None:

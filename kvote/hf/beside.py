@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from kvote.beside import HIDDEN, IDS, Beside
+from kvote.beside import HIDDEN, IDS, MARKS, Beside
 from kvote.errors import InputError
 from kvote.hf.compiling import uncompiled
 from kvote.phase import Turn
@@ -49,9 +49,17 @@ def watch(model: torch.nn.Module) -> Watch:
     return found
 
 
-def taken(turn: Turn, needs: frozenset[str], spec: str, rows: int, columns: int, at: tuple[int, int] | None) -> Beside:
-    """What was noted for ``columns`` new columns of ``rows`` sequences. ``at``: of a batch of several caches, the
-    columns that belong to this one.
+def taken(
+    turn: Turn,
+    needs: frozenset[str],
+    spec: str,
+    rows: int,
+    columns: range,
+    at: tuple[int, int] | None,
+    device: torch.device,
+) -> Beside:
+    """What was noted for the new ``columns`` of ``rows`` sequences. ``at``: of a batch of several caches, the columns
+    that belong to this one.
 
     Raises InputError where something that the method ``needs`` is missing.
     """
@@ -61,12 +69,20 @@ def taken(turn: Turn, needs: frozenset[str], spec: str, rows: int, columns: int,
     found = {IDS: noted.ids, HIDDEN: noted.hidden}
     if at is not None:
         found = {name: None if x is None else x[:, slice(*at)] for name, x in found.items()}
-    for name in sorted(needs):
+    for name in sorted(needs & found.keys()):
         x = found[name]
-        if x is None or x.shape[:2] != (rows, columns):
+        if x is None or x.shape[:2] != (rows, len(columns)):
             how = "call the model with input_ids, not with inputs_embeds" if name == IDS else "use another method"
             raise InputError(f"{spec} needs the {name} of all tokens, which this pass does not show; {how}.")
-    return Beside(*(found[name] if name in needs else None for name in (IDS, HIDDEN)))
+    ids, hidden = (found[name] if name in needs else None for name in (IDS, HIDDEN))
+    if MARKS not in needs:
+        return Beside(ids, hidden)
+    if not turn.marked:
+        raise InputError(
+            f"{spec} needs to know what spans of the text are, and none is marked; call cache.mark_span(name, start, "
+            "stop) before they are read."
+        )
+    return Beside(ids, hidden, turn.marked.shown(rows, columns, device))
 
 
 @uncompiled

@@ -76,7 +76,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         self.rotary = rotary
         # Whether the method has to know at which positions keys were rotated.
         self.needs_positions = rotated and layer.method.needs_rope
-        self.beside = layer.method.beside
+        self.beside = layer.method.needs.beside
 
     def step(
         self,
@@ -102,7 +102,8 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         phase = self.turn.phase(seen, t, layer.method.read.tail, drafts=layer.record_past)
         beside = None
         if self.beside:
-            beside = taken(self.turn, self.beside, layer.method.spec, len(query), t, columns)
+            new = range(seen, seen + t)
+            beside = taken(self.turn, self.beside, layer.method.spec, len(query), new, columns, query.device)
         return Step(
             query, key, value, positions, valid, phase.solo, logits, sinks, past, phase.decode, phase.ahead, beside
         )
@@ -127,7 +128,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return not self.layer.method.keep.drops or self.record_past
+        return not self.layer.method.keep.offers.drops or self.record_past
 
     @property
     def record_past(self) -> bool:

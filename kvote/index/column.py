@@ -1,6 +1,6 @@
 """Index: a column derived from the keys of a segment, which offers scores or candidates.
 
-A reader says which it needs (``Reader.indexes``) and asks the segment's by name. The numbers lie in the segment's pool,
+A reader says which it needs (``Reader.needs``) and asks the segment's by name. The numbers lie in the segment's pool,
 a part beside keys and values, so they follow their pages wherever these go: append, drop, crop, copies, interruptions,
 and the count of bytes.
 """

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvote.keep.budget import Budget
 from kvote.keep.observation import Observation
+from kvote.needs import KeeperOffers, Needs
 from kvote.read.tokens import Queries
 from kvote.rope import Rope
 from kvote.store.segment import Logits, Segment
@@ -105,44 +106,18 @@ class Remembered(Protocol):
 class Keeper(Protocol):
     """Decides which tokens of a sequence stay after a pass, all its key heads equally many.
 
-    ``budget``: how many at most, None for no limit. ``drops``: whether it ever lets one go; ``waits``: not before the
-    end of an announced prompt. ``per_head``: whether key heads may keep different tokens. ``adds_up``: whether what it
-    has observed cannot be taken back, so that a rollback must have been announced even where nothing was dropped.
-    ``token_bytes``: what it remembers for good, in bytes per token and key head. ``while_generating``: whether
-    generated tokens, too, make it drop some that the store holds. ``per_layer``: whether layers may keep different
-    tokens. ``cascades``: whether what it observes in a layer changes what earlier layers may hold.
-    ``needs_plain_keys``: whether it works with keys as the model rotated them; ``needs_rope``: whether it takes that
-    rotation out of them itself. ``splits``: whether key heads of a layer may be groups with keepers of their own.
-    ``echo``: of how many tokens at a time it wants a prompt read again once that has ended (``kvote.echo``); 0: not at
-    all. A keeper may also have ``beside``: what it needs of a pass beside queries, keys and values (``kvote.beside``).
+    ``budget``: how many at most, None for no limit. ``token_bytes``: what it remembers for good, in bytes per token and
+    key head. ``needs`` and ``offers``: as ``kvote.needs`` has them.
     """
 
     @property
     def budget(self) -> Budget | None: ...
     @property
-    def drops(self) -> bool: ...
-    @property
-    def waits(self) -> bool: ...
-    @property
-    def per_head(self) -> bool: ...
-    @property
-    def adds_up(self) -> bool: ...
-    @property
     def token_bytes(self) -> int: ...
     @property
-    def while_generating(self) -> bool: ...
+    def needs(self) -> Needs: ...
     @property
-    def per_layer(self) -> bool: ...
-    @property
-    def cascades(self) -> bool: ...
-    @property
-    def needs_plain_keys(self) -> bool: ...
-    @property
-    def needs_rope(self) -> bool: ...
-    @property
-    def splits(self) -> bool: ...
-    @property
-    def echo(self) -> int: ...
+    def offers(self) -> KeeperOffers: ...
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         """Keepers for groups of the ``heads`` key heads of a layer, every head in one of them; None: one for all."""
@@ -159,7 +134,8 @@ class Keeper(Protocol):
     def observe(self, seen: Observation, memory: Any) -> None: ...
 
     def due(self, memory: Any) -> bool:
-        """Whether tokens stay above the budget only because the prompt has not been read again."""
+        """Whether tokens stay above the budget only because the prompt has not been read again. Asked of keepers with
+        an ``echo`` only."""
         ...
 
     def survivors(self, held: Held, memory: Any) -> Kept | None:

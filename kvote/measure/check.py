@@ -17,6 +17,7 @@ from kvote.kernels import reference
 from kvote.layer import Layer
 from kvote.measure.geometry import Geometry
 from kvote.method import Method
+from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Queries, Reading, Span, TokenSet
 from kvote.store.segment import Logits
 
@@ -133,7 +134,7 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     scoring = turned(raw, angles, slice(window, window + 1))
     first, last = ends
     # A sketch that only nominates leaves the last word to the keys.
-    law = votes(scoring, key[:, :, first : n - last], 0 if getattr(reader, "nominated", 0) else bits)
+    law = votes(scoring, key[:, :, first : n - last], 0 if isinstance(reader, HeadVotes) and reader.nominated else bits)
     found(name, index[first : len(index) - last - 1] - first, law)
     placed = turned(key[:, :, index].float(), angles, slice(0, len(index)))
     query = turned(raw, angles, slice(len(index) - 1, len(index)))

@@ -80,7 +80,7 @@ class _Probe:
         self.cache = kvote.Cache(self.model, method)
         self.cache.expect(key.shape[2])
         # Who drops or encodes looks at the end of a prompt first.
-        if method.keep.drops or not isinstance(method.store, Raw):
+        if method.keep.offers.drops or not isinstance(method.store, Raw):
             geometry.prompt(self.cache.managed, key, value)
             return
         for layer in self.cache.managed:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvote.errors import MethodError
+from kvote.needs import ReaderOffers
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Reading
 
@@ -22,9 +23,9 @@ class RandomTokens(HeadVotes):
             raise MethodError(f"seed must be a whole number; got {self.seed!r}.")
 
     @property
-    def grain(self) -> int | None:
+    def offers(self) -> ReaderOffers:
         # Lots are drawn for a whole pass.
-        return None
+        return ReaderOffers()
 
     @property
     def _fused(self) -> bool:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from kvote.beside import Beside
+from kvote.needs import ANYWHERE, NOTHING, Needs, ReaderOffers
 
 if TYPE_CHECKING:
-    from kvote.index.column import Index
     from kvote.rope import Rope
     from kvote.store.segment import Logits, Segment
 
@@ -132,8 +132,8 @@ class Reading:
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
-    unless the reader ``crosses_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
-    ``beside``: token ids and hidden states of the query rows, where the reader's ``beside`` names them.
+    unless the reader needs ``equal_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
+    ``beside``: token ids and hidden states of the query rows, where the reader's needs name them.
     """
 
     queries: Queries
@@ -183,33 +183,15 @@ class Memory(Protocol):
 
 
 class Reader(Protocol):
-    """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``indexes``:
-    the columns derived from keys that it scores with. ``tail``: the last tokens of a prompt that it treats one by one.
-    ``one_list``: all heads read the same slots, because they agreed on them, so these must be the same
-    tokens in every head. ``lists``: whether it picks single tokens. ``crosses_layers``: whether it reads in one layer
-    what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
-    model rotated them. ``pairs_by_layer``: which key head a query head belongs to follows from their places in the
-    whole layer. ``grain``: what its queries read in a prompt, in front of the tail, does not depend on what follows the
-    next multiple of so many tokens; None: it may."""
+    """Decides which tokens a query reads. ``tail``: the last tokens of a prompt that it treats one by one. ``needs``
+    and ``offers``: as ``kvote.needs`` has them."""
 
-    @property
-    def one_list(self) -> bool: ...
-    @property
-    def lists(self) -> bool: ...
-    @property
-    def crosses_layers(self) -> bool: ...
-    @property
-    def needs_raw_keys(self) -> bool: ...
-    @property
-    def needs_plain_keys(self) -> bool: ...
-    @property
-    def pairs_by_layer(self) -> bool: ...
-    @property
-    def indexes(self) -> "tuple[Index, ...]": ...
     @property
     def tail(self) -> int: ...
     @property
-    def grain(self) -> int | None: ...
+    def needs(self) -> Needs: ...
+    @property
+    def offers(self) -> ReaderOffers: ...
     def check(self, layers: int) -> None:
         """Raises MethodError if it cannot serve so many layers with full attention."""
         ...
@@ -219,43 +201,19 @@ class Reader(Protocol):
 
 
 class PlainReader:
-    """What a reader is unless it says otherwise: it remembers nothing, and takes keys as the model rotated them."""
-
-    @property
-    def one_list(self) -> bool:
-        return False
-
-    @property
-    def lists(self) -> bool:
-        return False
-
-    @property
-    def crosses_layers(self) -> bool:
-        return False
-
-    @property
-    def needs_raw_keys(self) -> bool:
-        return False
-
-    @property
-    def needs_plain_keys(self) -> bool:
-        return False
-
-    @property
-    def pairs_by_layer(self) -> bool:
-        return False
-
-    @property
-    def indexes(self) -> "tuple[Index, ...]":
-        return ()
+    """What a reader is unless it says otherwise: it remembers nothing, and needs nothing in particular."""
 
     @property
     def tail(self) -> int:
         return 0
 
     @property
-    def grain(self) -> int | None:
-        return None
+    def needs(self) -> Needs:
+        return NOTHING
+
+    @property
+    def offers(self) -> ReaderOffers:
+        return ReaderOffers()
 
     def check(self, layers: int) -> None:
         pass
@@ -278,12 +236,7 @@ def everything(reading: Reading) -> Span:
 class Everything(PlainReader):
     """Reads all tokens held, at their own positions: dense attention."""
 
-    # Whether key heads may hold different numbers of tokens.
-    uneven: bool = True
-
-    @property
-    def grain(self) -> int | None:
-        return 1
+    offers = ReaderOffers(uneven_heads=True, cuts=ANYWHERE)
 
     def step(
         self, token: Token, segment: Any, rope: "Rope | None", memory: "Memory | None", activity: Activity

@@ -38,7 +38,10 @@ def forms() -> Mapping[type, tuple[str, Form]]:
     return found
 
 
-_LAYER = "index method rope layers crew others_drop passes number counted steps reads _turns"
+_LAYER = (
+    "index method rope layers crew others_drop passes number counted steps reads keeps "
+    "_turns _hears _looks_across _shares"
+)
 
 
 def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, Any]:
@@ -102,6 +105,8 @@ register(
 )
 register("layout", "kvote.prompt:Layout")
 register("turn", "kvote.hf.cache_layer:Turn", "beside")
+register("marked", "kvote.marked:Marked")
+register("beside", "kvote.beside:Beside")
 register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
 register("activity", "kvote.read.tokens:Activity")

@@ -114,6 +114,7 @@ class PromptSegment:
     """
 
     indexes = NO_INDEXES
+    skips = False
 
     def __init__(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, encode: Encode | None = None, window: int = 0

@@ -16,6 +16,7 @@ from kvote import kernels
 from kvote.kernels import reference
 from kvote.kernels.packing import PACKED, Packing
 from kvote.memory import storage_bytes
+from kvote.needs import Needs, StoreOffers
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store import packed
@@ -33,6 +34,7 @@ class QuantisedSegment:
     rotated when they are read; without, as the model rotated them."""
 
     indexes = NO_INDEXES
+    skips = False
 
     def __init__(
         self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, bits: int, group: int, residual: int
@@ -527,13 +529,8 @@ class Quantised:
     bits: int
     group: int
     residual: int
-    needs_raw_keys: bool = False
-    needs_plain_keys: bool = False
-    lists: bool = True
-    regroups: bool = True
-    indexed: bool = False
-    spans_layers: bool = False
-    retains: bool = False
+    needs = Needs(lasting=True)
+    offers = StoreOffers()
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         sides = (Packing(self.bits, self.group, dim, dtype, are_keys) for are_keys in (True, False))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvote.kernels.contract import Choice, Row
+from kvote.needs import ANYWHERE, NOTHING, StoreOffers
 from kvote.read.tokens import Queries, Token, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
@@ -253,19 +254,11 @@ class RawSegment(RawTokens):
 class Raw:
     """Tokens are held as the model made them."""
 
-    needs_raw_keys: bool = False
-    lists: bool = True
-    regroups: bool = False
-    needs_plain_keys: bool = False
-    indexed: bool = True
-    spans_layers: bool = False
-    retains: bool = False
+    needs = NOTHING
+    offers = StoreOffers(as_made=True, uneven_heads=True, cuts=ANYWHERE)
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         return token_bytes(dim, dim, dtype)
-
-    # Whether key heads may hold different numbers of tokens.
-    uneven: bool = True
 
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> RawSegment:
         from kvote.store.uneven import UnevenSegment

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvote.needs import Needs, StoreOffers
 from kvote.read.tokens import Queries, TokenSet
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Segment(Protocol):
     """``rows`` are sequences of equal length in this segment; tokens are named by their slot within the sequence."""
 
     heads: int
+    # Whether ``winners`` also takes ``skip``, bool [b]: sequences whose winners nobody will look at.
+    skips: bool
 
     @property
     def indexes(self) -> Mapping[str, Any]:
@@ -149,31 +152,16 @@ class Indexed(Segment, Protocol):
 
 
 class Store(Protocol):
-    """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
-    be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
-    with prompts and not while generating. ``needs_plain_keys``: it works with keys as the model rotated them.
-    ``retains``: tokens that are dropped stay, encoded.
-    ``indexed``: its segments are ``Indexed``. ``spans_layers``: layers share what they hold, so all their heads must
-    hold the same tokens."""
+    """Decides in which form tokens are held. ``needs`` and ``offers``: as ``kvote.needs`` has them."""
 
     @property
-    def needs_raw_keys(self) -> bool: ...
+    def needs(self) -> Needs: ...
     @property
-    def lists(self) -> bool: ...
-    @property
-    def regroups(self) -> bool: ...
-    @property
-    def indexed(self) -> bool: ...
-    @property
-    def needs_plain_keys(self) -> bool: ...
-    @property
-    def spans_layers(self) -> bool: ...
+    def offers(self) -> StoreOffers: ...
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None") -> Segment:
         """An empty segment for keys like ``like`` in size, dtype and device; with a ``rope``, at position 0."""
         ...
 
-    @property
-    def retains(self) -> bool: ...
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         """Bytes of a token of one key head once it is encoded, of ``heads`` of ``dim`` channels in the layer."""
         ...
@@ -182,6 +170,6 @@ class Store(Protocol):
         """After the pass of layer ``index`` among the ``segments`` of all layers, None where no token has come yet.
         Says whether anything was encoded.
 
-        Called of stores that ``spans_layers`` only.
+        Called of stores that offer ``shares_layers`` only.
         """
         ...

@@ -11,6 +11,7 @@ from kvote.keep.evict import Cut
 from kvote.keep.keeper import Held
 from kvote.keep.merge.merging import Tokens, assign, merged
 from kvote.keep.score.importance import Importance
+from kvote.needs import Needs
 from kvote.numbers import check_flags, is_number
 from kvote.read.tokens import Queries
 from kvote.rope import Rope
@@ -27,7 +28,6 @@ class IntoSimilar:
     threshold: float
     remove_positions: bool
     adds_up: bool = False
-    needs_plain_keys: bool = False
 
     def __post_init__(self) -> None:
         if not is_number(self.share) or self.share < 0:
@@ -37,8 +37,8 @@ class IntoSimilar:
         check_flags(self, "remove_positions")
 
     @property
-    def needs_rope(self) -> bool:
-        return self.remove_positions
+    def needs(self) -> Needs:
+        return Needs(rotation=self.remove_positions)
 
     def new_memory(self) -> None:
         return None

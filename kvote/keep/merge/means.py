@@ -12,6 +12,7 @@ from kvote.keep.keeper import Held
 from kvote.keep.score.recency import Recency
 from kvote.kernels import reference
 from kvote.memory import storage_bytes
+from kvote.needs import Keys, Needs
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
 
@@ -80,8 +81,7 @@ class IntoMean:
     # What has gone into a mean stays there: a crop must not forget it.
     adds_up: bool = True
     # The mean of keys that stand at position 0 is another one.
-    needs_plain_keys: bool = True
-    needs_rope: bool = False
+    needs = Needs(keys=Keys.ROTATED)
 
     def new_memory(self) -> Means:
         return Means()
