@@ -1,13 +1,9 @@
-"""Beside: what a pass brings along with queries, keys and values, for methods that say that they need it."""
+"""Inputs of a pass besides queries, keys and values, for methods that ask for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kvote.groups import Group
 
 # What ``Keeper.beside`` and ``Reader.beside`` may name.
 IDS, HIDDEN = "token ids", "hidden states"
@@ -21,17 +17,12 @@ class Beside:
     ids: Tensor | None = None
     hidden: Tensor | None = None
 
-    def of(self, group: "Group") -> "Beside":
-        """That of a group's rows, without padding."""
-        if group.is_everything:
-            return self
-        return self._each(lambda x: group.cut(x[:, None])[:, 0])
-
     def at(self, row: int, start: int, stop: int) -> "Beside":
-        """That of columns ``start`` to ``stop`` of one row."""
-        return self._each(lambda x: x[row : row + 1, start:stop])
+        """Columns ``start`` to ``stop`` of one row."""
+        return self.each(lambda x: x[row : row + 1, start:stop])
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
+        """Applies ``function`` to every tensor."""
         ids, hidden = (None if x is None else function(x) for x in (self.ids, self.hidden))
         return replace(self, ids=ids, hidden=hidden)
 

@@ -143,7 +143,7 @@ class Maker:
         self._objects: list[Any] = []
 
     def value(self, facts: Any, old: Any = None) -> Any:
-        """What ``facts`` describe. ``old``: what stands there now, which is filled if it is of the same class.
+        """The value that ``facts`` describe. ``old``: the value there now, which is filled if it is of the same class.
 
         Raises ValueError for facts that make no sense.
         """
@@ -223,7 +223,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def key(facts: Any) -> int | str:
-    """What may stand in a set, or before a colon."""
+    """A dictionary key or member of a set: a whole number or a text. Raises ValueError for others."""
     if isinstance(facts, str) or type(facts) is int:
         return facts
     raise ValueError("a key is neither a number nor a text")

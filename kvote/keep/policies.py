@@ -1,4 +1,4 @@
-"""What keepers answer unless they have something special to say, and the keeper that keeps everything."""
+"""Defaults of keepers, and the keeper that keeps everything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from kvote.store.segment import Logits
 
 
 class Plain:
-    """What keepers answer unless they have something special to say."""
+    """Defaults of keepers."""
 
     per_head = False
     adds_up = False
@@ -44,7 +44,7 @@ class Plain:
 
 
 class Blind(Plain):
-    """Those that look at no attention, so that all layers keep the same."""
+    """Keepers that look at no attention, so that all layers keep the same tokens."""
 
     per_layer = False
 
