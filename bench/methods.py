@@ -32,7 +32,8 @@ from kvote.measure import check
 from kvote.measure.clock import once
 from kvote.measure.geometry import Geometry
 from kvote.measure.sweep import Sweep
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.spec import parse
 
 PACKED, AS_IT_COMES, DENSE = "sdpa, packed", "sdpa as transformers calls it", "kvote dense"
 # Calls of a round; where generated tokens are dropped, so many at least, and the second number at most.

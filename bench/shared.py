@@ -16,7 +16,7 @@ from common import save, table
 from kvote.layer import Layer
 from kvote.measure.clock import Call, alternating
 from kvote.measure.geometry import Geometry
-from kvote.method import parse
+from kvote.spec import parse
 from kvote.store import common_prefix
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from common import RESULTS
 
 from kvote.errors import KvoteError
-from kvote.method import METHODS, Method, parse
+from kvote.method import METHODS, Method
+from kvote.spec import parse
 
 SHARES = (0.5, 0.25, 0.125, 0.0625)
 # Prompts of the embedded model, question included, are about this long.

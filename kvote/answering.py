@@ -20,14 +20,14 @@ from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_fin
 from kvote.report import Report
 from kvote.store.raw import Raw
 
-# Where nobody says how long an answer may be: of a model that was made to talk, and of one that goes on with a text.
+# Default lengths of an answer: of a chat model, and of a base model.
 TALKING, COMPLETING = 256, 32
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one question. Times are wall-clock; ``first_token_seconds`` includes the question.
-    ``report`` is that of the cache it was answered from."""
+    """The model's answer to one question. Times are wall-clock; ``first_token_seconds`` includes the question.
+    ``report`` is the report of the cache that answered it."""
 
     text: str
     token_ids: list[int]
@@ -62,8 +62,8 @@ class Responder:
         streamer: BaseStreamer | None = None,
         stopping: Sequence[Any] = (),
     ) -> Answer:
-        """What follows ``ids`` [1, n], of which ``cache`` holds the first; it holds the answer too afterwards, unless
-        several beams are searched, in a copy.
+        """Generates the answer that follows ``ids`` [1, n], of which ``cache`` holds the first. Afterwards the cache
+        holds the answer too, unless several beams are searched, in a copy.
 
         Raises InputError for options that make no sense, NotFiniteError, UnsupportedModelError if the model did not
         answer from the cache, and OutOfMemoryError.

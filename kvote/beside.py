@@ -1,14 +1,10 @@
-"""Beside: what a pass brings along with queries, keys and values, for methods that say that they need it."""
+"""Inputs of a pass besides queries, keys and values, for methods that ask for them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kvote.groups import Group
 
 # What the ``beside`` of ``needs`` may name.
 IDS, HIDDEN, MARKS = "token ids", "hidden states", "marks"
@@ -30,17 +26,12 @@ class Beside:
         assert self.marks
         return self.marks[name] if name in self.marks else torch.zeros_like(next(iter(self.marks.values())))
 
-    def of(self, group: "Group") -> "Beside":
-        """That of a group's rows, without padding."""
-        if group.is_everything:
-            return self
-        return self._each(lambda x: group.cut(x[:, None])[:, 0])
-
     def at(self, row: int, start: int, stop: int) -> "Beside":
-        """That of columns ``start`` to ``stop`` of one row."""
-        return self._each(lambda x: x[row : row + 1, start:stop])
+        """Columns ``start`` to ``stop`` of one row."""
+        return self.each(lambda x: x[row : row + 1, start:stop])
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
+        """Applies ``function`` to every tensor."""
         ids, hidden = (None if x is None else function(x) for x in (self.ids, self.hidden))
         marks = None if self.marks is None else {name: function(x) for name, x in self.marks.items()}
         return replace(self, ids=ids, hidden=hidden, marks=marks)

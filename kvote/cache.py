@@ -24,11 +24,12 @@ from kvote.hf.facts import facts_of, ropes_of
 from kvote.hf.model import native_layers
 from kvote.layer import Crew, Layer
 from kvote.marked import Marked
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.numbers import is_whole
 from kvote.passes import Passes
 from kvote.reads import Reads
 from kvote.report import LayerReport, Report
+from kvote.spec import parse
 from kvote.store.family import FORK
 
 # Positions are counted in 32 bits.
@@ -61,7 +62,7 @@ class Cache(TransformersCache):
         ours = facts.layers
         self.method.read.check(len(ours))
         ropes = ropes_of(ours) if self.method.needs_rope else {}
-        crew = Crew()
+        crew = Crew[Layer]()
         for index, held in enumerate(native_layers(model)):
             if index in ours:
                 fact = ours[index]

@@ -21,7 +21,7 @@ from kvote.stream import Stream
 
 @dataclass(frozen=True)
 class Turn:
-    """What was said, and what the model answered."""
+    """One question and the model's answer."""
 
     said: str
     answer: Answer
@@ -82,7 +82,8 @@ class Conversation:
         generation_config: GenerationConfig | None = None,
         **options: Any,
     ) -> Stream:
-        """As ``say``, for pieces of text as they come; closed early, the turn ends with what has been said."""
+        """Does what ``say`` does and yields pieces of text as they come; closed early, the turn ends with what has been
+        said."""
         said, settings = self._prepared(message, max_new_tokens, generation_config, options)
         return Stream(self.tokenizer, lambda pieces, end: self._say(message, said, settings, pieces, [end]))
 

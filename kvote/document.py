@@ -166,7 +166,8 @@ class Document:
         generation_config: GenerationConfig | None = None,
         **options: Any,
     ) -> Stream:
-        """As ``ask``, for pieces of text as they come; closed early, the document is as it was, too."""
+        """Does what ``ask`` does and yields pieces of text as they come; closed early, the document is as before,
+        too."""
         asked, settings = self._prepared(question, max_new_tokens, generation_config, options)
         if settings["num_beams"] > 1:
             raise InputError("An answer that is searched with num_beams comes at its end; use ask.")

@@ -16,12 +16,10 @@ from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
+from kvote.layer_state import LayerState
 from kvote.marks import mark_of, restore, take_back
-from kvote.method import Method
-from kvote.passes import Mark, Passes, unheard
-from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Token
-from kvote.reads import Reads
-from kvote.rope import Rope
+from kvote.passes import Mark, unheard
+from kvote.read.tokens import Activity, Everything, Queries, Reading, Token
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
@@ -30,57 +28,16 @@ from kvote.store.uneven import UnevenSegment
 
 
 @dataclass
-class Layer:
+class Layer(LayerState):
     """The tokens of one model layer (or of some of its key heads) under one method. Sequences are rows; padding never
     becomes a token."""
 
-    index: int
-    method: Method
-    rope: Rope | None
-    # Layers of this size that share a budget of bytes.
-    layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
-    crew: Crew = field(default_factory=Crew, repr=False)
-    # Whether other key heads of its layer or of others drop tokens, so that no token may be taken out here either.
-    others_drop: bool = False
-    # All layers of the cache, and all groups of their heads, share one.
-    passes: Passes = field(default_factory=Passes)
-    segment: Segment | None = None
-    columns: Tensor | None = None
-    seen: int = 0
-    memory: Memory | None = None
-    activity: Activity = field(default_factory=Activity)
-    # While a caller may still roll back (assisted decoding), nothing is dropped until it crops.
-    record_past: bool = False
-    # Columns seen when tokens were last dropped; no rollback reaches behind that.
-    settled: int = 0
-    # Columns seen when something was last encoded. A rollback behind that gives back what was encoded as it decodes.
-    encoded: int = 0
-    # Columns seen when the keeper was last shown a pass.
-    shown: int = 0
-    # Tokens announced but not yet seen; memory for them is set aside in one piece.
-    expected: int = 0
-    # Tokens of an announced prompt still to come.
-    ahead: int = 0
-    # Whether tokens of a prompt came since the keeper was last asked.
-    prompted: bool = False
-    # Whether padding ever stood behind tokens, so that positions may not count the tokens of a row.
-    holes: bool = False
-    # How often something was dropped, encoded or shown to a keeper, which no mark can take back.
-    changes: int = 0
-    # Bytes held when they were last counted.
-    counted: int = 0
-    # Whether a generated token may be stored and answered in one call of the reader.
-    steps: bool = False
-    # Who counts what generated tokens read; nobody unless asked for.
-    reads: Reads | None = field(default=None, repr=False)
-    record: Record = field(init=False)
+    crew: "Crew[Layer]" = field(default_factory=Crew, repr=False)
 
     def __post_init__(self) -> None:
-        self.record = Record(self.method.keep)
-        self.number = self.crew.add(self)
+        super().__post_init__()
         # What the parts of the method say of themselves is asked once.
-        self.keeps = self.method.keep.offers
         self._turns = self.rope if self.method.unrotated else None
         self._hears = self.method.keep.needs.echo > 0
         self._looks_across = self.method.read.needs.equal_layers
@@ -90,32 +47,6 @@ class Layer:
     def parts(self) -> "list[Layer]":
         """The layers that hold its tokens: itself."""
         return [self]
-
-    @property
-    def sequences(self) -> int:
-        return 0 if self.segment is None else self.segment.sequences
-
-    @property
-    def held(self) -> int:
-        """Tokens held, of all sequences together."""
-        return 0 if self.segment is None else sum(self._held(row) for row in range(self.sequences))
-
-    def _held(self, row: int) -> int:
-        """Tokens of a sequence, the mean of its key heads where they differ."""
-        assert self.segment is not None
-        if isinstance(self.segment, UnevenSegment) and self.segment.by_head:
-            return -(-sum(self.segment.lengths(row)) // self.segment.heads)
-        return self.segment.length(row)
-
-    @property
-    def nbytes(self) -> int:
-        parts = [self.segment, self.memory, self.record]
-        columns = 0 if self.columns is None else self.columns.untyped_storage().nbytes()
-        return columns + sum(part.nbytes for part in parts if part is not None)
-
-    def positions(self, row: int) -> list[Tensor]:
-        """Original positions of the tokens held, one int32 tensor per key head."""
-        return [] if self.segment is None else self.segment.positions(row)
 
     def start(self, step: Step) -> Segment:
         """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
@@ -182,7 +113,7 @@ class Layer:
 
     @outside_inference
     def run(self, step: Step) -> Tensor:
-        """As ``attend``, for a caller that sees to interruptions."""
+        """Does what ``attend`` does, for a caller that handles interruptions."""
         segment, again = self.start(step), self.passes.repeats
         if self._hears and again is None and self.method.keep.due(self.record.memory):
             raise unheard(self.method.spec)
@@ -229,7 +160,7 @@ class Layer:
                 memories=[layer.memory for layer in self.crew.layers] if self._looks_across else (),
                 number=self.number,
                 logits=step.logits,
-                beside=None if step.beside is None else step.beside.of(group),
+                beside=group.beside(step.beside),
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)

@@ -13,7 +13,7 @@ from kvote.store.raw_tokens import ROOM, token_bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's cache is made of: ``layers`` with ``heads`` key heads each, of ``dim`` channels in ``dtype``."""
+    """The shape of a model's cache: ``layers`` with ``heads`` key heads each, of ``dim`` channels in ``dtype``."""
 
     layers: int
     heads: int
@@ -22,7 +22,7 @@ class Shape:
 
 
 def shape_of(model: Any) -> Shape | None:
-    """As the config tells; None where it is silent. All layers count as full attention."""
+    """The shape that the config tells; None where it is silent. All layers count as full attention."""
     config = model.config.get_text_config(decoder=True)
     layers, heads = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
     if not layers or not heads:
@@ -74,7 +74,7 @@ def _later(method: Method, shape: Shape, tokens: int) -> float:
 
 
 def _raw(method: Method, shape: Shape, tokens: int) -> float:
-    """Bytes of so many tokens of a layer as the model made them, with the indexes that a reader scores with."""
+    """Bytes of ``tokens`` tokens of a layer as the model made them, with the indexes that a reader scores with."""
     each: float = token_bytes(shape.dim, shape.dim, shape.dtype)
     each += sum(index.token_bytes(shape.dim, shape.dtype) for index in method.read.needs.indexes)
     pages = -(-tokens // PAGE)

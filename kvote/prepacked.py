@@ -59,7 +59,7 @@ class Prepacked:
         """From [rows, columns, ...] to [bins, width, ...], zeros behind the last prompt of a row."""
         packed = x.new_zeros(self.bins * self.width, *x.shape[2:])
         packed[self.places[self.valid]] = x[self.valid]
-        return packed.unflatten(0, (self.bins, self.width))
+        return packed.view(self.bins, self.width, *x.shape[2:])
 
     def unpack(self, x: Tensor) -> Tensor:
         """From [bins, heads, width, d] to [rows, heads, columns, d]; what stands for padding is some token's."""

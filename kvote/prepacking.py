@@ -61,7 +61,7 @@ def _checked(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | N
         )
     if "position_ids" not in inspect.signature(innermost(model).forward).parameters:
         raise UnsupportedModelError(f"{name_of(model)} takes no position_ids, so prompts cannot share a row.")
-    if cache.method.beside:
-        what = " and ".join(sorted(cache.method.beside))
+    if cache.method.needs.beside:
+        what = " and ".join(sorted(cache.method.needs.beside))
         raise InputError(f"{cache.method.spec} looks at the {what} of a batch as it is; call generate() with it.")
     return valid

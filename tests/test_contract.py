@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import kvote
 from kvote import CropError, Method
-from kvote.method import parse
+from kvote.spec import parse
 
 _ALL = "top_k=500, sinks=2, window=6, chunk=4"
 _FEW = "top_k=5, sinks=2, window=6"

@@ -12,9 +12,10 @@ from kvote.keep.evict import sinks_and_recent
 from kvote.keep.keeper import Share
 from kvote.keep.policies import KeepAll
 from kvote.layer import Step
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.needs import KeeperOffers
 from kvote.read.tokens import Everything
+from kvote.spec import parse
 from kvote.store.raw import Raw
 from kvote.store.segment import Logits
 from tests import tiny

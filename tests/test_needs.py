@@ -4,10 +4,11 @@ import pytest
 
 from kvote.errors import MethodError
 from kvote.keep.policies import Blind, KeepAll
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.needs import ANYWHERE, NOTHING, WHOLE, Cuts, Keys, Needs
 from kvote.read.recent import SinksAndRecent
 from kvote.read.tokens import Everything
+from kvote.spec import parse
 from kvote.store.quantised import Quantised
 from kvote.store.raw import Raw
 

@@ -21,7 +21,7 @@ from kvote.keep.policies import Plain
 from kvote.method import Method
 from kvote.needs import KeeperOffers
 
-# The published search: so many random tokens, said so many times.
+# The published search: a number of random tokens, repeated a number of times.
 PERIOD, TIMES = 2500, 4
 # A head that attends to everything alike has an induction of one in a period: 3% of the shortest.
 SHORTEST = 32

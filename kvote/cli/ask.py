@@ -19,9 +19,9 @@ from kvote.cli.show import Page
 from kvote.cli.subject import Subject, subject
 from kvote.errors import InputError, KvoteError
 from kvote.files import check_writable
-from kvote.method import parse
 from kvote.models.presets import with_presets
 from kvote.prompt import layout_of
+from kvote.spec import parse
 from kvote.stream import Pieces
 
 

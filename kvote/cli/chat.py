@@ -13,8 +13,8 @@ from kvote.cli.reading import read_document
 from kvote.cli.room import check_memory
 from kvote.cli.subject import document_of, is_text
 from kvote.errors import InputError
-from kvote.method import parse
 from kvote.models.presets import with_presets
+from kvote.spec import parse
 
 _PROMPT, _BYE = "> ", ("/bye", "/exit", "/quit")
 _HELP = "A line is a message. Ctrl-C ends an answer, /report shows what the cache holds, /bye or Ctrl-D leaves."

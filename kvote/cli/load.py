@@ -146,7 +146,7 @@ def _model(
 
 @contextmanager
 def quiet(*, bars: bool) -> Iterator[None]:
-    """What transformers would only mention is either refused here or no matter for who asks."""
+    """Silences transformers' warnings while a model loads: each is either refused here or of no consequence."""
     transformers.logging.set_verbosity_error()
     if bars and sys.stderr is not None and sys.stderr.isatty():
         transformers.logging.enable_progress_bar()

@@ -12,13 +12,13 @@ from kvote.cli.show import plain_console
 from kvote.cli.subject import name_of, read_text
 from kvote.errors import InputError
 from kvote.files import check_writable
-from kvote.method import parse
 from kvote.models.presets import with_presets
+from kvote.spec import parse
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was read, and how large the file is."""
+    """A document that was read and saved, and the size of its file."""
 
     model: str
     document: str

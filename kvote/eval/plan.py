@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from kvote.errors import InputError
 from kvote.eval.sample import Count, Sample, rng_of
 from kvote.eval.tasks import task_named
-from kvote.method import METHODS, parse
+from kvote.method import METHODS
+from kvote.spec import parse
 
 # Parameters that say how much a method keeps or reads, in the order in which one is looked for.
 _SIZES = ("budget", "token_budget", "top_k", "window")

@@ -84,7 +84,7 @@ def attention(
 def _native(
     native: str, module: torch.nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, mask: Any
 ) -> Tensor:
-    """What the native function answers, [1, t, heads, dv], to one row of a batch."""
+    """The native function's attention [1, t, heads, dv] for one row of a batch."""
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, _eager_of(module))
     out: Tensor = attend(module, query, key, value, mask, **{**kwargs, "position_ids": None})[0]
     return out

@@ -1,4 +1,4 @@
-"""Token ids and hidden states of a pass, noted by hooks on the model while a held cache's method needs them."""
+"""Token ids and hidden states of a pass, noted by hooks on the model while a cache whose method needs them exists."""
 
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -14,7 +14,7 @@ from kvote.phase import Turn
 
 
 class Watch:
-    """The hooks of one model. They go with the last cache that holds it."""
+    """The hooks of one model. They are removed with the last cache that holds this object."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         inner: Any = getattr(model, "get_decoder", None)
@@ -42,7 +42,8 @@ _watches: "WeakValueDictionary[int, Watch]" = WeakValueDictionary()
 
 
 def watch(model: torch.nn.Module) -> Watch:
-    """The watch of ``model``, whoever asks; what it notes reaches caches as ``Turn.beside``."""
+    """The ``Watch`` of ``model``, one for all its caches; what it notes is set as ``Turn.beside`` of the cache in
+    use."""
     found = _watches.get(id(model))
     if found is None or found.model() is not model:
         found = _watches[id(model)] = Watch(model)
@@ -58,8 +59,8 @@ def taken(
     at: tuple[int, int] | None,
     device: torch.device,
 ) -> Beside:
-    """What was noted for the new ``columns`` of ``rows`` sequences. ``at``: of a batch of several caches, the columns
-    that belong to this one.
+    """The extra inputs of the new ``columns`` of ``rows`` sequences. ``at``: the columns of this cache, in a batch of
+    several caches.
 
     Raises InputError where something that the method ``needs`` is missing.
     """
@@ -116,7 +117,7 @@ def _of_row(x: Tensor, row: int, of: int) -> Tensor:
 
 
 def _turns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Turn]:
-    """Those of the caches that a module was given: one, or those that have joined a batch."""
+    """The prompts announced to the caches that a module was given: one cache, or several that have joined a batch."""
     for given in (*kwargs.values(), *args):
         if isinstance(given, TransformersCache):
             members = getattr(given, "caches", None) or (given,)

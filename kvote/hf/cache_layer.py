@@ -90,9 +90,9 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         past: Tensor | None = None,
         columns: tuple[int, int] | None = None,
     ) -> Step:
-        """What attention asks of the layer, in the phase in which its text is; all as ``Step`` has it, but
-        ``positions`` [1 or b, t] or None: those behind what was seen. ``columns``: where they stand in a batch of
-        several caches. Raises InputError where what the method needs beside them is missing."""
+        """The step that attention asks of the layer, with the phase of its text. Parameters as in ``Step``, but
+        ``positions`` [1 or b, t] may be None: those behind the columns seen. ``columns``: the layer's part of a batch
+        of several caches. Raises InputError where an extra input that the method needs is missing."""
         t, layer = query.shape[2], self.layer
         seen = layer.seen
         if positions is None:

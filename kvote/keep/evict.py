@@ -27,8 +27,8 @@ from kvote.store.segment import Logits
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of a sequence: ``slots`` [h, m] or [1, m], ascending: first ``sinks``, then those ``chosen`` by their
-    worth, then recent ones; ``worth`` [h, n] or [1, n] of the tokens that were held."""
+    """The tokens of a sequence that stay: ``slots`` [h, m] or [1, m], ascending: first ``sinks``, then those ``chosen``
+    by their worth, then recent ones; ``worth`` [h, n] or [1, n] of the tokens that were held."""
 
     slots: Tensor
     worth: Tensor
@@ -37,8 +37,8 @@ class Cut:
 
 
 class Merge(Protocol):
-    """What becomes of tokens that go. ``adds_up``: what it remembers cannot be taken back; a merge that remembers
-    something is for a score that does not."""
+    """Merges tokens that are dropped into others. ``adds_up``: what it remembers cannot be taken back; a merge that
+    remembers something is for a score that does not."""
 
     @property
     def adds_up(self) -> bool: ...
@@ -50,7 +50,7 @@ class Merge(Protocol):
         ...
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
-        """As ``Keeper.aside``."""
+        """Does what ``Keeper.aside`` does."""
         ...
 
 
@@ -64,7 +64,7 @@ class Choice(Protocol):
 
 @dataclass(frozen=True)
 class Largest:
-    """Those of the largest worth."""
+    """The tokens of the largest worth."""
 
     def chosen(self, worth: Tensor, count: int) -> Tensor:
         return kernels.top_k(worth, count)

@@ -50,8 +50,8 @@ class Held:
         return -(-sum(self.lanes) // len(self.lanes)) if self.lanes else self.length
 
     def each(self, function: Callable[[Tensor, Tensor], Tensor], stop: int) -> Tensor:
-        """What ``function`` gives, [h, m] in float32, for keys [h, m, d] and values [h, m, dv] in float32, of the first
-        ``stop`` tokens [h, stop]; a few thousand at a time."""
+        """The float32 results [h, stop] of ``function``, called with keys [h, m, d] and values [h, m, dv] in float32, a
+        few thousand tokens at a time."""
         parts = []
         for start in range(0, stop, _TOKENS_HELD):
             key, value = self.segment.decode([self.row], start, min(stop, start + _TOKENS_HELD))
@@ -85,18 +85,18 @@ class Share:
 
 
 class Remembered(Protocol):
-    """What a keeper remembers of what it has observed, per sequence; follows the tokens that it is about."""
+    """The memory of a keeper, per sequence; follows the tokens that it is about."""
 
     def select(self, index: list[int]) -> None:
         """Sequence i is now a copy of the former sequence ``index[i]``."""
         ...
 
     def keep(self, row: int, slots: Tensor) -> None:
-        """Of a sequence only ``slots`` are left, [m] or [h, m]."""
+        """Keeps ``slots`` of a sequence, [m] or [h, m], and drops the rest."""
         ...
 
     def truncate(self, row: int, length: int) -> None:
-        """Of a sequence only the first ``length`` tokens are left."""
+        """Keeps the first ``length`` tokens of a sequence."""
         ...
 
     @property
@@ -124,7 +124,7 @@ class Keeper(Protocol):
         ...
 
     def new_memory(self) -> Any:
-        """What it remembers (``Remembered``), or None."""
+        """An empty memory (``Remembered``), or None."""
         ...
 
     def observes(self, ahead: int | None) -> bool:
@@ -139,9 +139,10 @@ class Keeper(Protocol):
         ...
 
     def survivors(self, held: Held, memory: Any) -> Kept | None:
-        """What stays; None keeps all."""
+        """The tokens that stay; None keeps all."""
         ...
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
-        """What dropped tokens still answer together, as ``Segment.attend`` does: out and log-sum-exp; None: nothing."""
+        """Attention over what dropped tokens left behind, as ``Segment.attend`` returns it: out and log-sum-exp; None:
+        nothing was left."""
         ...

@@ -1,4 +1,4 @@
-"""What keepers answer unless they have something special to say, and the keeper that keeps everything."""
+"""Defaults of keepers, and the keeper that keeps everything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from kvote.store.segment import Logits
 
 
 class Plain:
-    """What keepers answer unless they have something special to say."""
+    """Defaults of keepers."""
 
     token_bytes = 0
 
@@ -43,7 +43,7 @@ class Plain:
 
 
 class Blind(Plain):
-    """Those that look at no attention, so that all layers keep the same."""
+    """Keepers that look at no attention, so that all layers keep the same tokens."""
 
     @property
     def offers(self) -> KeeperOffers:

@@ -1,5 +1,5 @@
-"""What kernels trust their arguments for. Whatever would make them read or write elsewhere is refused here, once for
-all backends, as ValueError."""
+"""Checks of kernel arguments, once for all backends: ValueError for whatever would make a kernel read or write
+elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def groups_of(query_heads: int, lanes: Lanes, most: int) -> int:
 
 
 def tokens_of(tokens: Tensor | range, sequences: int) -> tuple[int, int]:
-    """Where a range begins, or 0 for lists [sequences, m]; and how many tokens each sequence reads."""
+    """The first token of a range, or 0 for lists [sequences, m]; and the number of tokens that each sequence reads."""
     if isinstance(tokens, range):
         check(tokens.step == 1 and tokens.start >= 0, "tokens must be consecutive")
         return tokens.start, len(tokens)
@@ -62,7 +62,7 @@ def pool_of_keys(keys: Tensor, dim: int) -> None:
 
 
 def angles_fit(angles: Angles, places: int, dim: int) -> None:
-    """There are angles for as many ``places``, of no more pairs than ``dim`` channels have."""
+    """Checks that there are angles for each of ``places``, for at most ``dim`` channels."""
     cos, sin = angles
     rows, pairs = cos.shape[-2:]
     if rows < places or 2 * pairs > dim or sin.shape != cos.shape:

@@ -1,4 +1,4 @@
-"""What a backend offers: the functions, their shapes, and what it may refuse. ``named`` and ``chosen`` return one.
+"""The contract of a backend: its functions, their shapes, and what it may refuse. ``named`` and ``chosen`` return one.
 
 A backend is a module with these names. Three implement them: ``law`` (torch, wherever it runs), ``cpu`` (C++) and
 ``triton`` (GPUs). Stores hold one and never ask which it is; where backends differ, the difference is a fact below or
@@ -36,7 +36,7 @@ Row = tuple[Tensor, Tensor, int]
 
 
 class Choice(NamedTuple):
-    """What one query reads: the first ``sinks`` tokens, those from ``edge`` on, and ``top_k`` between.
+    """The tokens that one query reads: the first ``sinks``, those from ``edge`` on, and ``top_k`` between.
 
     ``asked`` float32 [heads * d] and ``winners`` int64 [top_k] are written: the query at position ``asked_at``, as it
     scores, and the tokens with the most votes. Where its cosine with ``past`` is at least ``theta``, ``kept`` are read
@@ -228,7 +228,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """The ``k`` tokens [b, r, k] with the most ``votes``, ascending; arguments as there. With ``nominate``, votes
         from the sketch nominate that many, which are scored again with their keys. ``skip`` bool [b]: sequences whose
-        answer nobody will look at; they may be answered all the same."""
+        answer is not used; they may be answered all the same."""
 
     def sketch_bytes(self, dim: int, bits: int) -> int:
         """Bytes of the sketch of ``SKETCH_TOKENS`` tokens; 0 where the backend keeps none."""

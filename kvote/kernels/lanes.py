@@ -1,4 +1,4 @@
-"""Where the tokens of lanes lie in a pool of pages, as all kernels are told it."""
+"""Lanes: where tokens lie in a pool of pages, as all kernels are told it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGE = 64
 
 
 class Lanes:
-    """Of some lanes, the runs (first page, pages) of neighbours in a pool, in token order.
+    """The runs (first page, pages) of neighbouring pages of some lanes in a pool, in token order.
 
     Whoever owns the pool holds it for as long as the pages do not change hands. ``address``: of the runs int64
     [runs, 2], of where each lane's begin int64 [count + 1], and how many lanes there are.
@@ -38,7 +38,7 @@ class Lanes:
         return runs, begins + first * self.begins.itemsize, count
 
     def only(self, lane: int) -> Lanes:
-        """That lane alone."""
+        """One lane alone."""
         return Lanes([[(first, n) for first, n in self.runs[self.begins[lane] : self.begins[lane + 1]].tolist()]])
 
     def pages(self) -> list[np.ndarray]:

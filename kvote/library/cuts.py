@@ -1,4 +1,4 @@
-"""Where a prefix that has been read may be cut, so that what follows goes on as if it had been read at once."""
+"""The places at which a prefix may be cut so that what follows goes on as if it had been read at once."""
 
 from typing import Any
 

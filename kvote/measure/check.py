@@ -1,4 +1,4 @@
-"""What must hold before a time is worth anything: answers equal those of the law, in float32, on the same numbers.
+"""Checks before a time is printed: answers must equal the law's, in float32, on the same numbers.
 
 Every kernel answers another query first, so that an answer left over from an earlier call cannot pass for its own.
 """

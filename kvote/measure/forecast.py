@@ -1,4 +1,4 @@
-"""What a method gains: arithmetic on a model's config and what a machine was measured to do. Nothing is timed here."""
+"""Forecast of what a method gains, from a model's config and the measured speed of a machine. Nothing is timed here."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ from typing import Any
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.measure.load import Load
 from kvote.measure.shape import Shape, shape
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.needs import Keys
+from kvote.spec import parse
 from kvote.store.raw import Raw
 
 # A context in which attention reads next to nothing, and the longest that break-even is looked for in.
@@ -41,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine was measured to do for layers of one geometry and batches of one size.
+    """Measurements of a machine for layers of one geometry and batches of one size.
 
     ``bandwidth``: bytes per second that it reads at best; ``weights``: bytes of this model's weights per second in
     torch's products; ``step``: seconds of a token outside the layers. ``caches``: seconds of one layer besides its
@@ -101,7 +102,7 @@ class Prediction:
 
 
 def predict(config: Any, context: int, method: Method | str, machine: Machine) -> Prediction:
-    """What a token of the model costs with ``context`` tokens in the cache. ``config``: transformers', or a ``Shape``.
+    """The time of a token of the model with ``context`` tokens in the cache. ``config``: transformers', or a ``Shape``.
 
     Raises InputError for a context without a token, and for a method that ``machine`` was not measured with.
     """
@@ -201,7 +202,7 @@ def _held(model: Shape, machine: Machine, context: int, method: Method | None) -
 
 
 def beyond_training(model: Shape, context: int) -> str | None:
-    """What is to be said of a context that is longer than those the model was made for."""
+    """A warning for a context that is longer than the model was trained for."""
     if model.trained is None or context <= model.trained:
         return None
     return f"The model was made for {model.trained:,} tokens; beyond, some methods answer and some do not."

@@ -5,7 +5,8 @@ Methods of other packages (see ``kvote.plugins``) are found here as well.
 
 from collections.abc import Callable
 
-from kvote.method import Method, find
+from kvote import plugins
+from kvote.method import METHODS, Method
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
 from kvote.methods.critic import critic
@@ -72,8 +73,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Callable[..., Method]:
-    from kvote import plugins
-
     if name.startswith("_") or name not in plugins.names():
         raise AttributeError(f"module 'kvote.methods' has no attribute {name!r}")
-    return find(name).build
+    plugins.load(name)
+    return METHODS[name].build

@@ -55,8 +55,8 @@ class FewChannels(ReadsLists):
         yield Span(0, 1, [TokenSet(index, causal=False)], Unread(mean, left - read))
 
     def _logits(self, reading: Reading, n: int) -> Tensor:
-        """What enters the softmax [b, heads, 1, n], estimated from the ``rank`` channels in which the query heads of a
-        key head are largest together."""
+        """The logits [b, heads, 1, n] that enter the softmax, estimated from the ``rank`` channels in which the query
+        heads of a key head are largest together."""
         query = reading.queries.rotated
         b, _, _, d = query.shape
         size = query.float().abs().reshape(b, reading.segment.heads, -1, 1, d)

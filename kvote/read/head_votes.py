@@ -147,7 +147,7 @@ class HeadVotes:
         return edge // self.reuse_span * self.reuse_span
 
     def step(self, token: Token, segment: Any, rope: Rope | None, memory: Any, activity: Activity) -> Tensor | None:
-        """As ``Everything.step``."""
+        """Does what ``Everything.step`` does."""
         if rope is None or not rope.fixed or not self._fused or self.head_map == "paper":
             return None
         if self.positions != "contiguous":
@@ -180,7 +180,7 @@ class HeadVotes:
         return answer[0]
 
     def _may_serve(self, memory: SelectionMemory, edge: int) -> bool:
-        """As ``_within_span``, of the only sequence."""
+        """Does what ``_within_span`` does, for the only sequence."""
         selected = memory.edge_of_first
         return selected == edge if self.reuse_span is not None else selected >= 0
 
@@ -226,7 +226,7 @@ class HeadVotes:
     def _select(self, reading: Reading, query: Tensor, edges: list[int], skip: Tensor | None = None) -> Tensor:
         """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j].
 
-        ``skip`` bool [b]: sequences whose winners nobody will look at.
+        ``skip`` bool [b]: sequences whose winners are not used.
         """
         reading.activity.selections += query.shape[0] * query.shape[2]
         if self._fused:

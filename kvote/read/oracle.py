@@ -1,4 +1,4 @@
-"""The tokens with the most true attention: what no selection of as many tokens can beat in mass."""
+"""The tokens with the most true attention: no selection of the same size has more attention mass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -48,7 +48,8 @@ class PagePlan(ReadsLists):
         return Chosen()
 
     def roles(self, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Which of so many layers read everything, and which of those choose. Raises MethodError if none reads less."""
+        """The layers, of ``layers``, that read everything, and those of them that choose. Raises MethodError if none
+        reads less."""
         if self.full is None:
             full = tuple(sorted({i for i in (0, 1, 2, layers * 14 // _OF, layers * 22 // _OF) if i < layers - 1}))
         else:

@@ -1,4 +1,4 @@
-"""What each query head reads when it chooses on its own."""
+"""The tokens that each query head reads when it chooses on its own."""
 
 from torch import Tensor
 

@@ -68,7 +68,8 @@ class PersistentPositions(ReadsLists):
         return Chosen()
 
     def selecting(self, layers: int) -> tuple[int, ...]:
-        """Which of so many layers choose, in order. Raises MethodError if no other would read what they choose."""
+        """The layers, of ``layers``, that choose, in order. Raises MethodError if no other would read what they
+        choose."""
         if self.first >= layers - 1:
             raise MethodError(
                 f"There are {layers} layers with full attention, so none would read what layer {self.first} chooses; "

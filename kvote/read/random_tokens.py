@@ -1,4 +1,4 @@
-"""The baseline that every selection has to beat: as many tokens, drawn at random."""
+"""A baseline for selections: the same number of tokens, drawn at random."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from kvote.read.tokens import Reading
 
 @dataclass(frozen=True)
 class RandomTokens(HeadVotes):
-    """Reads what HeadVotes reads, with the winners drawn by lot: one draw per layer and selecting position."""
+    """Reads what HeadVotes reads, with the winners drawn at random: one draw per layer and selecting position."""
 
     seed: int = 0
 

@@ -54,7 +54,7 @@ def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, An
 
 
 def _raw_pool(segment: Any) -> RawPool:
-    """Where its latest tokens lie as the model made them."""
+    """The pool in which the latest tokens lie, uncompressed."""
     inner = list(vars(segment).values())
     for held in inner:
         if isinstance(held, RawPool):

@@ -4,17 +4,15 @@ readers, keepers and layers see only this."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from kvote.index.column import Index
 from kvote.needs import Needs, StoreOffers
-from kvote.read.tokens import Queries, TokenSet
-
-if TYPE_CHECKING:
-    from kvote.index.column import Index
-    from kvote.rope import Rope
+from kvote.rope import Rope
+from kvote.tokens import Queries, TokenSet
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Segment(Protocol):
         back any more without a crop; ``ahead`` tokens of an announced prompt are still to come."""
         ...
 
-    def aside(self, queries: Queries, rows: list[int], logits: "Logits") -> tuple[Tensor, Tensor] | None:
+    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         """What tokens answer that every query reads although they have no slot; None if there are none."""
         ...
 
@@ -146,7 +144,7 @@ class Segment(Protocol):
 class Indexed(Segment, Protocol):
     """A segment that can keep indexes over its keys."""
 
-    def add_index(self, index: "Index", layer: int) -> None:
+    def add_index(self, index: Index, layer: int) -> None:
         """Keeps what ``index`` derives from the keys of layer ``layer``, of the tokens held and of those to come."""
         ...
 
@@ -158,7 +156,7 @@ class Store(Protocol):
     def needs(self) -> Needs: ...
     @property
     def offers(self) -> StoreOffers: ...
-    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None") -> Segment:
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> Segment:
         """An empty segment for keys like ``like`` in size, dtype and device; with a ``rope``, at position 0."""
         ...
 

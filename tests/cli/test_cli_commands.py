@@ -10,8 +10,9 @@ import pytest
 
 import kvote
 from kvote.cli import main
-from kvote.method import METHODS, parse
+from kvote.method import METHODS
 from kvote.models.presets import PRESETS, preset, with_presets
+from kvote.spec import parse
 
 COMMANDS = ("ask", "chat", "read", "info", "methods", "env", "bench", "will-it-help", "calibrate", "train-embedded")
 

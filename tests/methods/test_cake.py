@@ -18,7 +18,8 @@ from kvote.keep.allocate.shares import even, of_logs, shares
 from kvote.keep.score.dispersion import Dispersion
 from kvote.keep.score.votes import Moments
 from kvote.layer import Crew, Layer
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.spec import parse
 from kvote.store.raw import Raw
 
 N, BUDGET, WINDOW, LAYERS = 64, 24, 8, 4

@@ -11,8 +11,9 @@ import kvote
 from kvote import MethodError
 from kvote.calibration.gates import streaming_mask
 from kvote.layer import Step
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.methods import duoattention
+from kvote.spec import parse
 from kvote.store.segment import Logits
 
 SINKS, WINDOW = 2, 6

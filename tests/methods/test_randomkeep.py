@@ -7,7 +7,7 @@ from selecting import Fed
 
 from kvote import MethodError
 from kvote.keep.score.lot import Lot
-from kvote.method import parse
+from kvote.spec import parse
 
 N, BUDGET, SINKS, WINDOW = 64, 24, 3, 8
 SPEC = f"randomkeep(budget={BUDGET}, sinks={SINKS}, window={WINDOW}"

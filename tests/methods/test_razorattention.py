@@ -17,9 +17,10 @@ from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
 from kvote.keep.merge.means import Means, recent_and_mean
 from kvote.layer import Layer, Step
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.methods import razorattention
 from kvote.needs import Needs, StoreOffers
+from kvote.spec import parse
 from kvote.store.pages import PAGE
 from kvote.store.raw import Raw
 from kvote.store.segment import Logits

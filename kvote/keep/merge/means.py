@@ -47,7 +47,7 @@ class Means:
         self.rows[row] = self.rows[row].joined(new) if row in self.rows else new
 
     def attend(self, queries: Tensor, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
-        """What the means answer, each with the log of its tokens' number added to its logit; None without any."""
+        """Attention over the means, each with the log of its number of tokens added to its logit; None without any."""
         found = [self.rows[row] for row in rows if row in self.rows]
         if not found:
             return None

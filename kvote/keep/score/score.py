@@ -44,7 +44,7 @@ class Score:
         return 0
 
     def new_memory(self) -> Any:
-        """What it remembers (``keeper.Remembered``), or None."""
+        """An empty memory (``keeper.Remembered``), or None."""
         return None
 
     def observes(self, ahead: int | None) -> bool:
@@ -55,7 +55,7 @@ class Score:
         """Is shown the passes that it asked for."""
 
     def due(self, memory: Any) -> bool:
-        """As ``Keeper.due``."""
+        """Does what ``Keeper.due`` does."""
         return False
 
     def ended(self, held: Held, memory: Any) -> bool:
@@ -63,7 +63,7 @@ class Score:
         return not held.generated
 
     def of(self, held: Held, memory: Any, edge: int) -> Tensor | None:
-        """What tokens are worth, [h, n], or [1, n] for all key heads; None: nothing is known, and all stay.
+        """The worth of tokens, [h, n], or [1, n] for all key heads; None: nothing is known, and all stay.
 
         Tokens from ``edge`` on stay in any case, and so do those behind the n that are given.
         """
