@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvote.errors import InputError
 from kvote.eval.sample import Count, Sample, rng_of
 from kvote.eval.tasks import task_named
+from kvote.eval.tasks.book import POSITIONS
 from kvote.method import METHODS, parse
 
 # Parameters that say how much a method keeps or reads, in the order in which one is looked for.
@@ -41,11 +42,14 @@ class Plan:
     seed: int = 0
 
     def units(self) -> Iterator[Unit]:
-        """Sample by sample over all tasks and lengths, so that a run which is stopped has something of each."""
-        for index in range(self.samples):
+        """Sample by sample over all tasks and lengths, so that a run which is stopped has something of each. Of a book
+        there are ``POSITIONS`` at least."""
+        least = {"perplexity": POSITIONS}
+        for index in range(max([self.samples, *least.values()])):
             for length in self.lengths:
                 for task in self.tasks:
-                    yield Unit(task, length, index, tuple(self._specs(length)))
+                    if index < max(self.samples, least.get(task, 0)):
+                        yield Unit(task, length, index, tuple(self._specs(length)))
 
     def _specs(self, length: int) -> Iterator[tuple[str, str]]:
         for spec in self.methods:

@@ -39,6 +39,8 @@ class Reading:
         self.seconds = time.perf_counter() - begin
         self.nbytes = self.cache.nbytes()
         self.last = self.cache
+        # The last token of an answer that filled its room: the cache has not read it.
+        self._unread: list[int] = []
 
     @torch.no_grad()
     def _feed(self, cache: kvote.Cache, ids: Tensor) -> Tensor:
@@ -61,7 +63,12 @@ class Reading:
         text = template.asking(question)
         if not opening:
             text = template.next + text.removeprefix(template.between)
-        return self._answer(self.cache, self.subject.ids(text, first=False), question.room)
+        asked = self.subject.ids(text, first=False)
+        asked = torch.cat([asked.new_tensor([self._unread]), asked], dim=1) if self._unread else asked
+        self.cache.expect(asked.shape[1], question_follows=False)
+        got = self._answer(self.cache, asked, question.room)
+        self._unread = got.tokens[-1:] if len(got.tokens) == question.room else []
+        return got
 
     def _answer(self, cache: kvote.Cache, asked: Tensor, room: int) -> Answered:
         got, self.last = Answered(), cache
