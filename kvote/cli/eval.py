@@ -9,6 +9,7 @@ from kvote.cli.progress import progress
 from kvote.errors import InputError
 from kvote.eval.estimate import estimate, speed_of
 from kvote.eval.folder import Record, open_folder
+from kvote.eval.heat import write_heat
 from kvote.eval.manifest import manifest_of
 from kvote.eval.plan import Plan
 from kvote.eval.report import write_report
@@ -67,6 +68,9 @@ def run(args: argparse.Namespace) -> None:
                     warn(f"{record['name']} is refused: {record['refused']}")
 
             count = run_plan(plan, args.out, held, workers=args.workers, tell=tell)
+        unseen = write_heat(subject, plan, args.out)
+        if unseen:
+            warn(f"No votes are shown: {unseen}")
     page = str(write_report(args.out))
     if args.json:
         print(as_json({"folder": str(args.out), "measured": count, "report": page, "refused": refused}))

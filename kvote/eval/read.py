@@ -11,6 +11,7 @@ import kvote
 from kvote.errors import NotFiniteError
 from kvote.eval.sample import Question
 from kvote.eval.subject import Subject
+from kvote.method import Method
 
 TOKENS_PER_PASS = 4096
 
@@ -29,7 +30,7 @@ class Reading:
     ``last`` is the cache that answered last, ``nbytes`` what was held once the document was read.
     """
 
-    def __init__(self, subject: Subject, method: str, document: str) -> None:
+    def __init__(self, subject: Subject, method: str | Method, document: str) -> None:
         self.subject = subject
         self.cache = kvote.Cache(subject.model, method)
         self.ids = subject.ids(subject.template.opening(document), first=True)
