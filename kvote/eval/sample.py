@@ -12,7 +12,9 @@ Count = Callable[[str], int]
 @dataclass(frozen=True)
 class Question:
     """``answers``: what has to come: all of them where ``score`` is 'all', one where it is 'any', the first alone where
-    it is 'exact', one after the other from the start where it is 'run'.
+    it is 'exact', one after the other from the start where it is 'run'; 'classes' and the names of ``METRICS`` are the
+    scores of published benchmarks, of which the answer met best counts. ``classes``: all that there are; ``one_line``:
+    only the first line of what is said counts.
 
     ``lead``: the beginning of the answer, put into the model's mouth; ``room``: tokens that an answer may take.
     """
@@ -22,6 +24,8 @@ class Question:
     score: str = "all"
     lead: str = ""
     room: int = 32
+    classes: tuple[str, ...] = ()
+    one_line: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 
+from kvote.eval.metrics import METRICS, classified
 from kvote.eval.sample import Question
 
 _ITEM = re.compile(r"[\w-]+")
@@ -10,7 +11,12 @@ _ITEM = re.compile(r"[\w-]+")
 def score(answer: str, question: Question) -> float:
     """From 0 to 1: of the ``answers`` the share that comes in it ('all', as RULER counts), whether any does ('any'),
     whether it is the first and nothing else ('exact'), or the share that comes in its place before the first that does
-    not ('run'). Letters' case does not matter."""
+    not ('run'). Letters' case does not matter there. Other scores are those of ``metrics.py``."""
+    answer = answer.lstrip("\n").split("\n")[0] if question.one_line else answer
+    if question.score == "classes":
+        return max(classified(answer, wanted, question.classes) for wanted in question.answers)
+    if question.score in METRICS:
+        return max(METRICS[question.score](answer, wanted) for wanted in question.answers)
     said = answer.lower()
     if question.score == "exact":
         return float(said.strip() == question.answers[0].lower())

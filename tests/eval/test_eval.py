@@ -97,6 +97,7 @@ def test_samples_without_a_manifest_are_not_gone_on_with(tmp_path):
     ("more", "said"),
     [
         (["--tasks", "niah"], "no task 'niah'"),
+        (["--files", "longbench=nowhere.jsonl"], "Cannot read"),
         (["--budgets", "50"], "given its top_k already"),
         (["--report", "nowhere"], "Cannot read"),
         (["--methods", "tokenselekt"], "did you mean"),
