@@ -146,8 +146,8 @@ def _method(command: _Parser) -> None:
         "--method",
         metavar="SPEC",
         default=METHOD,
-        help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
-        "trained length, else the paper's defaults (default: %(default)s)",
+        help="such as 'tokenselect(top_k=512)'; a bare name means the paper's defaults, or less where these read more "
+        "tokens than the model was trained on (default: %(default)s)",
     )
 
 

@@ -15,7 +15,8 @@ from kvote.eval.plan import Plan, Unit, make
 from kvote.eval.read import Reading
 from kvote.eval.subject import Subject
 from kvote.files import named, write_whole
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.spec import parse
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Reading as Step
 from kvote.read.tokens import Span, everything
