@@ -16,10 +16,10 @@ from kvote.eval.read import Reading
 from kvote.eval.subject import Subject
 from kvote.files import named, write_whole
 from kvote.method import Method
-from kvote.spec import parse
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Reading as Step
 from kvote.read.tokens import Span, everything
+from kvote.spec import parse
 
 VOTES = "votes.json"
 # Texts that are looked at, the first of as many tasks, and tokens that are too many to look at.
