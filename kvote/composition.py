@@ -53,6 +53,8 @@ def conflict(keep: Keeper, store: Store, read: Reader) -> str | None:
             "layers share what is stored of a token, but they, or their heads, would not keep the same tokens; use a "
             "method that keeps the same everywhere"
         )
+    if getattr(read, "adds_up", False) and keep.drops:
+        return "the reader adds up the attention that every token receives, and would lose count of tokens that move"
     if read.crosses_layers and keep.drops and keep.per_layer:
         return "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens"
     return None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from kvote.keep.record import Record
 from kvote.marks import mark_of, restore, take_back
 from kvote.method import Method
 from kvote.passes import Mark, Passes, unheard
-from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Token
+from kvote.read.tokens import Activity, AddsUp, Everything, Memory, Queries, Reading, Token
 from kvote.reads import Reads
 from kvote.rope import Rope
 from kvote.step import Step as Step
@@ -227,6 +228,7 @@ class Layer:
                 number=self.number,
                 logits=step.logits,
                 beside=None if step.beside is None else step.beside.of(group),
+                recording=self.record_past,
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)
@@ -305,6 +307,8 @@ class Layer:
         # What interrupts this may have been interrupted in the middle of it.
         self.changes += 1
         dropped, encoded = self.drop(), self.seal_all()
+        if getattr(self.method.read, "adds_up", False):
+            self.settled = self.seen
         if not dropped and not encoded:
             self.changes -= 1
 
@@ -410,7 +414,11 @@ class Layer:
         if self.columns is not None:
             self.columns = self.columns[:, : self.seen].clone()
         if columns and self.memory is not None:
-            self.memory.forget()
+            if getattr(self.method.read, "adds_up", False):
+                cast(AddsUp, self.memory).take_back(self.segment, lengths)
+                self.settled = self.seen
+            else:
+                self.memory.forget()
         self.segment.trim()
         self.drop()
         self.seal_all()

@@ -127,7 +127,8 @@ class CacheLayer(HandsOn, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return not self.layer.method.keep.drops or self.record_past
+        method = self.layer.method
+        return not (method.keep.drops or getattr(method.read, "adds_up", False)) or self.record_past
 
     @property
     def record_past(self) -> bool:

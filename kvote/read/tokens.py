@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvote.rope import Rope
     from kvote.store.segment import Logits, Segment
 
-Positions = Literal["original", "contiguous"]
+Positions = Literal["original", "contiguous", "together"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TokenSet:
     where every query head has a list of its own, or a range of neighbours that all queries share. ``causal``: the last
     rows of the list are the queries themselves, row i of r sees list entries up to m - r + i, and with ``window`` only
     the last ``window`` of those. ``positions``: the tokens' own, or 0 .. m - 1 in list order with the queries at the
-    end of the list, or all at ``query_at``.
+    end of the list, or all at ``query_at``; or all tokens together at 0, and all queries at ``query_at``.
     """
 
     index: Tensor | range
@@ -66,6 +66,10 @@ class Unread:
 
     value: Tensor
     beyond: Tensor
+
+    def beside(self, out: Tensor, lse: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Both answers, to be merged: that of the tokens read, with its log-sum-exp, and this."""
+        return [(out, lse), (self.value, lse + self.beyond)]
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ class Reading:
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
     unless the reader ``crosses_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
     ``beside``: token ids and hidden states of the query rows, where the reader's ``beside`` names them.
+    ``recording``: a caller may still roll this pass back. ``answered`` [b, heads, r]: once a span was read, the
+    log-sum-exp of all that its queries read.
     """
 
     queries: Queries
@@ -151,6 +157,8 @@ class Reading:
     number: int = 0
     logits: "Logits | None" = None
     beside: Beside | None = None
+    recording: bool = False
+    answered: Tensor | None = None
 
     def scaled(self, scores: Tensor) -> Tensor:
         """Products q.k as they enter the softmax."""
@@ -182,6 +190,15 @@ class Memory(Protocol):
     def nbytes(self) -> int: ...
 
 
+class AddsUp(Memory, Protocol):
+    """A memory that adds up what passes showed it."""
+
+    def take_back(self, segment: "Segment", lengths: list[int]) -> None:
+        """Forgets what it was shown of the tokens behind ``lengths``, of passes while a caller was ``recording``; what
+        is left cannot be taken back any more."""
+        ...
+
+
 class Reader(Protocol):
     """Decides which tokens a query reads. ``needs_raw_keys``: keys must be stored at position 0. ``indexes``:
     the columns derived from keys that it scores with. ``tail``: the last tokens of a prompt that it treats one by one.
@@ -190,7 +207,8 @@ class Reader(Protocol):
     what it picked in another, so all layers must hold the same tokens. ``needs_plain_keys``: it scores keys as the
     model rotated them. ``pairs_by_layer``: which key head a query head belongs to follows from their places in the
     whole layer. ``grain``: what its queries read in a prompt, in front of the tail, does not depend on what follows the
-    next multiple of so many tokens; None: it may."""
+    next multiple of so many tokens; None: it may. A reader that has ``adds_up`` remembers sums over passes, so its
+    memory is an ``AddsUp``."""
 
     @property
     def one_list(self) -> bool: ...
