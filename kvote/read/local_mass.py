@@ -50,8 +50,7 @@ class Passed:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Of one sequence: ``keys`` [blocks, heads, d] that represent its blocks, and the attention ``mass`` [heads, n]
-    that the tokens behind those have received."""
+    """``keys`` [blocks, heads, d] that represent a sequence's blocks; attention ``mass`` [heads, n] of later tokens."""
 
     keys: Tensor
     mass: Tensor
@@ -121,9 +120,8 @@ class LocalMass:
         """Whether all that is remembered is of tokens of sequences of these ``lengths``."""
         blocks = [*self.held.items(), *self.before.items()]
         there = {*self.held, *self.before, *self.since} <= set(range(len(lengths)))
-        if not there or any(
-            b.keys.dim() != 3 or b.mass.dim() != 2 or len(b.mass) != b.keys.shape[1] for _, b in blocks
-        ):
+        shaped = all(b.keys.dim() == 3 and b.mass.dim() == 2 and len(b.mass) == b.keys.shape[1] for _, b in blocks)
+        if not (there and shaped):
             return False
         ends = [(row, self.sinks + self.block * len(b.keys) + b.mass.shape[1]) for row, b in blocks if len(b.keys)]
         near = [(row, passed.near.index) for row in self.since for passed in self.since[row]]
