@@ -147,6 +147,16 @@ SUBJECTS: tuple[Subject, ...] = (
         ("selections",),
         "read",
     ),
+    Subject(
+        "infllm",
+        {
+            0.25: "infllm(block=16, sinks=4, window=62, top_k=11, chunk=31)",
+            0.125: "infllm(block=16, sinks=4, window=31, top_k=5, chunk=16)",
+        },
+        "infllm(top_k=16, sinks=128, window=512)",
+        ("selections",),
+        "read",
+    ),
     Subject("tokenselect, 8-bit sketch", {}, f"tokenselect({_LARGE_READ}, sketch='int8')", ("selections",), "read"),
     Subject(
         "tidaldecode",

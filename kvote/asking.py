@@ -21,8 +21,7 @@ def answers_of(layer: LayerState, reading: Reading, step: Step) -> tuple[Tensor,
         queries = reading.queries.rows(span.start, span.stop)
         answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
         if span.unread is not None:
-            out, lse = kernels.merge(answers)
-            answers = [(out, lse), (span.unread.value, lse + span.unread.beyond)]
+            answers = span.unread.beside(*kernels.merge(answers))
         answers += asides_of(layer, queries, reading.rows, step.logits)
         out, lse = kernels.merge(answers)
         if step.sink_logits is not None:
@@ -30,6 +29,7 @@ def answers_of(layer: LayerState, reading: Reading, step: Step) -> tuple[Tensor,
             lse = torch.logaddexp(lse, step.sink_logits.float().reshape(1, -1, 1))
         if layer.reads is not None and reading.decode:
             layer.reads.add(reading, span)
+        reading.answered = lse
         pieces.append(out)
         totals.append(lse)
         # Whoever asks for the spans asks which tokens were read.

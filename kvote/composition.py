@@ -102,6 +102,10 @@ RULES = (
         "method that keeps the same everywhere",
     ),
     Rule(
+        lambda of: of.read.offers.adds_up and of.keep.offers.drops,
+        "the reader adds up the attention that every token receives, and would lose count of tokens that move",
+    ),
+    Rule(
         lambda of: of.read.needs.equal_layers and not of.keep.offers.equal_layers,
         "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens",
     ),

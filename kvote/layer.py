@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from kvote.keep.record import Record
 from kvote.layer_state import LayerState
 from kvote.marks import mark_of, restore, take_back
 from kvote.passes import Mark, unheard
-from kvote.read.tokens import Activity, Everything, Queries, Reading, Token
+from kvote.read.tokens import Activity, AddsUp, Everything, Queries, Reading, Token
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
@@ -161,6 +162,7 @@ class Layer(LayerState):
                 number=self.number,
                 logits=step.logits,
                 beside=group.beside(step.beside),
+                recording=self.record_past,
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)
@@ -239,6 +241,8 @@ class Layer(LayerState):
         # What interrupts this may have been interrupted in the middle of it.
         self.changes += 1
         dropped, encoded = self.drop(), self.seal_all()
+        if self.method.read.offers.adds_up:
+            self.settled = self.seen
         if not dropped and not encoded:
             self.changes -= 1
 
@@ -344,7 +348,11 @@ class Layer(LayerState):
         if self.columns is not None:
             self.columns = self.columns[:, : self.seen].clone()
         if columns and self.memory is not None:
-            self.memory.forget()
+            if self.method.read.offers.adds_up:
+                cast(AddsUp, self.memory).take_back(self.segment, lengths)
+                self.settled = self.seen
+            else:
+                self.memory.forget()
         self.segment.trim()
         self.drop()
         self.seal_all()

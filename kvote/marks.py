@@ -32,6 +32,7 @@ def restore(layer: LayerState, mark: Mark) -> bool:
     vars(layer.activity).update(mark.activity)
     layer.columns = mark.columns
     layer.seen, layer.expected, layer.ahead, layer.prompted, layer.holes = mark.numbers
+    layer.settled = min(layer.settled, layer.seen)
     return True
 
 

@@ -120,9 +120,11 @@ class StoreOffers:
 @dataclass(frozen=True)
 class ReaderOffers:
     """``uneven_heads``: it reads right where key heads hold different numbers of tokens. ``cuts``: where in a prompt,
-    in front of its ``tail``, what is read does not depend on what follows."""
+    in front of its ``tail``, what is read does not depend on what follows. ``adds_up``: it remembers sums over passes,
+    so its memory is an ``AddsUp``, and no token may move."""
 
     uneven_heads: bool = False
+    adds_up: bool = False
     cuts: Cuts = WHOLE
 
 

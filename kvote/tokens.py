@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Positions = Literal["original", "contiguous"]
+Positions = Literal["original", "contiguous", "together"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class TokenSet:
     where every query head has a list of its own, or a range of neighbours that all queries share. ``causal``: the last
     rows of the list are the queries themselves, row i of r sees list entries up to m - r + i, and with ``window`` only
     the last ``window`` of those. ``positions``: the tokens' own, or 0 .. m - 1 in list order with the queries at the
-    end of the list, or all at ``query_at``.
+    end of the list, or all at ``query_at``; or all tokens together at 0, and all queries at ``query_at``.
     """
 
     index: Tensor | range
@@ -58,6 +58,10 @@ class Unread:
 
     value: Tensor
     beyond: Tensor
+
+    def beside(self, out: Tensor, lse: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Both answers, to be merged: that of the tokens read, with its log-sum-exp, and this."""
+        return [(out, lse), (self.value, lse + self.beyond)]
 
 
 @dataclass(frozen=True)

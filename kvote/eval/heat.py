@@ -16,6 +16,7 @@ from kvote.eval.read import Reading
 from kvote.eval.subject import Subject
 from kvote.files import named, write_whole
 from kvote.method import Method
+from kvote.needs import Needs
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Reading as Step
 from kvote.read.tokens import Span, everything
@@ -53,8 +54,8 @@ class Watched(HeadVotes):
     noted: Noted = field(default_factory=Noted)
 
     @property
-    def one_list(self) -> bool:
-        return False
+    def needs(self) -> Needs:
+        return Needs(keys=super().needs.keys)
 
     def step(self, *given: Any) -> None:
         """A shorter way would vote unseen."""

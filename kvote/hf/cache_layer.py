@@ -128,7 +128,8 @@ class CacheLayer(HandsOn, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return not self.layer.method.keep.offers.drops or self.record_past
+        method = self.layer.method
+        return not (method.keep.offers.drops or method.read.offers.adds_up) or self.record_past
 
     @property
     def record_past(self) -> bool:

@@ -166,6 +166,8 @@ class Lawful:
         for span in self.reader.read(reading):
             queries = reading.queries.rows(span.start, span.stop)
             answers = [_lawful(reading, tokens, self.logits) for tokens in span.reads]
+            if span.unread is not None:
+                answers = span.unread.beside(*reference.merge(answers))
             answers += [aside for aside in self._asides(queries, reading) if aside is not None]
             self.answer = reference.merge(answers)[0][:, :, 0]
             yield span
@@ -239,7 +241,7 @@ def _placed(
         return rope.apply(key, (cos[:, None], sin[:, None])), reading.queries.rotated[:, head : head + 1]
     last = len(tokens) - 1 if tokens.query_at is None else tokens.query_at
     angles = rope.contiguous(max(len(tokens), last + 1), key.device)
-    placed = turned(key, angles, slice(begin, len(tokens)))
+    placed = turned(key, angles, slice(0, 1) if tokens.positions == "together" else slice(begin, len(tokens)))
     return placed, turned(raw[:, head : head + 1].float(), angles, slice(last, last + 1))
 
 

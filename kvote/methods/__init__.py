@@ -17,6 +17,7 @@ from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.expectedattention import expectedattention
 from kvote.methods.h2o import h2o
+from kvote.methods.infllm import infllm
 from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
@@ -49,6 +50,7 @@ __all__ = [
     "ems",
     "expectedattention",
     "h2o",
+    "infllm",
     "keyformer",
     "kivi",
     "knorm",

@@ -48,7 +48,9 @@ class Reading:
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
     unless the reader needs ``equal_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
-    ``beside``: token ids and hidden states of the query rows, where the reader's needs name them.
+    ``beside``: token ids and hidden states of the query rows, where the reader's needs name them. ``recording``: a
+    caller may still roll this pass back. ``answered`` [b, heads, r]: once a span was read, the log-sum-exp of all that
+    its queries read.
     """
 
     queries: Queries
@@ -66,6 +68,8 @@ class Reading:
     number: int = 0
     logits: Logits | None = None
     beside: Beside | None = None
+    recording: bool = False
+    answered: Tensor | None = None
 
     def scaled(self, scores: Tensor) -> Tensor:
         """Products q.k as they enter the softmax."""
@@ -95,6 +99,15 @@ class Memory(Protocol):
     def restore(self, mark: Any) -> None: ...
     @property
     def nbytes(self) -> int: ...
+
+
+class AddsUp(Memory, Protocol):
+    """A memory that adds up what passes showed it."""
+
+    def take_back(self, segment: Segment, lengths: list[int]) -> None:
+        """Forgets what it was shown of the tokens behind ``lengths``, of passes while a caller was ``recording``; what
+        is left cannot be taken back any more."""
+        ...
 
 
 class Reader(Protocol):

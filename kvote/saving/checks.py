@@ -28,7 +28,9 @@ def layer(made: Any) -> None:
 
 
 def _memory(memory: Any, lengths: list[int]) -> None:
-    """Lists of tokens that a reader will read again."""
+    """Tokens that a reader remembers, in lists that it will read again or by its own ``fits``."""
+    if hasattr(memory, "fits") and not memory.fits(lengths):
+        raise ValueError("a reader remembers tokens that are not held")
     lists = getattr(memory, "index", None)
     if isinstance(lists, dict):
         if any(not isinstance(row, int) or not 0 <= row < len(lengths) for row in lists):

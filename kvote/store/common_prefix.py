@@ -5,18 +5,14 @@ keys; what each holds alone is read as ever, and the answers are merged by their
 levels of a tree are read one after the other, from the root to the leaves.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from kvote import kernels
 from kvote.read.tokens import TokenSet
 from kvote.store.answers import answers
 from kvote.store.pages import Lane, PagePool
+from kvote.store.raw_tokens import RawTokens
 from kvote.store.segment import Logits
-
-if TYPE_CHECKING:
-    from kvote.store.raw import RawSegment
 
 Answer = tuple[Tensor, Tensor]
 # Rows of a batch, by their place in it, that all hold the same pages of tokens start to stop.
@@ -68,12 +64,12 @@ def _page_after(rows: list[int], lanes: list[list[int]], pool: PagePool, stop: i
     return _common([pool.lanes[lanes[row][0]] for row in rows], pool.page, stop) // pool.page
 
 
-def read_once(segment: "RawSegment", query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer | None:
+def read_once(segment: RawTokens, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer | None:
     """What single queries [b, heads, 1, d] read in all that their sequences hold; None where these share no prefix of
     ``LEAST`` tokens, or ``tokens`` are not a range from the first to the last."""
     pool, b = segment.pool, len(query)
     whole = isinstance(tokens.index, range) and tokens.index.start == 0 and tokens.window is None
-    if not pool.shares or b == 1 or query.shape[2] > 1 or not whole or segment.rope is not None:
+    if not pool.shares or b == 1 or query.shape[2] > 1 or not whole:
         return None
     lanes = [list(segment._lanes([row])) for row in rows]
     lengths = [pool.lanes[each[0]].length for each in lanes]

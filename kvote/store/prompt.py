@@ -282,7 +282,7 @@ class PromptSegment:
 
     def _angles(self, row: int, slots: Tensor, tokens: TokenSet) -> Angles | None:
         """Angles of the places at which one list of ``tokens`` is read: [m, r], [heads, m, r] for lists by head."""
-        if tokens.positions == "contiguous":
+        if tokens.positions != "original":
             return self.tail.angles(tokens)
         return None if self.rope is None else self._own_angles(self._positions(row)[0, slots])
 

@@ -266,7 +266,7 @@ class QuantisedSegment:
         for start, stop in blocks:
             key, value, positions = self._tokens(rows, index.start + start, index.start + stop)
             if self.rope is not None:
-                if tokens.positions == "contiguous":
+                if tokens.positions != "original":
                     angles = self.raw.angles(tokens)
                     assert angles is not None
                     key = self.rope.apply(key, (angles[0][start:stop], angles[1][start:stop]))
@@ -366,7 +366,7 @@ class QuantisedSegment:
             key, _, positions = self._tokens(rows, index.start, index.stop)
             query = self.raw.place_queries(queries, tokens)
             if self.rope is not None:
-                placed = self.raw.angles(tokens) if tokens.positions == "contiguous" else None
+                placed = self.raw.angles(tokens) if tokens.positions != "original" else None
                 key = self.rope.apply(key, placed or angles_at(self.rope, positions))
             return received(query, lse, key, tokens, logits)
         pieces = []
