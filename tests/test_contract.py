@@ -59,6 +59,7 @@ METHODS = {
     "pyramidkv": "pyramidkv(budget=20, window=6, beta=4)",
     "randomkeep-all": "randomkeep(budget=500, window=6)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
+    "randomkeep-protect": "randomkeep(budget=20, sinks=2, window=6, protect=0.25, evict_generated=True)",
     "randomkeep-tokenselect": f"randomkeep(budget=20, sinks=2, window=6) | tokenselect({_FEW}, chunk=1, theta=2.0)",
     "tidaldecode-all": "tidaldecode(top_k=500, first=0)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",

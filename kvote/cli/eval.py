@@ -22,18 +22,29 @@ from kvote.eval.template import template_of
 from kvote.models.presets import with_presets
 from kvote.prompt import ends_of
 
-# What every method is seen beside. The embedded model's have its presets.
+# What every method is seen beside. Those of the embedded model fit its 1,024 trained tokens, by presets or in words.
 BASELINES = (
     "dense",
     "streamingllm",
     "random",
     "randomkeep",
+    "randomkeep(protect=0.1, evict_generated=True)",
     "oracle",
     "tokenselect",
     "tokenselect(head_map='paper')",
     "tokenselect(published=True)",
 )
-_EMBEDDED_BASELINES = ("dense", "streamingllm", "random", "tokenselect")
+_EMBEDDED_BASELINES = (
+    "dense",
+    "streamingllm",
+    "random",
+    "randomkeep(budget=784)",
+    "randomkeep(budget=784, protect=0.1, evict_generated=True)",
+    "oracle(top_k=784)",
+    "tokenselect",
+    "tokenselect(head_map='paper', top_k=512, sinks=16, window=256, chunk=128)",
+    "tokenselect(published=True, top_k=512, sinks=16, window=256, chunk=128)",
+)
 _LENGTHS, _EMBEDDED_LENGTHS = (4096,), (2048,)
 _DAY, _HOUR, _MINUTE = 86_400, 3_600, 60
 
