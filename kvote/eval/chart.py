@@ -86,6 +86,6 @@ def ticks(low: float, high: float) -> list[float]:
 
 def _short(value: float) -> str:
     for unit, name in ((2**20, "Mi"), (2**10, "Ki")):
-        if value >= 10 * unit or value == unit:
+        if value >= unit and value % unit == 0:
             return f"{value / unit:.0f}{name}"
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

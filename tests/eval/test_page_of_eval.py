@@ -83,6 +83,9 @@ def test_ticks_are_round_and_hold_all_values():
     assert ticks(3.44, 3.59) == [3.4, 3.45, 3.5, 3.55, 3.6]
     assert ticks(0.0, 0.0)[0] == 0.0
     drawn = chart("t", "x", "y", [("a", "#000", [Point(8, 0.1, 0.0, 0.2), Point(16, 0.3, 0.2, 0.4)])])
+    far = chart("t", "x", "y", [("a", "#000", [Point(12_000, 1, 1, 1), Point(2**20, 1, 1, 1)])])
+    assert ">12,000<" in far
+    assert ">1Mi<" in far
     heights = [float(y) for y in re.findall(r'y[12]="([0-9.]+)"', drawn)]
     assert all(30 <= y <= 250 - 42 + 0.1 for y in heights)
 
