@@ -301,7 +301,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self._select_marked(beam_idx.tolist())
+            self._select_marked(beam_idx)
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -309,7 +309,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self._select_marked([row for row in range(self._rows) for _ in range(repeats)])
+            self._select_marked(torch.arange(self._rows).repeat_interleave(repeats))
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -317,15 +317,18 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self._select_marked(torch.arange(self._rows)[torch.as_tensor(indices).cpu()].tolist())
+            self._select_marked(indices)
             super().batch_select_indices(indices)
 
     @property
     def _rows(self) -> int:
         return max(part.sequences for part in self.managed)
 
-    def _select_marked(self, index: list[int]) -> None:
-        self.turn.marked.select(index, self._rows)
+    def _select_marked(self, index: Tensor) -> None:
+        # Most texts have no marks, and looking at numbers on a device would wait for it.
+        if self.turn.marked:
+            rows = torch.arange(self._rows)[torch.as_tensor(index).cpu()]
+            self.turn.marked.select(rows.tolist(), self._rows)
 
     def reset(self) -> None:
         """Back to the state before the first token; memory is given back."""
