@@ -96,3 +96,9 @@ class Queries:
             return self
         raw = None if self.raw is None else self.raw[:, :, start:stop]
         return Queries(self.rotated[:, :, start:stop], raw)
+
+    def of_sequences(self, at: slice | list[int]) -> "Queries":
+        return Queries(self.rotated[at], None if self.raw is None else self.raw[at])
+
+    def of_heads(self, heads: slice) -> "Queries":
+        return Queries(self.rotated[:, heads].contiguous(), None if self.raw is None else self.raw[:, heads])

@@ -110,11 +110,9 @@ class Observation:
 
     def member(self, i: int) -> "Observation":
         """The same of the i-th query head of each key head alone."""
-        groups, raw = self.lse.shape[1] // self.segment.heads, self.queries.raw
-        heads = slice(i, None, groups)
-        queries = Queries(self.queries.rotated[:, heads].contiguous(), None if raw is None else raw[:, heads])
+        heads = slice(i, None, self.lse.shape[1] // self.segment.heads)
         spans = [replace(span, reads=[_of_heads(read, heads) for read in span.reads]) for span in self.spans]
-        return replace(self, queries=queries, lse=self.lse[:, heads].contiguous(), spans=spans)
+        return replace(self, queries=self.queries.of_heads(heads), lse=self.lse[:, heads].contiguous(), spans=spans)
 
     def of(self, row: int, length: int) -> "Observation | None":
         """The part about one sequence when it is cut to ``length`` tokens; None if that is nothing."""
@@ -123,11 +121,9 @@ class Observation:
             return None
         ahead = self.ahead if self.ahead is None or count == self.count else min(0, self.ahead + self.count - count)
         spans = [_cut(span, i, count) for span in self.spans if span.start < count]
-        raw = self.queries.raw
-        queries = Queries(self.queries.rotated[i : i + 1], None if raw is None else raw[i : i + 1])
         lse = self.lse[i : i + 1, :, :count]
         beside = None if self.beside is None else self.beside.at(i, 0, count)
-        queries = queries.rows(0, count)
+        queries = self.queries.of_sequences(slice(i, i + 1)).rows(0, count)
         return replace(self, queries=queries, lse=lse, rows=[row], spans=spans, ahead=ahead, beside=beside)
 
     def selected(self, index: list[int]) -> "list[Observation]":

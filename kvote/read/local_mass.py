@@ -32,19 +32,18 @@ class Passed:
 
     def of(self, i: int) -> "Passed":
         """The same of one sequence."""
-        raw, one = self.queries.raw, slice(i, i + 1)
-        queries = Queries(self.queries.rotated[one], None if raw is None else raw[one])
-        return Passed(queries, self.lse[one], self.first, self.near, self.logits)
+        one = slice(i, i + 1)
+        return Passed(self.queries.of_sequences(one), self.lse[one], self.first, self.near, self.logits)
 
     def mass(self, segment: Segment, rows: list[int]) -> Tensor:
         """Attention [b, heads, m] that each of the neighbours received from every query head, in float32."""
-        h, heads, raw = segment.heads, self.lse.shape[1], self.queries.raw
+        h, heads = segment.heads, self.lse.shape[1]
         parts = []
         for i in range(heads // h):
             mine = slice(i, None, heads // h)
-            queries = Queries(self.queries.rotated[:, mine].contiguous(), None if raw is None else raw[:, mine])
             lse = self.lse[:, mine].contiguous()
-            parts.append(segment.attention_mass(queries, lse, rows, self.near, self.logits)[:, :, 0])
+            mass = segment.attention_mass(self.queries.of_heads(mine), lse, rows, self.near, self.logits)
+            parts.append(mass[:, :, 0])
         return torch.stack(parts, dim=2).flatten(1, 2)
 
 

@@ -13,9 +13,8 @@ from kvote.store.segment import Logits
 
 def asked_by(queries: Queries, tokens: TokenSet, at: slice | list[int]) -> tuple[Queries, TokenSet]:
     """The queries of some of the sequences, and what those read."""
-    raw = None if queries.raw is None else queries.raw[at]
     index = tokens.index if isinstance(tokens.index, range) else tokens.index[at]
-    return Queries(queries.rotated[at], raw), replace(tokens, index=index)
+    return queries.of_sequences(at), replace(tokens, index=index)
 
 
 def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:

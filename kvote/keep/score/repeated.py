@@ -13,7 +13,7 @@ from kvote.keep.turned import keys_in_place
 from kvote.memory import storage_bytes
 from kvote.needs import Needs
 from kvote.numbers import check_whole
-from kvote.read.tokens import Queries, TokenSet
+from kvote.read.tokens import TokenSet
 
 # Float32 logits (4 MiB) that are held at a time.
 _LOGITS_HELD = 1 << 20
@@ -94,13 +94,12 @@ class ReadAgain(Score):
         row, t, h = seen.rows[i], seen.count, seen.segment.heads
         if not len(chunk):
             return torch.zeros(h, 0, device=seen.lse.device)
-        raw = seen.queries.raw
-        queries = Queries(seen.queries.rotated[i : i + 1], None if raw is None else raw[i : i + 1])
+        queries = seen.queries.of_sequences(slice(i, i + 1))
         own = range(seen.first, seen.first + t)
         sets = [TokenSet(part, causal=part is own) for part in (range(min(self.sinks, chunk.start)), chunk, own)]
         answers = [seen.segment.attend(queries, [row], part, seen.logits) for part in sets if len(part)]
         total = kernels.merge(answers)[1][0].reshape(h, -1, t, 1)
-        key = keys_in_place(seen.segment, row, chunk.start, chunk.stop, None if raw is None else seen.rope)
+        key = keys_in_place(seen.segment, row, chunk.start, chunk.stop, None if queries.raw is None else seen.rope)
         query = queries.rotated[0].float().reshape(h, -1, t, key.shape[2]) * seen.logits.scale
         most = torch.full((h, len(chunk)), float("-inf"), device=key.device)
         step = max(1, _LOGITS_HELD // (query.shape[0] * query.shape[1] * len(chunk)))
