@@ -14,6 +14,7 @@ from typing import Any
 
 from common import RESULTS, table
 
+from kvote.eval.folder import read_manifest, read_records
 from kvote.files import write_whole
 
 NAMES = {
@@ -26,7 +27,7 @@ NAMES = {
 
 def figures(folder: Path) -> list[dict[str, Any]]:
     """Per length and method: keys found of those asked for, perplexity at each place, and tokens read per query."""
-    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    records = read_records(folder).values()
     rows = []
     for length in sorted({each["length"] for each in records}):
         for spec in NAMES:
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     rows = figures(options.folder)
-    manifest = json.loads((options.folder / "manifest.json").read_text())
+    manifest = read_manifest(options.folder)
     write_whole(RESULTS / "headline.json", json.dumps({"manifest": manifest, "rows": rows}, indent=1) + "\n")
     drawn(rows, RESULTS / "headline.png")
     cells = [

@@ -21,10 +21,8 @@ def score(answer: str, question: Question) -> float:
     if question.score == "exact":
         return float(said.strip() == question.answers[0].lower())
     if question.score == "run":
-        pairs = enumerate(zip(_ITEM.findall(said), question.answers, strict=False))
-        right = next((i for i, (one, wanted) in pairs if one != wanted.lower()), None)
-        return (min(len(_ITEM.findall(said)), len(question.answers)) if right is None else right) / len(
-            question.answers
-        )
+        pairs = [*zip(_ITEM.findall(said), question.answers, strict=False)]
+        right = next((i for i, (one, wanted) in enumerate(pairs) if one != wanted.lower()), len(pairs))
+        return right / len(question.answers)
     found = [wanted.lower() in said for wanted in question.answers]
     return float(any(found)) if question.score == "any" else sum(found) / len(found)

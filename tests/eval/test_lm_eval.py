@@ -1,8 +1,6 @@
 """The adapter of lm-evaluation-harness."""
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -11,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 
 from kvote.errors import MethodError
 from kvote.eval.lm_eval import KvoteLM
-from kvote.models import embedded, world
+from kvote.models import world
 
 SAMPLE = world.sample("needle", 300, 3, 4)
 ASKED = SAMPLE.questions[0]
@@ -19,14 +17,8 @@ CONTEXT = f"{SAMPLE.document} {ASKED.prompt}"
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return {
-        "pretrained": AutoModelForCausalLM.from_pretrained(embedded(), dtype=torch.float32),
-        "tokenizer": AutoTokenizer.from_pretrained(embedded()),
-        "backend": "causal",
-        "max_length": 2048,
-        "batch_size": 2,
-    }
+def parts(loaded):
+    return {**loaded, "max_length": 2048, "batch_size": 2}
 
 
 def instances(kind, *arguments):

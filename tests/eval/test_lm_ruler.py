@@ -3,8 +3,6 @@
 import socket
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("nltk")
@@ -16,17 +14,11 @@ from lm_eval.models.huggingface import HFLM
 from kvote.errors import InputError
 from kvote.eval.lm_eval import KvoteLM
 from kvote.eval.lm_ruler import OFFLINE, ruler
-from kvote.models import embedded
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return {
-        "pretrained": AutoModelForCausalLM.from_pretrained(embedded(), dtype=torch.float32),
-        "tokenizer": AutoTokenizer.from_pretrained(embedded()),
-        "backend": "causal",
-        "max_length": 4096,
-    }
+def parts(loaded):
+    return {**loaded, "max_length": 4096}
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ strings: questions over passages (RAG), recall of JSON values, and RULER's needl
 from pathlib import Path
 
 from kvote.eval.files.lines import Record, records
+from kvote.eval.files.question_answering import SHORTLY
 from kvote.eval.sample import Question, Sample
-
-_SHORTLY = "Answer the question from the documents, in as few words as possible. Question: {}"
 
 
 def read(path: Path, data: bytes) -> tuple[Sample, ...]:
@@ -17,7 +16,7 @@ def read(path: Path, data: bytes) -> tuple[Sample, ...]:
 def _sample(record: Record) -> Sample:
     held = record.held
     if "ctxs" in held and "answers" in held:
-        question = Question(_SHORTLY.format(record.text("question")), record.texts("answers"), "any", "Answer:", 20)
+        question = Question(SHORTLY.format(record.text("question")), record.texts("answers"), "any", "Answer:", 20)
         return Sample(_passages(record), (question,))
     if "num_kvs" in held:
         asked = f"Give the value that the JSON object above has for this key. Key: {record.text('question')}"

@@ -12,6 +12,8 @@ from kvote.eval.files.lines import Assembled, Record, parsed, records
 from kvote.eval.sample import Count, Question, Sample, most
 from kvote.files import named
 
+# How a question over several documents is asked.
+SHORTLY = "Answer the question from the documents, in as few words as possible. Question: {}"
 _INTRO = "Documents follow.\n\n"
 
 
@@ -43,8 +45,7 @@ class Corpus:
         sized = [f"Document {i + 100}:\n{paragraph}" for i, paragraph in enumerate(others)]
         held = [*one.about, *others[: most(sized, room, count, "\n\n") if sized and count(sized[0]) <= room else 0]]
         rng.shuffle(held)
-        asked = f"Answer the question from the documents, in as few words as possible. Question: {one.text}"
-        return Sample(_INTRO + _listed(held), (Question(asked, one.answers, "any", "Answer:", 32),))
+        return Sample(_INTRO + _listed(held), (Question(SHORTLY.format(one.text), one.answers, "any", "Answer:", 32),))
 
 
 def squad(path: Path, data: bytes) -> Assembled:
