@@ -34,8 +34,9 @@ from embedded import TRAINED, within
 from subjects import PROMPT, Subject, built, known
 
 import kvote
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.models import world
+from kvote.spec import parse
 
 TASKS = {"needle": "needle", "several": "multi_key", "pass key": "passkey"}
 WAYS = ("prompt", "later")

@@ -16,7 +16,7 @@ from typing import Any
 from common import RESULTS, load_embedded, save, table
 
 import kvote
-import kvote.method
+import kvote.spec
 from kvote.models import world
 from kvote.models.presets import preset
 
@@ -126,7 +126,7 @@ def main() -> None:
         for method in options.methods:
             # Points made with other parameters are measured anew.
             same = [p for p in points if p["method"] == method and p["length"] == length]
-            points = [p for p in points if p not in same or p["spec"] == kvote.method.parse(METHODS[method]).spec]
+            points = [p for p in points if p not in same or p["spec"] == kvote.spec.parse(METHODS[method]).spec]
             done = {p["seed"] for p in points if p["method"] == method and p["length"] == length}
             for seed in range(options.documents or documents(length)):
                 if seed not in done:

@@ -32,7 +32,8 @@ from kvote.measure import check
 from kvote.measure.clock import once
 from kvote.measure.geometry import Geometry
 from kvote.measure.sweep import Sweep
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.spec import parse
 
 PACKED, AS_IT_COMES, DENSE = "sdpa, packed", "sdpa as transformers calls it", "kvote dense"
 # Calls of a round; where generated tokens are dropped, so many at least, and the second number at most.
@@ -93,7 +94,7 @@ def from_drop_to_drop(
 def drops(layers: list[Layer | HeadGroups]) -> bool:
     """Whether they let go of tokens while generating."""
     keepers = [part.method.keep for layer in layers for part in layer.parts]
-    return any(keep.drops and keep.while_generating for keep in keepers)
+    return any(keep.offers.drops and keep.offers.drops_generated for keep in keepers)
 
 
 def measure(subject: Subject, held: Held, sweep: Sweep, rounds: int, made_up: MadeUp) -> dict[str, Any] | str:

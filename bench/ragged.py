@@ -18,7 +18,7 @@ from kvote.groups import alike
 from kvote.layer import Layer
 from kvote.measure.clock import Call, alternating
 from kvote.measure.geometry import Geometry
-from kvote.method import parse
+from kvote.spec import parse
 
 
 class Apart(Layer):

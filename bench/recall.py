@@ -21,11 +21,11 @@ from torch import Tensor
 import kvote
 from kvote.index.sketch import SketchIndex
 from kvote.kernels import reference
-from kvote.method import parse
 from kvote.models import world
 from kvote.models.presets import preset
 from kvote.read.head_votes import SKETCHES, HeadVotes
 from kvote.read.tokens import Reading
+from kvote.spec import parse
 from kvote.store.raw import RawSegment
 
 ROOM = 48  # tokens left for a question and its answer

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from common import RESULTS
 
 from kvote.errors import KvoteError
-from kvote.method import METHODS, Method, parse
+from kvote.method import METHODS, Method
+from kvote.spec import parse
 
 SHARES = (0.5, 0.25, 0.125, 0.0625)
 # Prompts of the embedded model, question included, are about this long.
@@ -143,6 +144,16 @@ SUBJECTS: tuple[Subject, ...] = (
         "tokenselect",
         dial(lambda s, n: f"tokenselect({selection(n)}, theta=2.0)"),
         f"tokenselect({_LARGE_READ})",
+        ("selections",),
+        "read",
+    ),
+    Subject(
+        "infllm",
+        {
+            0.25: "infllm(block=16, sinks=4, window=62, top_k=11, chunk=31)",
+            0.125: "infllm(block=16, sinks=4, window=31, top_k=5, chunk=16)",
+        },
+        "infllm(top_k=16, sinks=128, window=512)",
         ("selections",),
         "read",
     ),

@@ -12,8 +12,8 @@ import torch
 
 from kvote.layer import Layer, Step
 from kvote.measure.clock import once
-from kvote.method import parse
 from kvote.read.tokens import Queries
+from kvote.spec import parse
 from kvote.store.segment import Logits
 
 HEADS, KV_HEADS, DIM = 32, 8, 128

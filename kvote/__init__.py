@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:
     from kvote.hf.facts import detach
     from kvote.library.library import Library
     from kvote.method import Method
+    from kvote.prepacking import prefill
     from kvote.report import LayerReport, Report
     from kvote.rows import Rows
     from kvote.stream import Stream
@@ -56,6 +57,7 @@ _HOME = {
     "Stream": "stream",
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
+    "prefill": "prepacking",
     "read_again": "echo",
 }
 # Modules that are part of the interface.
@@ -85,6 +87,7 @@ __all__ = [
     "detach",
     "methods",
     "models",
+    "prefill",
     "read_again",
 ]
 

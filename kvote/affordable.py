@@ -1,21 +1,17 @@
 """How many tokens a layer can hold within a budget of bytes."""
 
-from typing import TYPE_CHECKING
-
 from kvote.errors import MethodError
 from kvote.keep.budget import Budget
-
-if TYPE_CHECKING:
-    from kvote.layer import Layer
+from kvote.layer_state import LayerState
 
 
-def affordable(layer: "Layer", dial: Budget) -> int:
+def affordable(layer: LayerState, dial: Budget) -> int:
     """Tokens of each sequence that a budget of bytes has room for."""
     assert layer.segment is not None
     return layer.segment.tokens_within(dial.amount / layer.layers, layer.method.keep.token_bytes)
 
 
-def check_budget(layer: "Layer") -> None:
+def check_budget(layer: LayerState) -> None:
     """Raises MethodError if a budget of bytes leaves no page of tokens to a key head."""
     dial = layer.method.keep.budget
     if dial is not None and dial.unit == "bytes" and affordable(layer, dial) < 1:

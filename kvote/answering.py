@@ -13,20 +13,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from kvote.beside import MARKS
 from kvote.cache import Cache
 from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
 from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_finite
 from kvote.report import Report
 from kvote.store.raw import Raw
 
-# Where nobody says how long an answer may be: of a model that was made to talk, and of one that goes on with a text.
+# Default lengths of an answer: of a chat model, and of a base model.
 TALKING, COMPLETING = 256, 32
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one question. Times are wall-clock; ``first_token_seconds`` includes the question.
-    ``report`` is that of the cache it was answered from."""
+    """The model's answer to one question. Times are wall-clock; ``first_token_seconds`` includes the question.
+    ``report`` is the report of the cache that answered it."""
 
     text: str
     token_ids: list[int]
@@ -61,8 +62,8 @@ class Responder:
         streamer: BaseStreamer | None = None,
         stopping: Sequence[Any] = (),
     ) -> Answer:
-        """What follows ``ids`` [1, n], of which ``cache`` holds the first; it holds the answer too afterwards, unless
-        several beams are searched, in a copy.
+        """Generates the answer that follows ``ids`` [1, n], of which ``cache`` holds the first. Afterwards the cache
+        holds the answer too, unless several beams are searched, in a copy.
 
         Raises InputError for options that make no sense, NotFiniteError, UnsupportedModelError if the model did not
         answer from the cache, and OutOfMemoryError.
@@ -99,6 +100,7 @@ class Responder:
         """A sentence that names the first layer that gives what is no number, found by reading ``ids`` again."""
         again, fine = Cache(self.model, cache.method), True
         again.expect(ids.shape[1])
+        again.turn.marked = cache.turn.marked
         with torch.no_grad(), where_not_finite(self.model) as found:
             for part in passes(ids, self.model, self.tokens_per_pass):
                 output = self.model(input_ids=part, past_key_values=again, use_cache=True, logits_to_keep=1)
@@ -112,6 +114,14 @@ class Responder:
             f"{type(self.model).__name__} gave NaN or infinite logits: {where}; check its weights and load it in "
             "float32 or bfloat16."
         )
+
+
+def mark_next(cache: Cache, name: str, stop: int) -> None:
+    """Marks what ``cache`` reads next, up to column ``stop``, where its method asks for marks."""
+    start = cache.get_seq_length()
+    if MARKS in cache.method.needs.beside and start < stop:
+        cache.turn.marked = cache.turn.marked.until(start)
+        cache.mark_span(name, start, stop)
 
 
 def takes_back(cache: Cache) -> bool:

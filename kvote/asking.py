@@ -1,22 +1,19 @@
-"""What queries of one layer are answered: by the tokens that its reader names, and by those that have no slot."""
+"""Attention of one layer: over the tokens that its reader names, and over tokens that have no slot."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.layer_state import LayerState
 from kvote.read.tokens import Queries, Reading, Span
 from kvote.step import Step
 from kvote.store.segment import Logits
 
-if TYPE_CHECKING:
-    from kvote.layer import Layer
 
-
-def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
-    """What the queries answer [b, heads, t, dv], the log-sum-exp of what they read, and what that was."""
+def answers_of(layer: LayerState, reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
+    """Attention of the queries [b, heads, t, dv], its log-sum-exp [b, heads, t], and the spans that were read."""
     pieces, totals, spans = [], [], []
     for span in layer.method.read.read(reading):
         if layer.holes:
@@ -24,8 +21,7 @@ def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Te
         queries = reading.queries.rows(span.start, span.stop)
         answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
         if span.unread is not None:
-            out, lse = kernels.merge(answers)
-            answers = [(out, lse), (span.unread.value, lse + span.unread.beyond)]
+            answers = span.unread.beside(*kernels.merge(answers))
         answers += asides_of(layer, queries, reading.rows, step.logits)
         out, lse = kernels.merge(answers)
         if step.sink_logits is not None:
@@ -33,6 +29,7 @@ def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Te
             lse = torch.logaddexp(lse, step.sink_logits.float().reshape(1, -1, 1))
         if layer.reads is not None and reading.decode:
             layer.reads.add(reading, span)
+        reading.answered = lse
         pieces.append(out)
         totals.append(lse)
         # Whoever asks for the spans asks which tokens were read.
@@ -42,8 +39,8 @@ def answers_of(layer: "Layer", reading: Reading, step: Step) -> tuple[Tensor, Te
     return torch.cat(pieces, dim=2), torch.cat(totals, dim=2), spans
 
 
-def asides_of(layer: "Layer", queries: Queries, rows: list[int], logits: Logits) -> list[tuple[Tensor, Tensor]]:
-    """What tokens answer that have no slot and that every query reads."""
+def asides_of(layer: LayerState, queries: Queries, rows: list[int], logits: Logits) -> list[tuple[Tensor, Tensor]]:
+    """Attention over the tokens without a slot, which every query reads: no answer, one or two."""
     assert layer.segment is not None
     held = layer.segment.aside(queries, rows, logits)
     gone = layer.method.keep.aside(queries, rows, logits, layer.record.memory)

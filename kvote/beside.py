@@ -1,40 +1,41 @@
-"""Beside: what a pass brings along with queries, keys and values, for methods that say that they need it."""
+"""Inputs of a pass besides queries, keys and values, for methods that ask for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvote.groups import Group
-
-# What ``Keeper.beside`` and ``Reader.beside`` may name.
-IDS, HIDDEN = "token ids", "hidden states"
+# What the ``beside`` of ``needs`` may name.
+IDS, HIDDEN, MARKS = "token ids", "hidden states", "marks"
 
 
 @dataclass(frozen=True)
 class Beside:
     """``ids`` [b, t] int64 of the new tokens; ``hidden`` [b, t, width], the states that the attention module projects
-    to queries, keys and values. None where no part of the method needs it."""
+    to queries, keys and values; ``marks``: by the name of marked spans (``Cache.mark_span``), which tokens are in one,
+    bool [b, t]. None where no part of the method needs it."""
 
     ids: Tensor | None = None
     hidden: Tensor | None = None
+    marks: Mapping[str, Tensor] | None = None
 
-    def of(self, group: "Group") -> "Beside":
-        """That of a group's rows, without padding."""
-        if group.is_everything:
-            return self
-        return self._each(lambda x: group.cut(x[:, None])[:, 0])
+    def marked(self, name: str) -> Tensor:
+        """Which tokens are in a span of that ``name``, bool [b, t]; none where there is no such span. For a method that
+        needs marks."""
+        assert self.marks
+        return self.marks[name] if name in self.marks else torch.zeros_like(next(iter(self.marks.values())))
 
     def at(self, row: int, start: int, stop: int) -> "Beside":
-        """That of columns ``start`` to ``stop`` of one row."""
-        return self._each(lambda x: x[row : row + 1, start:stop])
+        """Columns ``start`` to ``stop`` of one row."""
+        return self.each(lambda x: x[row : row + 1, start:stop])
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
+        """Applies ``function`` to every tensor."""
         ids, hidden = (None if x is None else function(x) for x in (self.ids, self.hidden))
-        return replace(self, ids=ids, hidden=hidden)
+        marks = None if self.marks is None else {name: function(x) for name, x in self.marks.items()}
+        return replace(self, ids=ids, hidden=hidden, marks=marks)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.ids, self.hidden) if x is not None]
+        return [x for x in (self.ids, self.hidden, *(self.marks or {}).values()) if x is not None]

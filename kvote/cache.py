@@ -3,7 +3,7 @@
 import copy
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
+from kvote.beside import MARKS
 from kvote.errors import CropError, InactiveCacheError, InputError, InterruptedPassError, MethodError
 from kvote.heads import HeadGroups, in_groups
 from kvote.hf.beside import watch
@@ -22,11 +23,13 @@ from kvote.hf.compiling import uncompiled
 from kvote.hf.facts import facts_of, ropes_of
 from kvote.hf.model import native_layers
 from kvote.layer import Crew, Layer
-from kvote.method import Method, parse
+from kvote.marked import Marked
+from kvote.method import Method
 from kvote.numbers import is_whole
 from kvote.passes import Passes
 from kvote.reads import Reads
 from kvote.report import LayerReport, Report
+from kvote.spec import parse
 from kvote.store.family import FORK
 
 # Positions are counted in 32 bits.
@@ -59,7 +62,7 @@ class Cache(TransformersCache):
         ours = facts.layers
         self.method.read.check(len(ours))
         ropes = ropes_of(ours) if self.method.needs_rope else {}
-        crew = Crew()
+        crew = Crew[Layer]()
         for index, held in enumerate(native_layers(model)):
             if index in ours:
                 fact = ours[index]
@@ -72,7 +75,7 @@ class Cache(TransformersCache):
             layers.append(held)
         super().__init__(layers=layers)
         # Held, not used.
-        self._watch = watch(model) if self.method.beside else None
+        self._watch = watch(model) if self.method.needs.beside - {MARKS} else None
         # Where a pass begins and ends: of the layers that count columns, and of all that take part.
         self._ends = (min(ours), max(ours))
         self._counting = [index for index, layer in enumerate(layers) if columns_of(layer) is not None]
@@ -105,6 +108,16 @@ class Cache(TransformersCache):
             for layer in self._own:
                 layer.expect(tokens)
 
+    def mark_span(self, name: str, start: int | Sequence[int], stop: int | Sequence[int]) -> None:
+        """Says what columns ``start`` to ``stop`` of the text are, which is still to come: ``name`` is "image",
+        "system", "document", "question" or whatever a method goes by that needs marks. Lists of numbers have one for
+        each prompt of a batch, whose columns count padding. A crop forgets what it marked of the columns that go.
+
+        Raises InputError for columns that have been read already, and for what is no span.
+        """
+        self.passes.claim(self)
+        self.turn.marked.add(name, start, stop, self.get_seq_length())
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` columns in every layer, or, if one of them cannot, in none.
 
@@ -134,13 +147,17 @@ class Cache(TransformersCache):
                     layer.take_back(-more)
                 elif more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
                     layer.crop(more)
+            if not interrupted:
+                self.turn.marked.crop(columns, columns - remove)
 
     def forget_shown(self, columns: int) -> None:
         """Forgets the last ``columns`` columns of one sequence, fed while past was recorded, after keepers were shown
         them; what stays of the rest is decided now."""
         self.passes.claim(self)
         self.check()
+        seen = self.get_seq_length()
         with self._changing():
+            self.turn.marked.crop(seen - columns, seen)
             for layer in self.layers:
                 if isinstance(layer, CacheLayer):
                     for part in layer.layer.parts:
@@ -284,6 +301,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
+            self._select_marked(beam_idx.tolist())
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -291,6 +309,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
+            self._select_marked([row for row in range(self._rows) for _ in range(repeats)])
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -298,7 +317,15 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
+            self._select_marked(torch.arange(self._rows)[torch.as_tensor(indices).cpu()].tolist())
             super().batch_select_indices(indices)
+
+    @property
+    def _rows(self) -> int:
+        return max(part.sequences for part in self.managed)
+
+    def _select_marked(self, index: list[int]) -> None:
+        self.turn.marked.select(index, self._rows)
 
     def reset(self) -> None:
         """Back to the state before the first token; memory is given back."""
@@ -308,7 +335,7 @@ class Cache(TransformersCache):
                 forget_states(self.layers[index])
             super().reset()
             self.passes.begin_anew()
-            self.turn.end = 0
+            self.turn.end, self.turn.marked = 0, Marked()
 
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, indexes, tables and what readers remember, in every layer."""

@@ -1,17 +1,13 @@
 """Columns of a batch that were tokens of a row, where others were padding."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from kvote.errors import InputError
-
-if TYPE_CHECKING:
-    from kvote.layer import Layer
+from kvote.layer_state import LayerState
 
 
-def remember_columns(layer: "Layer", valid: Tensor | None, b: int, t: int) -> None:
+def remember_columns(layer: LayerState, valid: Tensor | None, b: int, t: int) -> None:
     """Which columns of the batch were tokens. Nothing is stored until a padded column appears."""
     if valid is None and layer.columns is None:
         return
@@ -22,7 +18,7 @@ def remember_columns(layer: "Layer", valid: Tensor | None, b: int, t: int) -> No
     layer.columns = torch.cat([layer.columns, new], dim=1)
 
 
-def pad_past(layer: "Layer", past: Tensor | None) -> None:
+def pad_past(layer: LayerState, past: Tensor | None) -> None:
     """Takes tokens out that the mask now calls padding (rows that ended before others, in a later turn)."""
     assert layer.segment is not None
     everything = torch.ones(layer.sequences, layer.seen, dtype=torch.bool, device=layer.segment.device)
@@ -30,7 +26,7 @@ def pad_past(layer: "Layer", past: Tensor | None) -> None:
     past = everything if past is None else past
     if torch.equal(known, past):
         return
-    if layer.method.keep.drops or layer.others_drop or bool((past & ~known).any()):
+    if layer.keeps.drops or layer.others_drop or bool((past & ~known).any()):
         raise InputError(
             f"The attention mask changed for tokens that {layer.method.spec} has already read; pass the same mask "
             "as before, or start anew with cache.reset()."

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from kvote.answering import COMPLETING, TALKING, Answer, Responder, copied, takes_back
+from kvote.answering import COMPLETING, TALKING, Answer, Responder, copied, mark_next, takes_back
 from kvote.cache import Cache
 from kvote.errors import InputError, KvoteError
 from kvote.hf.settings import settings_of
@@ -21,7 +21,7 @@ from kvote.stream import Stream
 
 @dataclass(frozen=True)
 class Turn:
-    """What was said, and what the model answered."""
+    """One question and the model's answer."""
 
     said: str
     answer: Answer
@@ -82,7 +82,8 @@ class Conversation:
         generation_config: GenerationConfig | None = None,
         **options: Any,
     ) -> Stream:
-        """As ``say``, for pieces of text as they come; closed early, the turn ends with what has been said."""
+        """Does what ``say`` does and yields pieces of text as they come; closed early, the turn ends with what has been
+        said."""
         said, settings = self._prepared(message, max_new_tokens, generation_config, options)
         return Stream(self.tokenizer, lambda pieces, end: self._say(message, said, settings, pieces, [end]))
 
@@ -135,6 +136,7 @@ class Conversation:
         spare = None if takes_back(self.cache) else copied(self.cache)
         try:
             self.cache.expect(ids.shape[1] - before)
+            mark_next(self.cache, "question", ids.shape[1])
             # The last pass is left to generate().
             size = self._responder.tokens_per_pass
             whole = before + (ids.shape[1] - before - 1) // size * size

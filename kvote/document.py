@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from kvote.answering import COMPLETING, TALKING, Responder, copied, takes_back
+from kvote.answering import COMPLETING, TALKING, Responder, copied, mark_next, takes_back
 from kvote.answering import Answer as Answer
+from kvote.beside import MARKS
 from kvote.cache import Cache
 from kvote.conversation import Conversation
 from kvote.echo import read_again
@@ -41,6 +42,7 @@ class Document:
 
     The text goes through ``model`` in passes of ``tokens_per_pass`` tokens, so that memory stays bounded at any length;
     ``progress`` is called with the number of tokens read after each. ``lazy``: not now, but when a question needs it.
+    Where the method needs marks, document and questions are marked, with what the template puts around them.
     ``library``: what it has read of the same text is not read again, and it remembers the rest; not with ``queries``.
 
     Raises InputError for an empty text, and NotFiniteError if the model gives NaN or infinite logits.
@@ -164,7 +166,8 @@ class Document:
         generation_config: GenerationConfig | None = None,
         **options: Any,
     ) -> Stream:
-        """As ``ask``, for pieces of text as they come; closed early, the document is as it was, too."""
+        """Does what ``ask`` does and yields pieces of text as they come; closed early, the document is as before,
+        too."""
         asked, settings = self._prepared(question, max_new_tokens, generation_config, options)
         if settings["num_beams"] > 1:
             raise InputError("An answer that is searched with num_beams comes at its end; use ask.")
@@ -212,9 +215,11 @@ class Document:
                 if question_first:
                     cache = Cache(self.model, self.cache.method)
                     cache.expect(ids.shape[1])
+                    mark_next(cache, "document", len(self))
                     begin = time.perf_counter()
                     self._responder.feed(cache, self.token_ids, self._progress)
                     reading = time.perf_counter() - begin
+                    mark_next(cache, "question", ids.shape[1])
                     answer = self._responder.answer(cache, ids, settings, streamer, stopping)
                     return replace(answer, first_token_seconds=reading + answer.first_token_seconds)
                 if not self._roll_back():
@@ -222,6 +227,7 @@ class Document:
                     self._read()
                 # What a method holds that drops or encodes tokens is small enough to copy.
                 cache = self.cache if takes_back(self.cache) else copied(self.cache)
+                mark_next(cache, "question", ids.shape[1])
                 with recording(cache):
                     try:
                         return self._responder.answer(cache, ids, settings, streamer, stopping)
@@ -237,18 +243,21 @@ class Document:
     def _read(self) -> None:
         """Puts the document, and nothing else, into the cache."""
         begin = time.perf_counter()
-        asked = self._queries if self.cache.method.keep.drops else None
-        if self._library is not None and asked is None:
+        asked = self._queries if self.cache.method.keep.offers.drops else None
+        # A library shares what was read for any reason, so without marks.
+        if self._library is not None and asked is None and MARKS not in self.cache.method.needs.beside:
             self.cache = self._library.read(self)
             self.prefill_seconds = time.perf_counter() - begin
             return
         self.cache.reset()
         self.cache.expect(len(self) + (0 if asked is None else asked.shape[1]), question_follows=True)
+        mark_next(self.cache, "document", len(self))
         self._responder.feed(self.cache, self.token_ids, self._progress)
         if asked is not None:
             with recording(self.cache):
                 for layer in self.cache.managed:
                     layer.record_past = True
+                mark_next(self.cache, "question", len(self) + asked.shape[1])
                 self._responder.feed(self.cache, asked)
                 self.cache.forget_shown(asked.shape[1])
         read_again(self.model, self.cache, self.token_ids, tokenizer=self.tokenizer)

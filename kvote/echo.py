@@ -26,7 +26,7 @@ def read_again(
     InputError for other ids, or where tokens have been dropped already. Interrupted, the cache refuses to go on until
     it is reset.
     """
-    size, columns = cache.method.keep.echo, cache.get_seq_length()
+    size, columns = cache.method.keep.needs.echo, cache.get_seq_length()
     if not size:
         return
     rows = cache.managed[0].sequences
@@ -38,6 +38,9 @@ def read_again(
     if any(part.activity.dropped for part in cache.managed):
         raise InputError("This prompt has been cut down already; call cache.reset() to begin with another.")
     cache.check()
+    marked = cache.turn.marked
+    # What comes behind the prompt is still to come.
+    cache.turn.marked = marked.until(columns)
     try:
         with torch.no_grad(), recording(cache):
             for start in range(0, columns, size):
@@ -46,6 +49,8 @@ def read_again(
         # What was heard of half a prompt is worth nothing.
         cache.passes.torn = True
         raise
+    finally:
+        cache.turn.marked = marked
 
 
 def _repeat(model: PreTrainedModel, cache: Cache, ids: Tensor, piece: tuple[int, int], tokenizer: Any) -> None:

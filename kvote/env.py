@@ -19,7 +19,8 @@ _SIMD = frozenset(
 
 @dataclass(frozen=True)
 class Environment:
-    """What decides how kvote behaves on this machine. Memory is in bytes, 0 where the system does not say."""
+    """The facts of this machine and installation that kvote's behaviour depends on. Memory is in bytes, 0 where the
+    system does not say."""
 
     versions: dict[str, str]
     platform: str

@@ -116,14 +116,14 @@ def check_folder(path: str | Path) -> None:
 
 
 def irregular(found: os.stat_result) -> str | None:
-    """What it is, with its article, if it is no regular file."""
+    """The kind of a file that is no regular one, with its article; None for a regular one."""
     if stat.S_ISREG(found.st_mode):
         return None
     return next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "something else")
 
 
 def named(path: str | Path) -> str:
-    """What messages call it: without what a terminal cannot show."""
+    """A path as messages show it: without characters that a terminal cannot show."""
     text = str(path)
     return text if text.isprintable() and text.strip() else ascii(text)
 
@@ -175,8 +175,7 @@ def _unwritable(path: str | Path, error: OSError | ValueError) -> InputError:
 
 
 def strict_json(text: str) -> Any:
-    """What a JSON text of others holds. Raises ValueError for what is none, for numbers that are none, and for a key
-    that stands twice, of which readers would see different values."""
+    """Parses JSON from others. Raises ValueError for invalid JSON, for NaN and infinities, and for duplicate keys."""
     return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a batch that hold and add equally many tokens, computed as one block; and the queries of padding."""
+"""Rows of a batch that hold and add equally many tokens, computed as one block; and the queries of padding columns."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.beside import Beside
 from kvote.read.tokens import Queries, TokenSet
 from kvote.step import Step
 from kvote.store.segment import Segment
@@ -30,6 +31,12 @@ class Group:
         if self.columns is None:
             return x
         return torch.stack([x[i, :, columns] for i, columns in enumerate(self.columns)])
+
+    def beside(self, beside: Beside | None) -> Beside | None:
+        """The extra inputs of the rows of the group, without padding."""
+        if beside is None or self.is_everything:
+            return beside
+        return beside.each(lambda x: self.cut(x[:, None])[:, 0])
 
     def put(self, out: Tensor, answer: Tensor) -> None:
         rows = range(out.shape[0]) if self.rows is None else self.rows

@@ -1,4 +1,4 @@
-"""A layer whose key heads are kept in different ways: one ``Layer`` per group of heads, each with its own tokens."""
+"""A layer whose key heads are kept in different ways: one ``Layer`` per group of heads, with its own tokens."""
 
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +23,7 @@ class HeadGroup:
     layer: Layer
 
     def step(self, step: Step) -> Step:
-        """What a step asks of these heads."""
+        """The part of a step for these heads."""
         kv_heads = list(self.heads)
         heads = self.query_heads(step.query.shape[1] // step.key.shape[1])
         sinks = None if step.sink_logits is None else step.sink_logits.reshape(-1)[heads]
@@ -31,7 +31,7 @@ class HeadGroup:
         return replace(step, query=step.query[:, heads], key=key, value=value, sink_logits=sinks)
 
     def query_heads(self, each: int) -> list[int]:
-        """The query heads of these key heads, of which each has as many."""
+        """The query heads of these key heads, ``each`` per key head."""
         return [head * each + i for head in self.heads for i in range(each)]
 
 
@@ -69,12 +69,12 @@ class HeadGroups:
         return sum(layer.nbytes for layer in self.parts)
 
     def attend(self, step: Step) -> Tensor:
-        """As ``Layer.attend``."""
+        """Does what ``Layer.attend`` does."""
         return self.parts[0].passes.whole(self.parts, self.run, step)
 
     def run(self, step: Step) -> Tensor:
-        """As ``Layer.run``. Raises UnsupportedModelError if the layer has other key heads than the model's config
-        tells."""
+        """Does what ``Layer.run`` does. Raises UnsupportedModelError if the layer has other key heads than the model's
+        config tells."""
         kv_heads = sum(len(group.heads) for group in self.groups)
         if step.key.shape[1] != kv_heads:
             raise UnsupportedModelError(
@@ -123,17 +123,17 @@ def in_groups(
     split = method.keep.split(index, kv_heads)
     if split is None:
         return None
-    groups = []
+    groups, drops = [], method.keep.offers.drops
     for share in split:
         if share.heads:
             own = _of(share, method)
-            layer = Layer(index, own, rope, share.sharers or layers, others_drop=method.keep.drops, passes=passes)
+            layer = Layer(index, own, rope, share.sharers or layers, others_drop=drops, passes=passes)
             groups.append(HeadGroup(share.heads, layer))
     return HeadGroups(index, method, groups)
 
 
 def _of(share: Share, method: Method) -> Method:
-    """What the heads of a share do."""
+    """The method of some heads: the layer's, with the keeper of its share."""
     if share.apart:
         return replace(method, keep=share.keeper, store=Raw(), read=Everything())
     return replace(method, keep=share.keeper)

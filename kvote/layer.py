@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
@@ -16,12 +17,10 @@ from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
+from kvote.layer_state import LayerState
 from kvote.marks import mark_of, restore, take_back
-from kvote.method import Method
-from kvote.passes import Mark, Passes, unheard
-from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Token
-from kvote.reads import Reads
-from kvote.rope import Rope
+from kvote.passes import Mark, unheard
+from kvote.read.tokens import Activity, AddsUp, Everything, Queries, Reading, Token
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
@@ -30,87 +29,25 @@ from kvote.store.uneven import UnevenSegment
 
 
 @dataclass
-class Layer:
+class Layer(LayerState):
     """The tokens of one model layer (or of some of its key heads) under one method. Sequences are rows; padding never
     becomes a token."""
 
-    index: int
-    method: Method
-    rope: Rope | None
-    # Layers of this size that share a budget of bytes.
-    layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
-    crew: Crew = field(default_factory=Crew, repr=False)
-    # Whether other key heads of its layer or of others drop tokens, so that no token may be taken out here either.
-    others_drop: bool = False
-    # All layers of the cache, and all groups of their heads, share one.
-    passes: Passes = field(default_factory=Passes)
-    segment: Segment | None = None
-    columns: Tensor | None = None
-    seen: int = 0
-    memory: Memory | None = None
-    activity: Activity = field(default_factory=Activity)
-    # While a caller may still roll back (assisted decoding), nothing is dropped until it crops.
-    record_past: bool = False
-    # Columns seen when tokens were last dropped; no rollback reaches behind that.
-    settled: int = 0
-    # Columns seen when something was last encoded. A rollback behind that gives back what was encoded as it decodes.
-    encoded: int = 0
-    # Columns seen when the keeper was last shown a pass.
-    shown: int = 0
-    # Tokens announced but not yet seen; memory for them is set aside in one piece.
-    expected: int = 0
-    # Tokens of an announced prompt still to come.
-    ahead: int = 0
-    # Whether tokens of a prompt came since the keeper was last asked.
-    prompted: bool = False
-    # Whether padding ever stood behind tokens, so that positions may not count the tokens of a row.
-    holes: bool = False
-    # How often something was dropped, encoded or shown to a keeper, which no mark can take back.
-    changes: int = 0
-    # Bytes held when they were last counted.
-    counted: int = 0
-    # Whether a generated token may be stored and answered in one call of the reader, and the rotation it needs.
-    steps: bool = False
-    # Who counts what generated tokens read; nobody unless asked for.
-    reads: Reads | None = field(default=None, repr=False)
-    _turns: Rope | None = field(default=None, repr=False)
-    record: Record = field(init=False)
+    crew: "Crew[Layer]" = field(default_factory=Crew, repr=False)
 
     def __post_init__(self) -> None:
-        self.record = Record(self.method.keep)
-        self.number = self.crew.add(self)
+        super().__post_init__()
+        # What the parts of the method say of themselves is asked once.
+        self._turns = self.rope if self.method.unrotated else None
+        self._hears = self.method.keep.needs.echo > 0
+        self._looks_across = self.method.read.needs.equal_layers
+        self._shares = self.method.store.offers.shares_layers
 
     @property
     def parts(self) -> "list[Layer]":
         """The layers that hold its tokens: itself."""
         return [self]
-
-    @property
-    def sequences(self) -> int:
-        return 0 if self.segment is None else self.segment.sequences
-
-    @property
-    def held(self) -> int:
-        """Tokens held, of all sequences together."""
-        return 0 if self.segment is None else sum(self._held(row) for row in range(self.sequences))
-
-    def _held(self, row: int) -> int:
-        """Tokens of a sequence, the mean of its key heads where they differ."""
-        assert self.segment is not None
-        if isinstance(self.segment, UnevenSegment) and self.segment.by_head:
-            return -(-sum(self.segment.lengths(row)) // self.segment.heads)
-        return self.segment.length(row)
-
-    @property
-    def nbytes(self) -> int:
-        parts = [self.segment, self.memory, self.record]
-        columns = 0 if self.columns is None else self.columns.untyped_storage().nbytes()
-        return columns + sum(part.nbytes for part in parts if part is not None)
-
-    def positions(self, row: int) -> list[Tensor]:
-        """Original positions of the tokens held, one int32 tensor per key head."""
-        return [] if self.segment is None else self.segment.positions(row)
 
     def start(self, step: Step) -> Segment:
         """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
@@ -119,20 +56,19 @@ class Layer:
                 step.key.shape[1],
                 step.key,
                 step.value.shape[3],
-                self.rope if self.method.needs_raw_keys else None,
+                self._turns,
             )
             self.segment.add_sequences(step.key.shape[0])
-            if isinstance(self.segment, Indexed) and self.method.store.indexed:
-                for index in self.method.read.indexes:
+            if isinstance(self.segment, Indexed) and self.method.store.offers.as_made:
+                for index in self.method.read.needs.indexes:
                     self.segment.add_index(index, self.index)
             self.memory = self.method.read.new_memory()
             self.record.memory = self.method.keep.new_memory()
             self.reserve()
             check_budget(self)
-            self._turns = self.rope if self.method.needs_raw_keys else None
             # What a class inherits may not hold for what it changes.
             offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
-            self.steps = offered and type(self.method.keep) is KeepAll and not self.method.beside
+            self.steps = offered and type(self.method.keep) is KeepAll and not self.method.needs.beside
         return self.segment
 
     def budget(self, row: int) -> int | None:
@@ -152,14 +88,13 @@ class Layer:
         """Announces ``tokens`` columns."""
         self.expected = tokens
         # Where layers share a budget, only the one at work holds a whole prompt.
-        if not self.method.keep.cascades:
+        if not self.keeps.cascades:
             self.reserve()
 
     @outside_inference
     def reserve(self) -> None:
         """Sets memory aside for the tokens expected, unless the method drops most of them on the way."""
-        keep = self.method.keep
-        if self.segment is not None and self.expected and (keep.waits or not keep.drops):
+        if self.segment is not None and self.expected and (self.keeps.waits or not self.keeps.drops):
             self.segment.reserve(self.expected)
             self.expected = 0
 
@@ -179,9 +114,9 @@ class Layer:
 
     @outside_inference
     def run(self, step: Step) -> Tensor:
-        """As ``attend``, for a caller that sees to interruptions."""
+        """Does what ``attend`` does, for a caller that handles interruptions."""
         segment, again = self.start(step), self.passes.repeats
-        if again is None and self.method.keep.due(self.record.memory):
+        if self._hears and again is None and self.method.keep.due(self.record.memory):
             raise unheard(self.method.spec)
         if self.expected:
             self.reserve()
@@ -197,7 +132,7 @@ class Layer:
             pad_past(self, step.past)
         remember_columns(self, step.valid, b, t)
         raw_key, raw_query = step.key, None
-        rope = self.rope if self.method.needs_raw_keys else None
+        rope = self._turns
         if rope is not None:
             angles = rope.angles(step.positions, step.key.dtype)
             raw_key, raw_query = rope.undo(step.key, angles), rope.undo(step.query, angles)
@@ -223,10 +158,11 @@ class Layer:
                 rope=rope,
                 activity=self.activity,
                 memory=self.memory,
-                memories=[layer.memory for layer in self.crew.layers] if self.method.read.crosses_layers else (),
+                memories=[layer.memory for layer in self.crew.layers] if self._looks_across else (),
                 number=self.number,
                 logits=step.logits,
-                beside=None if step.beside is None else step.beside.of(group),
+                beside=group.beside(step.beside),
+                recording=self.record_past,
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead)
@@ -305,6 +241,8 @@ class Layer:
         # What interrupts this may have been interrupted in the middle of it.
         self.changes += 1
         dropped, encoded = self.drop(), self.seal_all()
+        if self.method.read.offers.adds_up:
+            self.settled = self.seen
         if not dropped and not encoded:
             self.changes -= 1
 
@@ -312,19 +250,19 @@ class Layer:
     def drop(self) -> bool:
         """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep, here and in the
         layers before whose share of a budget that has changed. Says whether it saw or dropped anything."""
-        keeper = self.method.keep
-        if self.segment is None or not keeper.drops:
+        keeps = self.keeps
+        if self.segment is None or not keeps.drops:
             return False
         shown = self.record.settle([self.segment.length(row) for row in range(self.sequences)])
         if shown:
             self.shown = self.seen
-        if shown and keeper.adds_up:
+        if shown and keeps.adds_up:
             self.settled = self.seen
-        if keeper.waits and self.ahead:
+        if keeps.waits and self.ahead:
             return shown
         prompted, self.prompted = self.prompted, False
         # Generated tokens change nothing in other layers.
-        first = 0 if keeper.cascades and prompted else self.number
+        first = 0 if keeps.cascades and prompted else self.number
         asked = self.crew.layers[first : self.number + 1]
         dropped = [layer.drop_own(self.number + 1, generated=not prompted) for layer in asked]
         return shown or any(dropped)
@@ -336,9 +274,9 @@ class Layer:
         if self.segment is None:
             return False
         before = self.activity.dropped
-        memories = [layer.record.memory for layer in self.crew.layers] if self.method.keep.cascades else ()
-        rope = None if self.method.needs_raw_keys else self.rope
-        uneven = getattr(self.method.keep, "uneven", False)
+        memories = [layer.record.memory for layer in self.crew.layers] if self.keeps.cascades else ()
+        rope = self.rope if self._turns is None else None
+        uneven = self.method.keep.needs.uneven_heads
         for row in range(self.sequences):
             length, budget = self.segment.length(row), self.budget(row)
             budget = length if budget is None else budget
@@ -361,7 +299,7 @@ class Layer:
     def seal_all(self) -> bool:
         """Seals, unless later layers may still take tokens from this one: then all are sealed after the last. Says
         whether anything was encoded."""
-        if not self.method.keep.cascades:
+        if not self.keeps.cascades:
             return self.seal()
         if self.number == len(self.crew.layers) - 1:
             return sum(layer.seal() for layer in self.crew.layers) > 0
@@ -373,7 +311,7 @@ class Layer:
         if self.segment is None:
             return False
         encoded = self.segment.seal(self.ahead)
-        if self.method.store.spans_layers:
+        if self._shares:
             segments = [layer.segment for layer in self.crew.layers]
             encoded |= self.method.store.after_layer(segments, self.number, self.ahead)
         if encoded:
@@ -410,7 +348,11 @@ class Layer:
         if self.columns is not None:
             self.columns = self.columns[:, : self.seen].clone()
         if columns and self.memory is not None:
-            self.memory.forget()
+            if self.method.read.offers.adds_up:
+                cast(AddsUp, self.memory).take_back(self.segment, lengths)
+                self.settled = self.seen
+            else:
+                self.memory.forget()
         self.segment.trim()
         self.drop()
         self.seal_all()

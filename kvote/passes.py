@@ -19,7 +19,7 @@ _handing_over = threading.Lock()
 
 
 class Mark(NamedTuple):
-    """What a layer was before a pass; ``held`` is the segment's own mark, None where there was no segment yet."""
+    """The state of a layer before a pass; ``held`` is the segment's own mark, None where there was no segment yet."""
 
     held: Any
     memory: Any
@@ -31,10 +31,10 @@ class Mark(NamedTuple):
 
 
 class Part(Protocol):
-    """What changes in a pass: a layer, or the heads of one that are kept apart."""
+    """A part of a cache that a pass changes: a layer, or the heads of one that are kept apart."""
 
     def mark(self) -> Mark:
-        """What ``restore`` needs. Cheap: a decode step makes one for every layer."""
+        """Makes the mark that ``restore`` needs. Cheap: a decode step makes one for every layer."""
         ...
 
     def restore(self, mark: Mark) -> bool:
@@ -105,7 +105,8 @@ class Passes:
             )
 
     def whole(self, parts: Sequence[Part], run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """What ``run`` returns. Whatever interrupts it, all of ``parts`` are as they were before, or ``torn`` is set.
+        """Calls ``run`` and returns its result. Whatever interrupts it, all of ``parts`` are as they were before, or
+        ``torn`` is set.
 
         Raises InterruptedPassError as ``check``.
         """
@@ -144,8 +145,8 @@ class Passes:
 
 
 def whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
-    """As ``Passes.whole``, of several caches: all are as they were before, or those that could not be taken back are
-    ``torn``."""
+    """Does what ``Passes.whole`` does for several caches: all are as they were before, or those that could not be taken
+    back are ``torn``."""
     # In one order for all threads.
     locks = {id(passes.lock): passes.lock for passes, _ in parts if passes.lock is not None}
     with ExitStack() as held:

@@ -13,7 +13,7 @@ from kvote.store.raw_tokens import ROOM, token_bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's cache is made of: ``layers`` with ``heads`` key heads each, of ``dim`` channels in ``dtype``."""
+    """The shape of a model's cache: ``layers`` with ``heads`` key heads each, of ``dim`` channels in ``dtype``."""
 
     layers: int
     heads: int
@@ -22,7 +22,7 @@ class Shape:
 
 
 def shape_of(model: Any) -> Shape | None:
-    """As the config tells; None where it is silent. All layers count as full attention."""
+    """The shape that the config tells; None where it is silent. All layers count as full attention."""
     config = model.config.get_text_config(decoder=True)
     layers, heads = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "num_attention_heads"))
     if not layers or not heads:
@@ -42,7 +42,7 @@ def peak_bytes(method: Method, shape: Shape, tokens: int, *, tokens_per_pass: in
     later = min(whole, _later(method, shape, tokens))
     # Layers that are encoded together.
     together = min(shape.layers, method.store.group if isinstance(method.store, SharedLowRank) else 1)
-    if tokens > tokens_per_pass and not (method.keep.drops and not method.keep.waits):
+    if tokens > tokens_per_pass and not (method.keep.offers.drops and not method.keep.offers.waits):
         # The first of them are held in both forms.
         return int(shape.layers * whole + (together * later if later < whole else 0))
     return int(together * whole + (shape.layers - together) * later)
@@ -50,32 +50,32 @@ def peak_bytes(method: Method, shape: Shape, tokens: int, *, tokens_per_pass: in
 
 def _held(method: Method, tokens: int, tokens_per_pass: int) -> int:
     """Tokens that a layer holds at most while a prompt comes."""
-    keep = method.keep
-    if not keep.drops or keep.waits or keep.splits or keep.budget is None or keep.budget.unit == "bytes":
+    offers, budget = method.keep.offers, method.keep.budget
+    if not offers.drops or offers.waits or not offers.whole_layers or budget is None or budget.unit == "bytes":
         return tokens
-    return min(tokens, keep.budget.tokens(tokens) + tokens_per_pass)
+    return min(tokens, budget.tokens(tokens) + tokens_per_pass)
 
 
 def _later(method: Method, shape: Shape, tokens: int) -> float:
     """Bytes of a layer once the prompt has ended."""
     budget, store = method.keep.budget, method.store
     encoded = store.token_bytes(shape.heads, shape.dim, shape.dtype) * shape.heads
-    if not method.keep.drops or budget is None:
+    if not method.keep.offers.drops or budget is None:
         kept, others = tokens, 0
     elif budget.unit == "bytes":
         return budget.amount / shape.layers
     else:
         kept = min(tokens, budget.tokens(tokens))
-        others = tokens - kept if store.retains else 0
+        others = tokens - kept if store.offers.retains else 0
     # An eighth of unused pages behind lanes; what was set aside beside encoded tokens is for those to come.
-    spare = 2 * PAGE if method.keep.drops else ROOM
-    important = _raw(method, shape, kept) if store.retains else encoded * kept
+    spare = 2 * PAGE if method.keep.offers.drops else ROOM
+    important = _raw(method, shape, kept) if store.offers.retains else encoded * kept
     return important * 9 / 8 + encoded * others + _raw(method, shape, spare)
 
 
 def _raw(method: Method, shape: Shape, tokens: int) -> float:
-    """Bytes of so many tokens of a layer as the model made them, with the indexes that a reader scores with."""
+    """Bytes of ``tokens`` tokens of a layer as the model made them, with the indexes that a reader scores with."""
     each: float = token_bytes(shape.dim, shape.dim, shape.dtype)
-    each += sum(index.token_bytes(shape.dim, shape.dtype) for index in method.read.indexes)
+    each += sum(index.token_bytes(shape.dim, shape.dtype) for index in method.read.needs.indexes)
     pages = -(-tokens // PAGE)
     return shape.heads * pages * PAGE * (each + method.keep.token_bytes)

@@ -1,9 +1,11 @@
 """Phase: what a forward pass is to the text of one row. Decided here, carried with the pass, asked everywhere else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvote.beside import Beside
+from kvote.marked import Marked
+from kvote.prepacked import Prepacked
 
 _DRAFTS = 32
 
@@ -27,8 +29,12 @@ class Turn:
 
     end: int = 0
     question_follows: bool = False
+    # Spans of the text that have names.
+    marked: Marked = field(default_factory=Marked)
     # What the running pass brings beside queries, keys and values, where the method needs it.
     beside: Beside | None = None
+    # How the running pass lays the prompts of a batch into rows, where it is not as they are.
+    prepacked: Prepacked | None = None
 
     def phase(self, seen: int, t: int, tail: int, *, drafts: bool = False) -> Phase:
         """The phase of the ``t`` columns behind ``seen``. ``tail``: tokens at a prompt's end that select one by one;

@@ -16,7 +16,7 @@ GROUP = "kvote.methods"
 
 
 def names() -> list[str]:
-    """What other packages offer, whether it can be loaded or not."""
+    """The names of methods that other packages offer, whether they can be loaded or not."""
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
@@ -74,7 +74,7 @@ def _registered(point: EntryPoint, package: str) -> Published:
 
 
 def _guarded(made: Published, package: str) -> Any:
-    """Its function, of which every failure is a MethodError."""
+    """The function of a method with every failure turned into a MethodError."""
 
     @functools.wraps(made.build)
     def build(*args: Any, **kwargs: Any) -> Method:

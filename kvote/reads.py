@@ -1,4 +1,4 @@
-"""What generated tokens have read, for people to look at."""
+"""Counts of the tokens that generated tokens have read, for people to look at."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""What a cache did and holds, for people and for JSON."""
+"""The report of a cache, for people and for JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,8 @@ class LayerReport:
 
     @classmethod
     def of(cls, index: int, parts: Sequence[Layer]) -> "LayerReport":
-        """Of a layer, or of all groups of its key heads: of tokens the largest count, of what they did the sum."""
+        """The report of a layer, or of all groups of its key heads: the largest count of tokens, the sum of what they
+        did."""
         acts = [part.activity for part in parts]
         budgets = [b for part in parts for row in range(part.sequences) if (b := part.budget(row)) is not None]
         return cls(
@@ -57,7 +58,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What figures do not say by themselves, in sentences: that a method which drops tokens had no reason to."""
+        """Sentences on what the figures do not show, such as that a method that drops tokens had no reason to."""
         limits = [layer.budget for layer in self.layers if layer.budget is not None]
         seen = max((layer.tokens_seen for layer in self.layers), default=0)
         if not limits or any(layer.dropped for layer in self.layers) or seen > min(limits):

@@ -16,6 +16,18 @@ from torch import Tensor
 
 from kvote.errors import InputError
 
+# Attributes that have another name in files: files do not change with names in the code.
+FILED = {
+    "head_groups": "groups",
+    "judged": "heard",
+    "overall_mass": "everywhere",
+    "prompt_left": "ahead",
+    "recent_mass": "lately",
+    "residual_tokens": "raw",
+    "right_padded": "holes",
+    "scaling": "logits",
+    "unrotated": "raw",
+}
 # Whole numbers in facts: counts, places and positions.
 _LARGEST = 2**53
 _PLAIN = (bool, str, type(None))
@@ -130,8 +142,8 @@ class Describer:
         return {"object": name, "of": facts}
 
     def attributes(self, value: Any, derived: frozenset[str], path: str) -> dict[str, Any]:
-        held = vars(value).items()
-        return {name: self.value(inner, f"{path}.{name}") for name, inner in held if name not in derived}
+        held = [(FILED.get(name, name), inner) for name, inner in vars(value).items() if name not in derived]
+        return {name: self.value(inner, f"{path}.{name}") for name, inner in held}
 
 
 class Maker:
@@ -143,7 +155,7 @@ class Maker:
         self._objects: list[Any] = []
 
     def value(self, facts: Any, old: Any = None) -> Any:
-        """What ``facts`` describe. ``old``: what stands there now, which is filled if it is of the same class.
+        """The value that ``facts`` describe. ``old``: the value there now, which is filled if it is of the same class.
 
         Raises ValueError for facts that make no sense.
         """
@@ -199,11 +211,12 @@ class Maker:
     def attributes(self, made: Any, facts: dict[str, Any], derived: frozenset[str], fresh: bool) -> None:
         """Sets attributes: of an object made here all that its class has, of another one only such as it has."""
         known = {f.name for f in dataclasses.fields(made)} if fresh else set(vars(made))
-        known -= derived
-        if facts.keys() - known or (fresh and known - facts.keys()):
+        named = {FILED.get(name, name): name for name in known - derived}
+        if facts.keys() - named.keys() or (fresh and named.keys() - facts.keys()):
             raise ValueError(f"a {type(made).__name__} has other attributes than {', '.join(sorted(facts))}"[:200])
         hints = _hints(type(made))
-        for name, inner in facts.items():
+        for filed, inner in facts.items():
+            name = named[filed]
             old = None if fresh else getattr(made, name)
             new = self.value(inner, old)
             if not _fits(new, hints.get(name, type(old) if type(old) in (bool, int) else Any)):
@@ -223,7 +236,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def key(facts: Any) -> int | str:
-    """What may stand in a set, or before a colon."""
+    """A dictionary key or member of a set: a whole number or a text. Raises ValueError for others."""
     if isinstance(facts, str) or type(facts) is int:
         return facts
     raise ValueError("a key is neither a number nor a text")

@@ -11,7 +11,7 @@ from kvote.store.segment import Logits
 # Not frozen: one is made in every layer of every step, and freezing takes longer than all else about it.
 @dataclass
 class Step:
-    """What one forward pass asks of a layer. Nobody changes it.
+    """The input of one forward pass to a layer. Nobody changes it.
 
     ``query`` [b, heads, t, d], ``key`` [b, h, t, d] and ``value`` [b, h, t, dv] are as the model made them;
     ``positions`` [b, t] are those of the rotation; ``valid`` [b, t] is False where a token is padding (None: none

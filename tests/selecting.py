@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvote.hf.facts import find_rope
 from kvote.layer import Layer, Step
-from kvote.method import parse
+from kvote.spec import parse
 from kvote.store.segment import Logits
 
 SMALL = {"top_k": 6, "sinks": 2, "window": 4, "chunk": 8, "tail": 0, "theta": 2.0}

@@ -15,6 +15,7 @@ from kvote.beside import HIDDEN, IDS
 from kvote.keep.keeper import Kept
 from kvote.keep.policies import Plain
 from kvote.method import Method
+from kvote.needs import KeeperOffers, Needs
 from kvote.read.tokens import PlainReader, everything
 
 
@@ -52,12 +53,10 @@ class Text:
 class DropsWords(Plain):
     """Lets tokens go by their ids, and remembers the hidden states of those that stay."""
 
-    beside: frozenset[str] = frozenset({IDS, HIDDEN})
-    drops: bool = True
     budget: None = None
-    per_layer: bool = False
+    needs = Needs(beside=frozenset({IDS, HIDDEN}))
     # Else a rollback would make it forget all that it remembers.
-    adds_up: bool = True
+    offers = KeeperOffers(equal_layers=True, adds_up=True)
 
     def new_memory(self) -> Text:
         return Text()
@@ -208,7 +207,7 @@ def test_models_have_no_hooks_where_no_method_needs_them():
 class NotesIds(PlainReader):
     """Reads everything, and writes down which ids it was shown."""
 
-    beside: frozenset[str] = frozenset({IDS})
+    needs = Needs(beside=frozenset({IDS}))
     shown: Any = None
 
     def read(self, reading: Any) -> Any:

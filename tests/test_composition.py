@@ -5,8 +5,9 @@ import pytest
 from kvote.errors import MethodError
 from kvote.keep.allocate.heads import KeepByHead
 from kvote.keep.evict import sinks_and_recent
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.read.labels import LabelWinners
+from kvote.spec import parse
 
 LABELS = Method("labels", read=LabelWinners({}, 8, 0.5, 0))
 HEADS = Method("heads", keep=KeepByHead(frozenset({(0, 0)}), ((0, 2),), sinks_and_recent(1, 4)))

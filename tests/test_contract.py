@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import kvote
 from kvote import CropError, Method
-from kvote.method import parse
+from kvote.spec import parse
 
 _ALL = "top_k=500, sinks=2, window=6, chunk=4"
 _FEW = "top_k=5, sinks=2, window=6"
@@ -59,6 +59,7 @@ METHODS = {
     "pyramidkv": "pyramidkv(budget=20, window=6, beta=4)",
     "randomkeep-all": "randomkeep(budget=500, window=6)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
+    "randomkeep-protect": "randomkeep(budget=20, sinks=2, window=6, protect=0.25, evict_generated=True)",
     "randomkeep-tokenselect": f"randomkeep(budget=20, sinks=2, window=6) | tokenselect({_FEW}, chunk=1, theta=2.0)",
     "tidaldecode-all": "tidaldecode(top_k=500, first=0)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",
@@ -72,6 +73,8 @@ METHODS = {
     "delta-all": "delta(full=(0,))",
     "delta": "delta(full=(0,), pages=3, recent=1, page=4)",
     "kivi-delta": "kivi(residual=32) | delta(full=(0,), pages=3, recent=1, page=4)",
+    "infllm-all": "infllm(window=500)",
+    "infllm": "infllm(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "cake-all": "cake(budget=500, window=6)",
@@ -121,7 +124,11 @@ STAYS_ENCODED = (METHODS["think"], METHODS["think-tidaldecode"], METHODS["xkv"],
 COLUMNS = 70
 
 
-@pytest.fixture(params=METHODS.values(), ids=METHODS)
+# What keeps and reads everything does little that the same method does not do with a small budget.
+SLOW = {name: pytest.mark.slow for name in METHODS if name.endswith("-all")}
+
+
+@pytest.fixture(params=[pytest.param(spec, id=name, marks=SLOW.get(name, ())) for name, spec in METHODS.items()])
 def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str | Callable[[PreTrainedModel], Method]:
     if callable(request.param):
         return request.param
@@ -166,8 +173,17 @@ def more(rows: int, mask: Tensor | None, columns: int = 3, seed: int = 9) -> tup
     return tiny.ids(rows, columns, seed), longer
 
 
-@SHARING
-@pytest.mark.parametrize("passes", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("net", "passes"),
+    [
+        pytest.param(
+            sharing, passes, id=f"{passes}-gqa{sharing}", marks=() if sharing == 4 or passes == 7 else pytest.mark.slow
+        )
+        for sharing in (1, 4, 7)
+        for passes in (1, 7, 64)
+    ],
+    indirect=["net"],
+)
 def test_one_shot_equals_passes(net, method, batch, passes):
     tokens, mask = batch
     whole, parts = tiny.cache(net, method), tiny.cache(net, method)
@@ -217,7 +233,8 @@ def test_is_croppable_is_true_only_if_crop_works(net, method, batch):
     cache = tiny.cache(net, method)
     tiny.feed(net, cache, tokens, mask)
     dropped = sum(layer.dropped for layer in cache.report().layers)
-    if cache.is_croppable or (dropped == 0 and not cache.method.keep.adds_up):
+    adds_up = cache.method.keep.offers.adds_up or cache.method.read.offers.adds_up
+    if cache.is_croppable or (dropped == 0 and not adds_up):
         cache.crop(-40)
         assert cache.get_seq_length() == COLUMNS - 40
         return
@@ -247,7 +264,7 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
     tiny.feed(net, fresh, tokens[:, :40], cut(mask, 40))
     extra, longer = more(3, cut(mask, 40))
     got = tiny.feed(net, cache, extra, longer)
-    if cache.method.store.regroups and method != METHODS["kivi-all"]:
+    if cache.method.store.needs.lasting and method != METHODS["kivi-all"]:
         # More of the tokens that are left is encoded than if the others had never been there.
         assert bool(got.isfinite().all())
         assert cache.get_seq_length() == 43

@@ -430,5 +430,5 @@ def test_every_method_takes_queries_back(spec):
     assert document.cache.get_seq_length() == len(document)
     answers = [document.ask("w1 w2 w3", max_new_tokens=6).token_ids for _ in range(2)]
     assert answers[0] == answers[1]
-    if not document.cache.method.keep.drops:
+    if not document.cache.method.keep.offers.drops:
         assert answers[0] == Document(tiny.model(), Words(), TEXT, spec).ask("w1 w2 w3", max_new_tokens=6).token_ids

@@ -12,7 +12,8 @@ import pytest
 import kvote.methods
 from kvote import InputError
 from kvote.cli.arguments import ALL, parser
-from kvote.method import METHODS, parse
+from kvote.method import METHODS
+from kvote.spec import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,8 +12,10 @@ from kvote.keep.evict import sinks_and_recent
 from kvote.keep.keeper import Share
 from kvote.keep.policies import KeepAll
 from kvote.layer import Step
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.needs import KeeperOffers
 from kvote.read.tokens import Everything
+from kvote.spec import parse
 from kvote.store.raw import Raw
 from kvote.store.segment import Logits
 from tests import tiny
@@ -26,7 +28,7 @@ class ByHead(KeepAll):
     """The named key heads keep everything, the others sinks and a window."""
 
     whole: tuple[int, ...] = (1,)
-    drops: bool = True
+    offers = KeeperOffers(equal_layers=True)
 
     def split(self, layer, heads):
         others = tuple(head for head in range(heads) if head not in self.whole)
@@ -109,8 +111,7 @@ def test_a_crop_is_refused_once_a_group_has_dropped_tokens():
 class Apart(KeepAll):
     """Key head 0 keeps few tokens apart, and every other head all."""
 
-    drops: bool = True
-    while_generating: bool = False
+    offers = KeeperOffers(drops_generated=False, equal_layers=True)
 
     def split(self, layer, heads):
         few, others = sinks_and_recent(2, 6), tuple(range(1, heads))
@@ -123,8 +124,8 @@ def test_a_share_apart_holds_and_reads_as_the_model_made_it():
     few, others = (group.layer for group in in_groups(0, joined, None, 3, 4).groups)
     assert (few.method.store, few.method.read, few.layers) == (Raw(), Everything(), 7.5)
     assert (others.method.read, others.layers) == (reader, 3)
-    assert not few.method.needs_raw_keys
-    assert others.method.needs_raw_keys
+    assert not few.method.unrotated
+    assert others.method.unrotated
 
 
 def test_a_layer_with_other_key_heads_than_the_config_tells_is_refused():

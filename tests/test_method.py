@@ -9,9 +9,10 @@ import kvote
 from kvote import MethodError, methods
 from kvote.keep.evict import sinks_and_recent
 from kvote.keep.policies import KeepAll
-from kvote.method import METHODS, Method, parse
+from kvote.method import METHODS, Method
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Everything
+from kvote.spec import parse
 
 
 @pytest.mark.parametrize("name", [name for name in methods.__all__ if "kvote calibrate" not in METHODS[name].needs])

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from kvote.method import parse
 from kvote.peak import Shape, peak_bytes, shape_of
+from kvote.spec import parse
 
 TOKENS = 6000
 SPECS = [

@@ -10,7 +10,8 @@ import pytest
 import kvote
 from kvote import MethodError, plugins
 from kvote.cli import main
-from kvote.method import METHODS, parse, published
+from kvote.method import METHODS, published
+from kvote.spec import parse
 
 MODULE = '''
 from kvote.keep.evict import sinks_and_recent

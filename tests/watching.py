@@ -9,6 +9,7 @@ from torch import Tensor
 from kvote.keep.budget import Budget
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
+from kvote.needs import KeeperOffers
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Watching(KeepAll):
     """``seen``: what it was shown, with the attention received computed at once."""
 
     seen: list[tuple[Observation, Tensor]] = field(default_factory=list)
-    drops: bool = True
+    offers = KeeperOffers(equal_layers=True)
 
     @property
     def budget(self) -> Budget:

@@ -60,6 +60,6 @@ class ChannelProducts(PlainReader):
         yield everything(reading)
 
     def data(self, tokens: int) -> dict[str, object]:
-        """What a file holds; equal channels in their natural order."""
+        """The facts of a calibration file; equal channels in their natural order."""
         ranked = {layer: sums.argsort(dim=1, descending=True, stable=True) for layer, sums in self.sums.items()}
         return {"tokens": tokens, "layers": {str(layer): ranked[layer].tolist() for layer in sorted(ranked)}}

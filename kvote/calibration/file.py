@@ -32,7 +32,7 @@ _ALLOWED: ContextVar[bool] = ContextVar("kvote_calibration_files", default=True)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on one model. ``kind`` says what ``data`` is; ``name`` is how errors call it."""
+    """A measurement of one model. ``kind`` says what ``data`` is; ``name`` is how errors call it."""
 
     kind: str
     model: Fingerprint
@@ -56,7 +56,7 @@ class Calibration:
 
 
 def command(kind: str) -> str:
-    """What the user types to get a file of that kind."""
+    """The command that makes a file of that kind."""
     return f"`kvote calibrate --model MODEL --what {kind} --out FILE`"
 
 
@@ -105,7 +105,7 @@ def save(calibration: Calibration, path: str | Path) -> None:
 
 
 def facts(calibration: Calibration) -> dict[str, Any]:
-    """What ``restored`` makes a calibration from, as JSON; not where it came from."""
+    """A calibration as JSON, from which ``restored`` makes it again; not where it came from."""
     model = asdict(calibration.model)
     model = {**model, "sample": list(calibration.model.sample), "rope": dict(calibration.model.rope)}
     return {"kind": calibration.kind, "model": model, "data": calibration.data}

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvote.calibration.weights import matrices
 from kvote.errors import UnsupportedModelError
 
-# Weights that are looked at: so many matrices, evenly spaced over the decoder, and so many numbers of each.
+# Weights that are sampled: a number of matrices, evenly spaced over the decoder, and a number of values of each.
 _MATRICES, _NUMBERS = 16, 3
 # Numbers of a matrix that tell how large its weights are.
 _SCALED_BY = 256
@@ -46,8 +46,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: Any) -> "Fingerprint":
-        """That of a ``PreTrainedModel``, wrapped by PEFT or not. Raises UnsupportedModelError where its config does not
-        say what its attention is, or its weights cannot be read."""
+        """The fingerprint of a ``PreTrainedModel``, wrapped by PEFT or not. Raises UnsupportedModelError where its
+        config does not say what its attention is, or its weights cannot be read."""
         config = model.config.get_text_config(decoder=True)
         heads, layers = (_count(config, f"num_{of}") for of in ("attention_heads", "hidden_layers"))
         dim = getattr(config, "head_dim", None)
@@ -62,7 +62,7 @@ class Fingerprint:
         )
 
     def difference(self, other: "Fingerprint") -> str | None:
-        """What tells that ``other`` is the fingerprint of another model, as a clause; None if nothing does."""
+        """The first difference that shows that ``other`` is another model's, as a clause; None if there is none."""
         for name in ("model_type", "layers", "heads", "kv_heads", "head_dim"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:

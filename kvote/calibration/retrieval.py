@@ -19,8 +19,9 @@ from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.policies import Plain
 from kvote.method import Method
+from kvote.needs import KeeperOffers
 
-# The published search: so many random tokens, said so many times.
+# The published search: a number of random tokens, repeated a number of times.
 PERIOD, TIMES = 2500, 4
 # A head that attends to everything alike has an induction of one in a period: 3% of the shortest.
 SHORTEST = 32
@@ -93,8 +94,11 @@ class Retrieval(Plain):
     tokens again and again."""
 
     period: int
-    # Only those that may drop tokens are shown what was read.
-    drops: bool = field(default=True, init=False)
+
+    @property
+    def offers(self) -> KeeperOffers:
+        # Only those that may drop tokens are shown what was read.
+        return KeeperOffers(drops=True)
 
     @property
     def budget(self) -> Budget | None:

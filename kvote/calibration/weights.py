@@ -65,7 +65,7 @@ def _chosen(module: Any) -> str:
 
 
 def _offloaded(module: nn.Module) -> tuple[tuple[Any, str], ...]:
-    """Where accelerate's hooks of a module keep its weights meanwhile."""
+    """The mappings in which accelerate's hooks keep the weights of a module that is offloaded."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
     return tuple((held, "") for held in (getattr(each, "weights_map", None) for each in hooks) if held is not None)
@@ -102,7 +102,7 @@ def _from_hooks(place: _Place) -> Tensor:
 
 
 def _with_adapters(weight: Tensor, place: _Place) -> Tensor:
-    """What acts: the weight and what adapters that are in use, and not merged into it, add to it."""
+    """The weight in effect: its own, and what active adapters that are not merged into it add."""
     adapters = place.adapters
     if adapters is None or place.name != "weight" or adapters.disable_adapters:
         return weight

@@ -1,4 +1,4 @@
-"""What the docstring of a method says of each parameter, and what it says besides."""
+"""The docstring of a method, split into its parameters and the rest."""
 
 import inspect
 import re
@@ -48,7 +48,7 @@ def about(published: Published) -> About:
 
 
 def _taken_out(paragraph: str, names: list[str], meanings: dict[str, str]) -> str:
-    """What is left of a paragraph without ``name``: ..., which goes into ``meanings``."""
+    """A paragraph without its ``name``: ... parts, which go into ``meanings``."""
     starts = [
         found
         for found in re.finditer(r"(?:^|(?<=[.;] ))``(\w+)``: ", paragraph)

@@ -146,8 +146,8 @@ def _method(command: _Parser) -> None:
         "--method",
         metavar="SPEC",
         default=METHOD,
-        help="such as 'tokenselect(top_k=512)'; a bare name on the embedded model means parameters that fit its "
-        "trained length, else the paper's defaults (default: %(default)s)",
+        help="such as 'tokenselect(top_k=512)'; a bare name means the paper's defaults, or less where these read more "
+        "tokens than the model was trained on (default: %(default)s)",
     )
 
 
@@ -281,6 +281,7 @@ def _eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     several = partial(command.add_argument, nargs="+")
     several("--methods", metavar="SPEC", help="measured beside the baselines, such as 'tokenselect(top_k=512)'")
     several("--tasks", metavar="TASK", help="(default: all in prose; the embedded model: those of its own language)")
+    several("--files", metavar="FORMAT=PATH", help="tasks of LongBench, InfiniteBench, HELMET, SQuAD (docs/eval.md)")
     several("--lengths", metavar="N", type=_positive, help="tokens of a document (default: 4,096; embedded: 2,048)")
     several(
         "--budgets", metavar="B", type=_budget, help="tokens kept or read, or a share up to 1, given to each method"

@@ -19,9 +19,8 @@ from kvote.cli.show import Page
 from kvote.cli.subject import Subject, subject
 from kvote.errors import InputError, KvoteError
 from kvote.files import check_writable
-from kvote.method import parse
-from kvote.models.presets import with_presets
 from kvote.prompt import layout_of
+from kvote.spec import parse
 from kvote.stream import Pieces
 
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     held = 0 if asked.text else tokens_in(args.load)
     loaded = load(args.model, dtype=args.dtype, device=args.device, load_in=args.load_in)
     layout = layout_of(loaded.tokenizer, system=args.system, raw=args.raw)
-    specs = {name: with_presets(name) if loaded.is_embedded else name for name in names}
+    specs = {name: loaded.spec(name) for name in names}
     text, questions = (
         loaded.ids(asked.text) if asked.text else [],
         [loaded.ids(question) for question in asked.questions],

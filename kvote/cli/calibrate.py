@@ -27,7 +27,7 @@ _FIRST_SEED = 10**6
 _FACTS = 4
 # Tokens of a block left to questions and answers.
 _ROOM = 64
-# Tokens or steps that nobody has the time for.
+# The most tokens or steps that a calibration may take.
 _MOST = 10**9
 # Its gates part within so many texts.
 _EMBEDDED_STEPS = 200

@@ -13,8 +13,7 @@ from kvote.cli.reading import read_document
 from kvote.cli.room import check_memory
 from kvote.cli.subject import document_of, is_text
 from kvote.errors import InputError
-from kvote.method import parse
-from kvote.models.presets import with_presets
+from kvote.spec import parse
 
 _PROMPT, _BYE = "> ", ("/bye", "/exit", "/quit")
 _HELP = "A line is a message. Ctrl-C ends an answer, /report shows what the cache holds, /bye or Ctrl-D leaves."
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     text = None if args.document is None else document_of(args.document)
     options = options_of(args)
     loaded = load(args.model, dtype=args.dtype, device=args.device, load_in=args.load_in)
-    spec = with_presets(args.method) if loaded.is_embedded else args.method
+    spec = loaded.spec(args.method)
     with quiet(bars=False):
         talk = _begin(loaded, spec, text, args)
         shows = sys.stdin is not None and sys.stdin.isatty() and not args.quiet

@@ -7,8 +7,10 @@ from kvote.cli.load import load, names_embedded, quiet
 from kvote.cli.plain import as_json, plain, warn
 from kvote.cli.progress import progress
 from kvote.errors import InputError
+from kvote.eval.choosing import with_rows
 from kvote.eval.estimate import estimate, speed_of
 from kvote.eval.folder import Record, open_folder
+from kvote.eval.heat import write_heat
 from kvote.eval.manifest import manifest_of
 from kvote.eval.plan import Plan
 from kvote.eval.report import write_report
@@ -20,18 +22,29 @@ from kvote.eval.template import template_of
 from kvote.models.presets import with_presets
 from kvote.prompt import ends_of
 
-# What every method is seen beside. The embedded model's have its presets.
+# What every method is seen beside. Those of the embedded model fit its 1,024 trained tokens, by presets or in words.
 BASELINES = (
     "dense",
     "streamingllm",
     "random",
     "randomkeep",
+    "randomkeep(protect=0.1, evict_generated=True)",
     "oracle",
     "tokenselect",
     "tokenselect(head_map='paper')",
     "tokenselect(published=True)",
 )
-_EMBEDDED_BASELINES = ("dense", "streamingllm", "random", "tokenselect")
+_EMBEDDED_BASELINES = (
+    "dense",
+    "streamingllm",
+    "random",
+    "randomkeep(budget=784)",
+    "randomkeep(budget=784, protect=0.1, evict_generated=True)",
+    "oracle(top_k=784)",
+    "tokenselect",
+    "tokenselect(head_map='paper', top_k=512, sinks=16, window=256, chunk=128)",
+    "tokenselect(published=True, top_k=512, sinks=16, window=256, chunk=128)",
+)
 _LENGTHS, _EMBEDDED_LENGTHS = (4096,), (2048,)
 _DAY, _HOUR, _MINUTE = 86_400, 3_600, 60
 
@@ -47,6 +60,9 @@ def run(args: argparse.Namespace) -> None:
     plan.check()
     opened = partial(open_subject, args.model, raw=args.raw, dtype=args.dtype)
     subject = opened()
+    plan, missing = with_rows(plan, subject.count)
+    for sentence in missing:
+        warn(sentence)
     todo = pending(plan, args.out)
     whole = sum(len(names) for _, names in todo)
     open_folder(args.out, manifest_of(plan, subject, args.workers))
@@ -67,6 +83,9 @@ def run(args: argparse.Namespace) -> None:
                     warn(f"{record['name']} is refused: {record['refused']}")
 
             count = run_plan(plan, args.out, held, workers=args.workers, tell=tell)
+        unseen = write_heat(subject, plan, args.out)
+        if unseen:
+            warn(f"No votes are shown: {unseen}")
     page = str(write_report(args.out))
     if args.json:
         print(as_json({"folder": str(args.out), "measured": count, "report": page, "refused": refused}))
@@ -82,12 +101,13 @@ def _plan(args: argparse.Namespace) -> Plan:
     if embedded:
         methods = [with_presets(name) if name != "dense" else name for name in methods]
     return Plan(
-        tasks=tuple(args.tasks or (("world",) if embedded else PROSE)),
+        tasks=tuple(args.tasks or (() if args.files else ("world",) if embedded else PROSE)),
         lengths=tuple(args.lengths or (_EMBEDDED_LENGTHS if embedded else _LENGTHS)),
         samples=args.samples,
         methods=tuple(dict.fromkeys(methods)),
         budgets=tuple(args.budgets or ()),
         seed=args.seed,
+        files=tuple(args.files or ()),
     )
 
 

@@ -44,13 +44,13 @@ class Figures:
 
     @property
     def origin(self) -> list[str]:
-        """Where the figures come from."""
+        """The command that measured each part of the figures, and its machine."""
         return [f"{part['command']} on {_machine(part['machine'])}" for part in self.held.values()]
 
 
 @cache
 def figures() -> Figures:
-    """Those of this version; none where the file is missing."""
+    """The figures of this version; none where the file is missing."""
     return Figures(json.loads(_FILE.read_text()) if _FILE.exists() else {})
 
 

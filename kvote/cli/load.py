@@ -25,6 +25,7 @@ from kvote.cli.source import source_of
 from kvote.cli.weights import misfit, not_floating
 from kvote.errors import InputError
 from kvote.models import embedded
+from kvote.models.presets import fitted, with_presets
 
 # Its weights are stored in bfloat16, which is slow on CPUs without instructions for it.
 _EMBEDDED_DTYPE = torch.float32
@@ -62,6 +63,10 @@ class Loaded:
     def trained(self) -> int | None:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return limit if isinstance(limit, int) else None
+
+    def spec(self, method: str) -> str:
+        """``method`` with parameters that fit the trained length where it has none of its own."""
+        return with_presets(method) if self.is_embedded else fitted(method, self.trained)
 
     def ids(self, text: str) -> list[int]:
         """Tokens of ``text``. Raises InputError for those that the model has no embedding of."""
@@ -146,7 +151,7 @@ def _model(
 
 @contextmanager
 def quiet(*, bars: bool) -> Iterator[None]:
-    """What transformers would only mention is either refused here or no matter for who asks."""
+    """Silences transformers' warnings while a model loads: each is either refused here or of no consequence."""
     transformers.logging.set_verbosity_error()
     if bars and sys.stderr is not None and sys.stderr.isatty():
         transformers.logging.enable_progress_bar()

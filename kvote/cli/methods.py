@@ -13,8 +13,9 @@ from kvote.cli.page import page
 from kvote.cli.plain import as_json, warn
 from kvote.cli.show import plain_console, plain_table
 from kvote.errors import InputError
-from kvote.method import METHODS, Published, find
+from kvote.method import METHODS, Published
 from kvote.pairs import Pair, pairs
+from kvote.spec import find
 
 _FIELDS = ("name", "rooms", "summary", "source", "needs", "package")
 # Characters of a summary that leave a line of 80 whole.

@@ -1,4 +1,4 @@
-"""What ``kvote ask`` found out, as it is printed and as JSON."""
+"""The result of ``kvote ask``, as text and as JSON."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where weights go, and whether they are rounded on the way."""
+"""The device and dtype that weights are loaded to."""
 
 from importlib.util import find_spec
 from typing import Any

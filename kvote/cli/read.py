@@ -12,13 +12,12 @@ from kvote.cli.show import plain_console
 from kvote.cli.subject import name_of, read_text
 from kvote.errors import InputError
 from kvote.files import check_writable
-from kvote.method import parse
-from kvote.models.presets import with_presets
+from kvote.spec import parse
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was read, and how large the file is."""
+    """A document that was read and saved, and the size of its file."""
 
     model: str
     document: str
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{name_of(args.document)} is empty; give a text to read.")
     parse(args.method)
     loaded = load(args.model, dtype=args.dtype, device=args.device, load_in=args.load_in)
-    spec = with_presets(args.method) if loaded.is_embedded else args.method
+    spec = loaded.spec(args.method)
     tokens = len(loaded.ids(text))
     check_memory(loaded.model, parse(spec), tokens)
     with quiet(bars=False):

@@ -46,8 +46,8 @@ def plain_console() -> Console:
 
 
 class Page:
-    """What ``kvote ask`` prints: of a quiet page the answers alone, of JSON one object. An answer may come in pieces
-    before the rest is known."""
+    """The output of ``kvote ask``: all of it, with ``--quiet`` the answers alone, with ``--json`` one object. An answer
+    may come in pieces before the rest is known."""
 
     def __init__(self, outcomes: list[Outcome], *, json: bool, quiet: bool) -> None:
         self._outcomes, self._json, self._quiet = outcomes, json, quiet

@@ -1,4 +1,4 @@
-"""Where a model comes from: a hub name, or a folder or GGUF file that can be read into memory."""
+"""The source of a model: a hub name, or a folder or GGUF file that fits into memory."""
 
 import os
 import stat

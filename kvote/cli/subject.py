@@ -1,4 +1,4 @@
-"""What is asked about: the built-in document, or a text of the user's."""
+"""The text that is asked about: the built-in document, or one of the user's."""
 
 import argparse
 import sys
@@ -76,7 +76,7 @@ def document_of(document: str) -> str:
 
 
 def name_of(document: str) -> str:
-    """What messages call it."""
+    """The name of the text in messages."""
     return "standard input" if document == "-" else document
 
 

@@ -13,7 +13,7 @@ from kvote.measure.fit import Fit, fit
 from kvote.measure.forecast import Machine, Prediction, Step, beyond_training, predict, refuse, refuse_context
 from kvote.measure.probe import measure
 from kvote.measure.shape import shape
-from kvote.method import parse
+from kvote.spec import parse
 
 _WIDTH = 80
 # Caches this short differ by less than the measurement does.

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 280, 52, 14, 28, 40
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 380, 250, 52, 14, 30, 42
 # Between labels of the axis.
 _APART = 48
+# Steps of the other axis at most.
+_TICKS = 5
 # Told apart also by those who see red and green alike (Okabe & Ito).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 
@@ -33,10 +35,8 @@ def chart(title: str, x_label: str, y_label: str, series: Series, *, from_zero: 
     xs, ys = [math.log2(point.x) for point in points], [v for point in points for v in (point.low, point.high)]
     left, right = min(xs) - 0.2, max(xs) + 0.2
     # Shares begin at zero; of likelihoods the differences are what one looks for.
-    spread = max(ys) - min(ys)
-    bottom, top = (
-        (0.0, max(ys) * 1.05 or 1.0) if from_zero else (min(ys) - 0.1 * spread - 0.01, max(ys) + 0.1 * spread + 0.01)
-    )
+    marks = ticks(0.0 if from_zero else min(ys), max(ys))
+    bottom, top = marks[0], marks[-1] + 0.04 * (marks[-1] - marks[0])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (math.log2(x) - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
@@ -46,11 +46,10 @@ def chart(title: str, x_label: str, y_label: str, series: Series, *, from_zero: 
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
         f'<text x="{_LEFT}" y="16" class="title">{escape(title)}</text>',
     ]
-    for i in range(5):
-        value = bottom + (top - bottom) * i / 4
+    for value in marks:
         _, y = at(points[0].x, value)
         parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     last = -float(_APART)
     for tick in sorted({point.x for point in points}):
         x, y = at(tick, bottom)
@@ -76,8 +75,17 @@ def chart(title: str, x_label: str, y_label: str, series: Series, *, from_zero: 
     return "".join([*parts, "</svg>"])
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers, three to six of them, of which the first is at most ``low`` and the last at least ``high``."""
+    spread = max(high - low, 1e-3)
+    step = 10.0 ** math.floor(math.log10(spread / _TICKS))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if spread / (factor * step) <= _TICKS)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * i, 10) for i in range(first, max(last, first + 1) + 1)]
+
+
 def _short(value: float) -> str:
     for unit, name in ((2**20, "Mi"), (2**10, "Ki")):
-        if value >= 10 * unit or value == unit:
+        if value >= unit and value % unit == 0:
             return f"{value / unit:.0f}{name}"
-    return f"{value:,.0f}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

@@ -34,6 +34,10 @@ def open_folder(path: str | Path, manifest: Record) -> None:
                 f"{named(folder)} was measured with another {key.replace('_', ' ')}, and samples would not compare; "
                 "give another --out."
             )
+    for run in held["runs"]:
+        for name, digest in run.get("files", {}).items():
+            if manifest["run"].get("files", {}).get(name, digest) != digest:
+                raise InputError(f"{named(folder)} was measured with another file of {name}; give another --out.")
     held["runs"].append(manifest["run"])
     write_whole(folder / MANIFEST, json.dumps(held, indent=1))
 

@@ -4,7 +4,7 @@
 
 A method that drops or encodes tokens does so behind a prompt, so a likelihood computed in one pass of context and
 continuation would be that of dense attention. Here the context is one pass, and the continuation follows token
-by token. Requests are answered one by one, so no padding comes near a cache.
+by token, one request at a time, so that no padding comes near a cache. Generation follows ``batch_size``.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class KvoteLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         cache = Cache(self.model, self.method)
         made: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
-        self._note(cache, made.shape[1] - 1)
+        self._note(cache, made.shape[1] - 1, requests=len(made))
         return made
 
     def _loglikelihood_tokens(
@@ -72,11 +72,11 @@ class KvoteLM(HFLM):
         logits: Tensor = output.logits[0, -1].float()
         return logits
 
-    def _note(self, cache: Cache, tokens: int) -> None:
+    def _note(self, cache: Cache, tokens: int, requests: int = 1) -> None:
         """Raises InactiveCacheError if a request did not go through its cache."""
         if cache.get_seq_length() != tokens:
             raise InactiveCacheError(
                 f"A request of {tokens} tokens left {cache.get_seq_length()} in its cache: it was answered without."
             )
-        self.requests += 1
+        self.requests += requests
         self.report = cache.report()

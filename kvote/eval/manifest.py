@@ -46,6 +46,10 @@ def manifest_of(plan: Plan, subject: Subject, workers: int) -> dict[str, Any]:
             "device": str(subject.model.device),
             "workers": workers,
             **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(plan).items()},
+            "files": {name: task.sha256 for name, task in plan.file_tasks().items()},
+            "chosen": {
+                name: sum(len(held) for each, _, held in plan.chosen if each == name) for name, *_ in plan.chosen
+            },
         },
     }
 

@@ -1,13 +1,17 @@
 """What is to be measured: every task, length and sample with every method and budget, each under a key of its own."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kvote.errors import InputError
+from kvote.eval.files import FileTask, file_tasks
+from kvote.eval.files.lines import Assembled
 from kvote.eval.sample import Count, Sample, rng_of
 from kvote.eval.tasks import task_named
-from kvote.method import METHODS, parse
+from kvote.eval.tasks.book import POSITIONS
+from kvote.method import METHODS
+from kvote.spec import parse
 
 # Parameters that say how much a method keeps or reads, in the order in which one is looked for.
 _SIZES = ("budget", "token_budget", "top_k", "window")
@@ -31,7 +35,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """``methods`` are specs; ``budgets`` are tokens, or shares of the document's, that each is given in turn."""
+    """``methods`` are specs; ``budgets`` are tokens, or shares of the document's, that each is given in turn.
+
+    ``files``: FORMAT=PATH of benchmarks that lie here; ``chosen``: numbers of the samples of a file's task that are
+    measured at a length (``with_rows``).
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -39,13 +47,33 @@ class Plan:
     methods: tuple[str, ...]
     budgets: tuple[float, ...] = ()
     seed: int = 0
+    files: tuple[str, ...] = ()
+    chosen: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
+
+    def file_tasks(self) -> dict[str, FileTask]:
+        """Tasks of the files by name. Raises InputError if one cannot be read, or two are called alike."""
+        found: dict[str, FileTask] = {}
+        for task in (task for given in self.files for task in file_tasks(given)):
+            if task.name in found:
+                raise InputError(f"Two files are called {task.name}; give each to a folder of results of its own.")
+            found[task.name] = task
+        return found
 
     def units(self) -> Iterator[Unit]:
-        """Sample by sample over all tasks and lengths, so that a run which is stopped has something of each."""
-        for index in range(self.samples):
+        """Sample by sample over all tasks and lengths, so that a run which is stopped has something of each. Of a book
+        there are ``POSITIONS`` at least."""
+        least = {"perplexity": POSITIONS}
+        rows = {(name, length): held for name, length, held in self.chosen}
+        made = [*self.tasks, *(name for name, task in self.file_tasks().items() if isinstance(task.held, Assembled))]
+        for index in range(max([self.samples, *least.values()])):
             for length in self.lengths:
-                for task in self.tasks:
-                    yield Unit(task, length, index, tuple(self._specs(length)))
+                specs = tuple(self._specs(length))
+                for task in made:
+                    if index < max(self.samples, least.get(task, 0)):
+                        yield Unit(task, length, index, specs)
+                for (name, size), held in rows.items():
+                    if size == length and index < len(held):
+                        yield Unit(name, length, held[index], specs)
 
     def _specs(self, length: int) -> Iterator[tuple[str, str]]:
         for spec in self.methods:
@@ -58,14 +86,20 @@ class Plan:
         """Raises InputError or MethodError for what makes no sense, before anything is loaded."""
         for task in self.tasks:
             task_named(task)
+        self.file_tasks()
         for length in self.lengths:
             for _, spec in self._specs(length):
                 parse(spec)
 
 
-def make(unit: Unit, seed: int, count: Count) -> Sample:
+def make(unit: Unit, seed: int, count: Count, files: Mapping[str, FileTask] | None = None) -> Sample:
     """The sample of ``unit``: the same for every method, and whatever else is measured."""
-    return task_named(unit.task)(rng_of(seed, unit.task, unit.length, unit.index), unit.length, count)
+    rng, held = rng_of(seed, unit.task, unit.length, unit.index), (files or {}).get(unit.task)
+    if held is None:
+        return task_named(unit.task)(rng, unit.length, count)
+    if isinstance(held.held, Assembled):
+        return held.held.make(rng, unit.length, count)
+    return held.held[unit.index]
 
 
 def with_budget(spec: str, budget: float, length: int) -> str:

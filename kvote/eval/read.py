@@ -11,6 +11,7 @@ import kvote
 from kvote.errors import NotFiniteError
 from kvote.eval.sample import Question
 from kvote.eval.subject import Subject
+from kvote.method import Method
 
 TOKENS_PER_PASS = 4096
 
@@ -29,7 +30,7 @@ class Reading:
     ``last`` is the cache that answered last, ``nbytes`` what was held once the document was read.
     """
 
-    def __init__(self, subject: Subject, method: str, document: str) -> None:
+    def __init__(self, subject: Subject, method: str | Method, document: str) -> None:
         self.subject = subject
         self.cache = kvote.Cache(subject.model, method)
         self.ids = subject.ids(subject.template.opening(document), first=True)
@@ -39,6 +40,8 @@ class Reading:
         self.seconds = time.perf_counter() - begin
         self.nbytes = self.cache.nbytes()
         self.last = self.cache
+        # The last token of an answer that filled its room: the cache has not read it.
+        self._unread: list[int] = []
 
     @torch.no_grad()
     def _feed(self, cache: kvote.Cache, ids: Tensor) -> Tensor:
@@ -61,7 +64,12 @@ class Reading:
         text = template.asking(question)
         if not opening:
             text = template.next + text.removeprefix(template.between)
-        return self._answer(self.cache, self.subject.ids(text, first=False), question.room)
+        asked = self.subject.ids(text, first=False)
+        asked = torch.cat([asked.new_tensor([self._unread]), asked], dim=1) if self._unread else asked
+        self.cache.expect(asked.shape[1], question_follows=False)
+        got = self._answer(self.cache, asked, question.room)
+        self._unread = got.tokens[-1:] if len(got.tokens) == question.room else []
+        return got
 
     def _answer(self, cache: kvote.Cache, asked: Tensor, room: int) -> Answered:
         got, self.last = Answered(), cache

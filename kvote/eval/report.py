@@ -2,26 +2,33 @@
 
 import json
 import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from kvote.errors import InputError
 from kvote.eval.chart import COLOURS, Point, chart
 from kvote.eval.folder import Record, read_manifest, read_records
+from kvote.eval.heat import read_heat
 from kvote.eval.intervals import Interval
-from kvote.eval.table import Row, is_likelihood, rows_of
+from kvote.eval.shades import shaded
+from kvote.eval.shades import style as shades
+from kvote.eval.table import Row, by_question, is_likelihood, rows_of
 from kvote.files import named, write_whole
 
 PAGE = "report.html"
 _SHOWN = 12
 # Fewer samples say nothing about their spread.
 _ENOUGH = 5
+# What the questions of a task are called, where each is of another kind.
+_APART = {"turns": "turn", "chains": "facts"}
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1140px;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-size:13px}
-td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-size:12.5px}
+td,th{padding:.25rem .5rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th{white-space:normal;vertical-align:bottom}
 td:first-child,th:first-child{text-align:left;font-family:monospace}
-svg{width:350px;max-width:100%;font:11px system-ui,sans-serif;margin:0 1rem 1rem 0}.grid{stroke:#e4e4e4}
+svg{width:380px;max-width:100%;font:11px system-ui,sans-serif;margin:0 1rem 1rem 0}.grid{stroke:#e4e4e4}
 .wide{overflow-x:auto}
 .title{font-weight:600;font-size:13px}.note{color:#555}
 .legend span{display:inline-block;margin-right:1.2rem}
@@ -36,12 +43,12 @@ def write_report(folder: str | Path) -> Path:
     manifest, records = read_manifest(place), list(read_records(place).values())
     if not records:
         raise InputError(f"{named(place)} holds no samples yet; run kvote eval with --out first.")
-    write_whole(place / PAGE, page(manifest, records))
+    write_whole(place / PAGE, page(manifest, records, read_heat(place)))
     return place / PAGE
 
 
-def page(manifest: Record, records: list[Record]) -> str:
-    """The page's HTML."""
+def page(manifest: Record, records: list[Record], heat: Sequence[Record] = ()) -> str:
+    """The page's HTML; ``heat``: texts with the votes on their tokens."""
     rows = rows_of(records)
     names = list(dict.fromkeys(row.name for row in rows))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
@@ -49,12 +56,13 @@ def page(manifest: Record, records: list[Record]) -> str:
     tasks = list(dict.fromkeys(row.task for row in rows))
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
-        f"<title>kvote eval: {escape(str(manifest['model']))}</title><style>{_STYLE}</style>",
+        f"<title>kvote eval: {escape(str(manifest['model']))}</title><style>{_STYLE}{shades()}</style>",
         f"<h1>{escape(str(manifest['model']))}</h1>{_about(manifest, records)}",
         f'<p class="legend">{legend}</p>',
     ]
-    parts += [_task(task, [row for row in rows if row.task == task], colours) for task in tasks]
-    parts += [_examples(records), _manifest(manifest), "</html>"]
+    for task in tasks:
+        parts += [_task(task, [row for row in rows if row.task == task], colours), _questions(task, records)]
+    parts += [_heat(heat), _examples(records), _manifest(manifest), "</html>"]
     return "\n".join(parts)
 
 
@@ -95,11 +103,37 @@ def _task(task: str, rows: list[Row], colours: dict[str, str]) -> str:
         ]
 
     parts.append(chart(f"{task} by length", "tokens of the document", label, series("length"), from_zero=zero))
-    parts.append(chart(f"{task} by bytes held", "bytes", label, series("nbytes"), from_zero=zero))
+    parts.append(
+        chart(f"{task} by bytes held", "MiB held once the document was read", label, series("mib"), from_zero=zero)
+    )
     parts.append(
         chart(f"{task} by tokens read", "tokens read by a query", label, series("tokens_read"), from_zero=zero)
     )
     return "".join(parts)
+
+
+def _questions(task: str, records: list[Record]) -> str:
+    """Right answers by the question's number, of tasks whose questions differ in kind."""
+    if task not in _APART:
+        return ""
+    told, count = by_question(records, task), 0
+    body = ""
+    for (length, name), shares in told.items():
+        count = max(count, len(shares))
+        body += f"<tr><td>{escape(name)}</td><td>{length:,}</td>{''.join(f'<td>{v:.2f}</td>' for v in shares)}</tr>"
+    head = "".join(f"<th>{_APART[task]} {i + 1}</th>" for i in range(count))
+    return f'<div class="wide"><table><tr><th>method</th><th>tokens</th>{head}</tr>{body}</table></div>' if told else ""
+
+
+def _heat(heat: Sequence[Record]) -> str:
+    if not heat:
+        return ""
+    about = (
+        "What the heads vote for, by the rule of TokenSelect, while the model reads everything and answers: the last "
+        "token of the question and those of the answer, averaged over layers. Sinks at the start and the window at the "
+        "end are read without a vote."
+    )
+    return f'<h2>Votes</h2><p class="note">{about}</p>{"".join(shaded(one) for one in heat)}'
 
 
 def _table(rows: list[Row], task: str) -> str:

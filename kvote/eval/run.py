@@ -46,7 +46,7 @@ def run(plan: Plan, folder: str | Path, load: Load, *, workers: int = 1, tell: T
 
 def records_of(plan: Plan, unit: Unit, names: Sequence[str], subject: Subject) -> Iterator[Record]:
     """A record for each of the methods; where likelihoods are compared, dense attention comes first."""
-    sample, reference = make(unit, plan.seed, subject.count), Reference()
+    sample, reference = make(unit, plan.seed, subject.count, plan.file_tasks()), Reference()
     if sample.continuation is not None and "dense" not in names:
         measure(subject, sample, "dense", reference)
     ordered = [pair for pair in unit.specs if pair[0] in names]

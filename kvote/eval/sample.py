@@ -11,7 +11,10 @@ Count = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Question:
-    """``answers``: what has to come, all of them where ``score`` is 'all', one where it is 'any'.
+    """``answers``: what has to come: all of them where ``score`` is 'all', one where it is 'any', the first alone where
+    it is 'exact', one after the other from the start where it is 'run'; 'classes' and the names of ``METRICS`` are the
+    scores of published benchmarks, of which the answer met best counts. ``classes``: all that there are; ``one_line``:
+    only the first line of what is said counts.
 
     ``lead``: the beginning of the answer, put into the model's mouth; ``room``: tokens that an answer may take.
     """
@@ -21,6 +24,8 @@ class Question:
     score: str = "all"
     lead: str = ""
     room: int = 32
+    classes: tuple[str, ...] = ()
+    one_line: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,27 @@ def strewn(rng: random.Random, hay: list[str], needles: Sequence[str]) -> list[s
     return out
 
 
-def prose_with(rng: random.Random, needles: Sequence[str], tokens: int, count: Count, hay: Sequence[str]) -> str:
-    """As much of ``hay`` as leaves room for ``needles`` among ``tokens`` tokens, with the needles strewn in."""
+def in_order(rng: random.Random, hay: Sequence[str], told: Sequence[str]) -> list[str]:
+    """``hay`` with the lines of ``told`` put in at random places, in their order, not before the first sentence."""
+    gaps = range(1, len(hay) + 1)
+    # Lines follow one another only where there are more of them than gaps.
+    places = sorted(rng.sample(gaps, len(told)) if len(told) <= len(gaps) else rng.choices(gaps, k=len(told)))
+    out = list(hay)
+    for place, line in reversed(list(zip(places, told, strict=True))):
+        out.insert(place, line)
+    return out
+
+
+def prose_with(
+    rng: random.Random,
+    needles: Sequence[str],
+    tokens: int,
+    count: Count,
+    hay: Sequence[str],
+    put: Callable[[random.Random, list[str], Sequence[str]], list[str]] = strewn,
+) -> str:
+    """As much of ``hay`` as leaves room for ``needles`` among ``tokens`` tokens, with the needles ``put`` into it."""
     room = tokens - count(" ".join(needles))
     if room < tokens // 8:
         raise InputError(f"A document of {tokens:,} tokens has no room for this task; give a larger --lengths.")
-    return " ".join(strewn(rng, list(hay[: most(hay, room, count)]), needles))
+    return " ".join(put(rng, list(hay[: most(hay, room, count)]), needles))

@@ -40,6 +40,10 @@ class Row:
     diverges: float | None
     refused: str | None
 
+    @property
+    def mib(self) -> float:
+        return self.nbytes / 2**20
+
 
 def is_likelihood(task: str) -> bool:
     """Whether its values are nats per token, of which fewer are better."""
@@ -72,6 +76,15 @@ def _row(task: str, length: int, name: str, held: list[Record], dense: list[Reco
         None if name == DENSE else _divergence(fine, dense),
         refused,
     )
+
+
+def by_question(records: Iterable[Record], task: str) -> dict[tuple[int, str], list[float]]:
+    """Mean score of each question of a ``task``, by length and method."""
+    held: dict[tuple[int, str], list[list[float]]] = {}
+    for record in records:
+        if record["task"] == task and "scores" in record:
+            held.setdefault((record["length"], record["name"]), []).append(record["scores"])
+    return {key: [fmean(column) for column in zip(*rows, strict=False)] for key, rows in sorted(held.items())}
 
 
 def _values(records: Iterable[Record]) -> dict[str, float]:

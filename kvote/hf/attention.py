@@ -67,7 +67,13 @@ def attention(
     else:
         valid = None if padding is None or padding.valid is None else padding.valid.to(query.device)
         past = None if padding is None or padding.past is None else padding.past.to(query.device)
+        prepacked = owner.turn.prepacked
+        if prepacked is not None:
+            query, key, value = map(prepacked.unpack, (query, key, value))
+            positions, valid, past = prepacked.positions, prepacked.valid, None
         out = owner.layer.attend(owner.step(query, key, value, positions, logits, kwargs.get(sinks), valid, past))
+        if prepacked is not None:
+            out = prepacked.pack(out)
     # Model files go on with .view(), which needs what transformers' own functions return: contiguous answers.
     out = out.contiguous()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) and not out.requires_grad:
@@ -78,7 +84,7 @@ def attention(
 def _native(
     native: str, module: torch.nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, mask: Any
 ) -> Tensor:
-    """What the native function answers, [1, t, heads, dv], to one row of a batch."""
+    """The native function's attention [1, t, heads, dv] for one row of a batch."""
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(native, _eager_of(module))
     out: Tensor = attend(module, query, key, value, mask, **{**kwargs, "position_ids": None})[0]
     return out

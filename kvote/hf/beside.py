@@ -1,4 +1,4 @@
-"""Token ids and hidden states of a pass, noted by hooks on the model while a held cache's method needs them."""
+"""Token ids and hidden states of a pass, noted by hooks on the model while a cache whose method needs them exists."""
 
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from kvote.beside import HIDDEN, IDS, Beside
+from kvote.beside import HIDDEN, IDS, MARKS, Beside
 from kvote.errors import InputError
 from kvote.hf.compiling import uncompiled
 from kvote.phase import Turn
 
 
 class Watch:
-    """The hooks of one model. They go with the last cache that holds it."""
+    """The hooks of one model. They are removed with the last cache that holds this object."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         inner: Any = getattr(model, "get_decoder", None)
@@ -42,16 +42,25 @@ _watches: "WeakValueDictionary[int, Watch]" = WeakValueDictionary()
 
 
 def watch(model: torch.nn.Module) -> Watch:
-    """The watch of ``model``, whoever asks; what it notes reaches caches as ``Turn.beside``."""
+    """The ``Watch`` of ``model``, one for all its caches; what it notes is set as ``Turn.beside`` of the cache in
+    use."""
     found = _watches.get(id(model))
     if found is None or found.model() is not model:
         found = _watches[id(model)] = Watch(model)
     return found
 
 
-def taken(turn: Turn, needs: frozenset[str], spec: str, rows: int, columns: int, at: tuple[int, int] | None) -> Beside:
-    """What was noted for ``columns`` new columns of ``rows`` sequences. ``at``: of a batch of several caches, the
-    columns that belong to this one.
+def taken(
+    turn: Turn,
+    needs: frozenset[str],
+    spec: str,
+    rows: int,
+    columns: range,
+    at: tuple[int, int] | None,
+    device: torch.device,
+) -> Beside:
+    """The extra inputs of the new ``columns`` of ``rows`` sequences. ``at``: the columns of this cache, in a batch of
+    several caches.
 
     Raises InputError where something that the method ``needs`` is missing.
     """
@@ -61,12 +70,20 @@ def taken(turn: Turn, needs: frozenset[str], spec: str, rows: int, columns: int,
     found = {IDS: noted.ids, HIDDEN: noted.hidden}
     if at is not None:
         found = {name: None if x is None else x[:, slice(*at)] for name, x in found.items()}
-    for name in sorted(needs):
+    for name in sorted(needs & found.keys()):
         x = found[name]
-        if x is None or x.shape[:2] != (rows, columns):
+        if x is None or x.shape[:2] != (rows, len(columns)):
             how = "call the model with input_ids, not with inputs_embeds" if name == IDS else "use another method"
             raise InputError(f"{spec} needs the {name} of all tokens, which this pass does not show; {how}.")
-    return Beside(*(found[name] if name in needs else None for name in (IDS, HIDDEN)))
+    ids, hidden = (found[name] if name in needs else None for name in (IDS, HIDDEN))
+    if MARKS not in needs:
+        return Beside(ids, hidden)
+    if not turn.marked:
+        raise InputError(
+            f"{spec} needs to know what spans of the text are, and none is marked; call cache.mark_span(name, start, "
+            "stop) before they are read."
+        )
+    return Beside(ids, hidden, turn.marked.shown(rows, columns, device))
 
 
 @uncompiled
@@ -100,7 +117,7 @@ def _of_row(x: Tensor, row: int, of: int) -> Tensor:
 
 
 def _turns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Turn]:
-    """Those of the caches that a module was given: one, or those that have joined a batch."""
+    """The prompts announced to the caches that a module was given: one cache, or several that have joined a batch."""
     for given in (*kwargs.values(), *args):
         if isinstance(given, TransformersCache):
             members = getattr(given, "caches", None) or (given,)

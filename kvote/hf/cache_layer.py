@@ -76,7 +76,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         self.rotary = rotary
         # Whether the method has to know at which positions keys were rotated.
         self.needs_positions = rotated and layer.method.needs_rope
-        self.beside = layer.method.beside
+        self.beside = layer.method.needs.beside
 
     def step(
         self,
@@ -90,9 +90,9 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         past: Tensor | None = None,
         columns: tuple[int, int] | None = None,
     ) -> Step:
-        """What attention asks of the layer, in the phase in which its text is; all as ``Step`` has it, but
-        ``positions`` [1 or b, t] or None: those behind what was seen. ``columns``: where they stand in a batch of
-        several caches. Raises InputError where what the method needs beside them is missing."""
+        """The step that attention asks of the layer, with the phase of its text. Parameters as in ``Step``, but
+        ``positions`` [1 or b, t] may be None: those behind the columns seen. ``columns``: the layer's part of a batch
+        of several caches. Raises InputError where an extra input that the method needs is missing."""
         t, layer = query.shape[2], self.layer
         seen = layer.seen
         if positions is None:
@@ -102,7 +102,8 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         phase = self.turn.phase(seen, t, layer.method.read.tail, drafts=layer.record_past)
         beside = None
         if self.beside:
-            beside = taken(self.turn, self.beside, layer.method.spec, len(query), t, columns)
+            new = range(seen, seen + t)
+            beside = taken(self.turn, self.beside, layer.method.spec, len(query), new, columns, query.device)
         return Step(
             query, key, value, positions, valid, phase.solo, logits, sinks, past, phase.decode, phase.ahead, beside
         )
@@ -127,7 +128,8 @@ class CacheLayer(HandsOn, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return not self.layer.method.keep.drops or self.record_past
+        method = self.layer.method
+        return not (method.keep.offers.drops or method.read.offers.adds_up) or self.record_past
 
     @property
     def record_past(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where a compiled model's graph breaks, so that what is kvote's runs as it is."""
+"""Functions at which a compiled model's graph breaks, so that kvote's code runs as it is."""
 
 import functools
 from collections.abc import Callable

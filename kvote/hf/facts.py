@@ -1,4 +1,4 @@
-"""What is known about a model: the trial's outcome, kept until the model changes."""
+"""Facts about a model: the outcome of its trial, kept until the model changes."""
 
 import threading
 from typing import Any

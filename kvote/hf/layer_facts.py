@@ -1,4 +1,4 @@
-"""What a layer with full attention does, from the records of two passes: its shapes, and how it rotates keys."""
+"""Facts about a layer with full attention, from the records of two passes: its shapes, and how it rotates keys."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ _AGAIN = 2
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What the trial saw of a layer with full attention.
+    """The facts that a trial found about a layer with full attention.
 
     ``rope`` is None where kvote cannot undo the model's rotation, for the reason in ``why_no_rope``; ``rotated`` is
     False where nothing rotates keys. ``rotary`` stands where attention is not told positions as the rotary module is.
@@ -39,7 +39,7 @@ class LayerFacts:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """The message of an exception in one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
@@ -56,7 +56,7 @@ class LayerFinder:
     _watched: dict[torch.nn.Module, RotaryPositions] = field(default_factory=dict)
 
     def facts(self, call: AttentionCall, index: int) -> LayerFacts:
-        """What a layer does, from its attention call in the first pass."""
+        """The facts about a layer, from its attention call in the first pass."""
         seen = LayerFacts(index, call.query.shape[1], call.key.shape[1], call.key.shape[3], call.value.shape[3])
         again = self._again(call)
         if isinstance(again, str):
@@ -138,7 +138,7 @@ class LayerFinder:
         return flat[0][:, _AGAIN : _AGAIN + 1].expand(ROWS, -1), flat[1].expand(ROWS, -1)
 
     def _kind(self, rotary: ModuleCall) -> Any:
-        """What tells the angles of one rotary call from another's: the module and what it is given beside tensors."""
+        """The identity of a rotary call: the module, and its arguments that are no tensors."""
         rest: list[Any] = [(i, x) for i, x in enumerate(rotary.args) if not isinstance(x, Tensor)]
         rest += [(name, x) for name, x in sorted(rotary.kwargs.items()) if not isinstance(x, Tensor)]
         return rotary.module, rest
@@ -152,8 +152,8 @@ class LayerFinder:
         return None
 
     def _watch(self, call: AttentionCall, rotary: ModuleCall, places: tuple[Tensor, Tensor]) -> RotaryPositions | None:
-        """Where attention has not been told the positions that the rotary module got, or these have dimensions of
-        which it is told one, something that tells them."""
+        """An object that notes the rotary module's positions, where attention is not told them, or is told one of
+        several dimensions; else None."""
         told, given = call.kwargs.get("position_ids"), positions_given(rotary)
         plain = given is not None and given.dim() < 3
         if plain and isinstance(told, Tensor) and told.dim() == 2 and told.shape[-1] > _AGAIN:

@@ -37,8 +37,8 @@ class Padding:
         return self._made[0]
 
     def spans(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Where the tokens of each row begin and end among the new columns. Raises InputError where padding stands
-        between them."""
+        """The first and last new column of each row that is a token, as (start, stop). Raises InputError where padding
+        stands between tokens."""
         if not self._spans:
             whole = [[True] * columns] * rows if self.valid is None else self.valid.tolist()
             for row, real in enumerate(whole):
@@ -73,7 +73,7 @@ class Carrier(Tensor):
 
     @classmethod
     def of(cls, padding: Padding, sizes: tuple[int, ...], device: torch.device) -> "Carrier":
-        # One number, seen as many times as the mask has entries.
+        # One number, expanded to the size of the mask.
         carrier = torch.ones(1, dtype=torch.bool, device=device).expand(sizes).as_subclass(cls)
         carrier.padding = padding
         return carrier
@@ -186,5 +186,5 @@ def _no_mask(**kwargs: Any) -> None:
 
 
 def padding_of(carrier: Tensor | None) -> Padding | None:
-    """What rides on a mask made here; None for any other mask."""
+    """The padding that a mask made here carries; None for any other mask."""
     return getattr(carrier, "padding", None)

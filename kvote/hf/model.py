@@ -1,4 +1,4 @@
-"""What the config of a model says: its name, its cache layers, and which of them hold full attention."""
+"""The config of a model: its name, its cache layers, and which of them hold full attention."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def is_full_attention(layer: Any) -> bool:
 
 
 def _instead(layers: list[Any]) -> str:
-    """What the layers are that hold no plain full attention."""
+    """The end of the sentence that refuses a model without layers of plain full attention: what it has instead."""
     if any(isinstance(layer, LinearAttentionLayer) and isinstance(layer, DynamicLayer) for layer in layers):
         return " by itself: its layers hold a recurrent state and keys together, which kvote does not take apart"
     if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):

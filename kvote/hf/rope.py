@@ -106,8 +106,8 @@ def _canonical(take: Callable[[Tensor], Tensor], direction: int, raw: RawAngles)
 
 
 def _moving(call: ModuleCall) -> tuple[Callable[[], RawAngles] | None, RawAngles | None]:
-    """Where angles depend on the largest position (LongRoPE, dynamic NTK): how to make a module that has seen none, and
-    the module with the frequencies of its last pass."""
+    """For angles that depend on the largest position (LongRoPE, dynamic NTK): a function that makes a module that has
+    seen none, and the module with the frequencies of its last pass; else None for both."""
     rotary: Any = call.module
     if not any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic")):
         return None, None
@@ -125,5 +125,5 @@ def _fresh(call: ModuleCall) -> RawAngles:
 
 
 def rotary_calls(calls: list[ModuleCall]) -> list[ModuleCall]:
-    """Those of ``calls`` that made cosines and sines for positions."""
+    """The calls among ``calls`` that made cosines and sines for positions."""
     return [call for call in calls if pair(call.output) is not None and positions_given(call) is not None]

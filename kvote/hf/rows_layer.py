@@ -1,7 +1,7 @@
-"""A layer of several caches in one batch: each row is answered by the layer of its own cache."""
+"""A layer of several caches in one batch: the layer of its own cache attends for each row."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,20 +11,26 @@ from kvote.errors import InputError, UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer, HandsOn
 from kvote.hf.mask import Padding
 from kvote.hf.rotary import RotaryPositions
-from kvote.passes import whole_of_all
+from kvote.passes import Passes, whole_of_all
 from kvote.step import Step
 from kvote.store.segment import Logits
-
-if TYPE_CHECKING:
-    from kvote.cache import Cache
 
 # (query, key, value, mask) of one row -> what the model's native attention answers, [1, t, heads, dv]
 NativeAttention = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 
+class Member(Protocol):
+    """The parts of a cache in the batch that a layer needs."""
+
+    layers: list[Any]
+    passes: Passes
+
+    def get_seq_length(self) -> int: ...
+
+
 class Given(NamedTuple):
-    """What attention was given for a batch: ``query`` [b, heads, t, d], ``key`` [b, h, t, d], ``value`` [b, h, t, dv],
-    ``positions`` [1 or b, t] or None where the model does not tell."""
+    """The arguments of attention for a batch: ``query`` [b, heads, t, d], ``key`` [b, h, t, d], ``value`` [b, h, t,
+    dv], ``positions`` [1 or b, t] or None where the model does not tell."""
 
     query: Tensor
     key: Tensor
@@ -44,7 +50,7 @@ class RowsLayer(HandsOn, CacheLayerMixin):
     def __init__(
         self,
         index: int,
-        members: "list[Cache]",
+        members: Sequence[Member],
         previous: "RowsLayer | None",
         *,
         sliding: bool,

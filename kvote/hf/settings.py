@@ -10,7 +10,7 @@ from kvote.numbers import is_whole
 
 # What a model's generation config still says: which tokens mean what.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-# What kvote decides itself, and what to say to who asks for something else.
+# Settings that kvote decides itself, and why a request for another value is refused.
 _OURS = {
     "max_length": "give max_new_tokens",
     "num_return_sequences": "ask again for another answer",
@@ -77,7 +77,7 @@ def _known(options: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_config(config: GenerationConfig | None, base: dict[str, Any]) -> dict[str, Any]:
-    """What a generation config says and kvote does not decide."""
+    """The settings of a generation config that kvote leaves as they are."""
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):

@@ -1,4 +1,4 @@
-"""What a model does with attention, found out by running it once on a few tokens.
+"""The trial of a model: what it does with attention, found out by running it once on a few tokens.
 
 Nothing here goes by names of classes or flags: the model runs with its own attention and with kvote's, every attention
 module is seen at work and called again at another position, and what comes out is compared.
@@ -34,8 +34,8 @@ _TOKENS = 6
 
 @dataclass(frozen=True)
 class Facts:
-    """What the trial found out about a model: its full-attention layers by index, the length of text behind which it
-    throws a cache away (None: it does not), and the seconds that finding out took."""
+    """The outcome of a trial: the full-attention layers by index, the length of text behind which the model throws a
+    cache away (None: it does not), and the seconds that the trial took."""
 
     layers: dict[int, LayerFacts]
     throws_away: int | None
@@ -53,7 +53,7 @@ class _Prompt:
     positions: bool
 
     def passes(self) -> list[dict[str, Tensor]]:
-        """What the model is given in two passes, the second as a decode step."""
+        """The inputs of two passes, the second a decode step."""
         longer = torch.cat([self.mask, torch.ones_like(self.next)], dim=1)
         inputs = [
             {"input_ids": self.ids, "attention_mask": self.mask},
@@ -157,7 +157,7 @@ def _special_ids(config: Any) -> set[int]:
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    """Where inputs go. Raises UnsupportedModelError for weights that hold no numbers."""
+    """The device of the inputs. Raises UnsupportedModelError for weights that hold no numbers."""
     tensors = [*model.parameters(), *model.buffers()]
     if not any(tensor.is_meta for tensor in tensors):
         return tensors[0].device if tensors else torch.device("cpu")

@@ -61,7 +61,7 @@ def _gpus(model: torch.nn.Module) -> list[int]:
 
 
 def _state(module: torch.nn.Module) -> list[tuple[dict[str, Any], str, Any, Tensor | None]]:
-    """Where each plain value and each tensor that is no weight lies, and for tensors a copy of what they hold."""
+    """The place of each plain value and of each tensor that is no weight, with a copy of small tensors."""
     places = itertools.chain(
         ((module._buffers, name) for name in module._buffers),
         ((module.__dict__, name) for name, value in vars(module).items() if _is_plain(name, value)),

@@ -1,4 +1,4 @@
-"""What is recorded while a model runs in a trial: what modules are given, what attention and the cache are handed."""
+"""Recording of a model while it runs in a trial: calls of its modules, of attention, and updates of the cache."""
 
 import contextlib
 from collections.abc import Iterator

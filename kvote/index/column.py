@@ -1,6 +1,6 @@
 """Index: a column derived from the keys of a segment, which offers scores or candidates.
 
-A reader says which it needs (``Reader.indexes``) and asks the segment's by name. The numbers lie in the segment's pool,
+A reader says which it needs (``Reader.needs``) and asks the segment's by name. The numbers lie in the segment's pool,
 a part beside keys and values, so they follow their pages wherever these go: append, drop, crop, copies, interruptions,
 and the count of bytes.
 """
@@ -17,7 +17,7 @@ from kvote.store.pages import Lane, RawPool
 
 
 class KeyPages(Protocol):
-    """What an index sees of a segment: its ``pool``, what reads it, and where sequences lie."""
+    """The parts of a segment that an index reads: its ``pool``, the kernels that read it, and where sequences lie."""
 
     heads: int
     pool: RawPool
@@ -42,7 +42,8 @@ class Column(Protocol):
 
     @property
     def coded(self) -> tuple[Tensor, int] | None:
-        """Its part and bits per channel, if the kernel that stores tokens writes it on the way; else None."""
+        """The tensor and bits per channel of its codes, if the kernel that stores tokens writes them in the same call;
+        else None."""
         ...
 
     def write(self, lanes: Sequence[Lane], start: int, key: Tensor) -> None:

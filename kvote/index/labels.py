@@ -63,7 +63,7 @@ class Labels:
         pool.parts[NAME][slots // PAGE, :, slots % PAGE] = self._labelled(key).flatten(0, 2)
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:
-        """As ``Segment.scores``, over these channels alone."""
+        """Scores like those of ``Segment.scores``, over these channels alone."""
         labels, table = self.keys.pool.parts[NAME], self.keys.table(rows)
         return self.keys.kernels.label_scores(self._labelled(query), labels, table, start, stop)
 

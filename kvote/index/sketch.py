@@ -37,7 +37,7 @@ class Sketch:
     keys: KeyPages
     bits: int
     nbytes = 0
-    # Whether ``winners`` takes flags that say whom it need not answer.
+    # Whether ``winners`` takes ``skip``.
     skips = True
 
     @property
@@ -50,7 +50,7 @@ class Sketch:
         self.keys.kernels.sketch(pool.keys, *self.coded, slots)
 
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
-        """As ``Segment.votes``, scored with the sketch."""
+        """Votes like those of ``Segment.votes``, scored with the sketch."""
         keys, table = self.keys.pool.keys, self.keys.table(rows)
         return self.keys.kernels.votes(query, keys, table, *self.coded, start, limits)
 
@@ -67,7 +67,7 @@ class Sketch:
         """As ``Segment.winners``, by votes from the sketch.
 
         ``nominate``: how many tokens the sketch only nominates, to be scored again with their keys; 0 trusts it.
-        ``skip`` bool [b]: sequences whose answer nobody will look at.
+        ``skip`` bool [b]: sequences whose answer is not used.
         """
         # Where half of all candidates would be nominated, reading their keys at once costs less.
         helps = 2 * nominate < min(limits) - start

@@ -1,4 +1,5 @@
-"""Value sums: the sum of the values of every page of tokens, from which the mean of all is soon had."""
+"""Value sums: the sum of the values of every page of tokens, so that the mean of all values costs one sum over
+pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -18,6 +18,7 @@ from kvote.keep.keeper import Held, Kept, Share
 from kvote.keep.observation import Observation
 from kvote.keep.score.recency import Recency
 from kvote.keep.score.score import Score
+from kvote.needs import KeeperOffers, Needs
 from kvote.numbers import check_flags, check_whole
 from kvote.read.tokens import Queries
 from kvote.store.pages import PAGE
@@ -26,8 +27,8 @@ from kvote.store.segment import Logits
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of a sequence: ``slots`` [h, m] or [1, m], ascending: first ``sinks``, then those ``chosen`` by their
-    worth, then recent ones; ``worth`` [h, n] or [1, n] of the tokens that were held."""
+    """The tokens of a sequence that stay: ``slots`` [h, m] or [1, m], ascending: first ``sinks``, then those ``chosen``
+    by their worth, then recent ones; ``worth`` [h, n] or [1, n] of the tokens that were held."""
 
     slots: Tensor
     worth: Tensor
@@ -36,22 +37,20 @@ class Cut:
 
 
 class Merge(Protocol):
-    """What becomes of tokens that go. Properties as those of a ``Keeper``; a merge that remembers something is for a
-    score that does not."""
+    """Merges tokens that are dropped into others. ``adds_up``: what it remembers cannot be taken back; a merge that
+    remembers something is for a score that does not."""
 
     @property
     def adds_up(self) -> bool: ...
     @property
-    def needs_plain_keys(self) -> bool: ...
-    @property
-    def needs_rope(self) -> bool: ...
+    def needs(self) -> Needs: ...
     def new_memory(self) -> Any: ...
     def merged(self, held: Held, memory: Any, cut: Cut) -> tuple[Tensor, Tensor] | None:
         """``Kept.content``; None: the tokens that stay hold what they held."""
         ...
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
-        """As ``Keeper.aside``."""
+        """Does what ``Keeper.aside`` does."""
         ...
 
 
@@ -65,7 +64,7 @@ class Choice(Protocol):
 
 @dataclass(frozen=True)
 class Largest:
-    """Those of the largest worth."""
+    """The tokens of the largest worth."""
 
     def chosen(self, worth: Tensor, count: int) -> Tensor:
         return kernels.top_k(worth, count)
@@ -122,54 +121,25 @@ class Evict:
         """Tokens that stay whatever the budget."""
         return self.sinks + (0 if isinstance(self.window, float) else self.window)
 
-    @property
-    def drops(self) -> bool:
-        return True
+    @cached_property
+    def needs(self) -> Needs:
+        own = self.score.needs if self.merge is None else self.score.needs | self.merge.needs
+        return own if self.over_heads is None else own | Needs(uneven_heads=True)
 
-    @property
-    def while_generating(self) -> bool:
-        return self.evict_generated
-
-    @property
-    def per_head(self) -> bool:
-        return self.score.per_head
-
-    @property
-    def uneven(self) -> bool:
-        """Whether key heads may hold different numbers of tokens."""
-        return self.over_heads is not None
-
-    @property
-    def adds_up(self) -> bool:
-        return self.score.adds_up or (self.merge is not None and self.merge.adds_up)
+    @cached_property
+    def offers(self) -> KeeperOffers:
+        return KeeperOffers(
+            drops_generated=self.evict_generated,
+            waits=self.waits,
+            equal_heads=not self.score.per_head,
+            equal_layers=not (self.score.per_layer or self.allocate.per_layer),
+            adds_up=self.score.adds_up or (self.merge is not None and self.merge.adds_up),
+            cascades=self.allocate.cascades,
+        )
 
     @property
     def token_bytes(self) -> int:
         return self.score.token_bytes
-
-    @property
-    def per_layer(self) -> bool:
-        return self.score.per_layer or self.allocate.per_layer
-
-    @property
-    def cascades(self) -> bool:
-        return self.allocate.cascades
-
-    @property
-    def needs_plain_keys(self) -> bool:
-        return self.merge is not None and self.merge.needs_plain_keys
-
-    @property
-    def needs_rope(self) -> bool:
-        return self.score.needs_rope or (self.merge is not None and self.merge.needs_rope)
-
-    @property
-    def echo(self) -> int:
-        return self.score.echo
-
-    @property
-    def splits(self) -> bool:
-        return False
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         return None
@@ -203,7 +173,7 @@ class Evict:
 
     def _margin(self, layers: int) -> int:
         # Heads that differ in length need up to a page more each; steps of rounding are within it.
-        return self.allocate.margin(layers) + (PAGE + 1 if self.uneven else 0)
+        return self.allocate.margin(layers) + (PAGE + 1 if self.over_heads is not None else 0)
 
     def _cut(self, held: Held, memory: Any, stays: int) -> Kept | None:
         """``stays``: tokens besides those that always stay."""
@@ -214,7 +184,7 @@ class Evict:
             return None
         if self.over_heads is not None:
             return each_by_itself(worth, held, self.over_heads, edge, self.sinks, chosen)
-        worth = worth if self.per_head else worth.sum(dim=0, keepdim=True)
+        worth = worth if self.score.per_head else worth.sum(dim=0, keepdim=True)
         edge = min(edge, worth.shape[1])
         if edge - self.sinks <= chosen:
             return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvote.keep.budget import Budget
 from kvote.keep.observation import Observation
+from kvote.needs import KeeperOffers, Needs
 from kvote.read.tokens import Queries
 from kvote.rope import Rope
 from kvote.store.segment import Logits, Segment
@@ -49,8 +50,8 @@ class Held:
         return -(-sum(self.lanes) // len(self.lanes)) if self.lanes else self.length
 
     def each(self, function: Callable[[Tensor, Tensor], Tensor], stop: int) -> Tensor:
-        """What ``function`` gives, [h, m] in float32, for keys [h, m, d] and values [h, m, dv] in float32, of the first
-        ``stop`` tokens [h, stop]; a few thousand at a time."""
+        """The float32 results [h, stop] of ``function``, called with keys [h, m, d] and values [h, m, dv] in float32, a
+        few thousand tokens at a time."""
         parts = []
         for start in range(0, stop, _TOKENS_HELD):
             key, value = self.segment.decode([self.row], start, min(stop, start + _TOKENS_HELD))
@@ -84,18 +85,18 @@ class Share:
 
 
 class Remembered(Protocol):
-    """What a keeper remembers of what it has observed, per sequence; follows the tokens that it is about."""
+    """The memory of a keeper, per sequence; follows the tokens that it is about."""
 
     def select(self, index: list[int]) -> None:
         """Sequence i is now a copy of the former sequence ``index[i]``."""
         ...
 
     def keep(self, row: int, slots: Tensor) -> None:
-        """Of a sequence only ``slots`` are left, [m] or [h, m]."""
+        """Keeps ``slots`` of a sequence, [m] or [h, m], and drops the rest."""
         ...
 
     def truncate(self, row: int, length: int) -> None:
-        """Of a sequence only the first ``length`` tokens are left."""
+        """Keeps the first ``length`` tokens of a sequence."""
         ...
 
     @property
@@ -105,51 +106,25 @@ class Remembered(Protocol):
 class Keeper(Protocol):
     """Decides which tokens of a sequence stay after a pass, all its key heads equally many.
 
-    ``budget``: how many at most, None for no limit. ``drops``: whether it ever lets one go; ``waits``: not before the
-    end of an announced prompt. ``per_head``: whether key heads may keep different tokens. ``adds_up``: whether what it
-    has observed cannot be taken back, so that a rollback must have been announced even where nothing was dropped.
-    ``token_bytes``: what it remembers for good, in bytes per token and key head. ``while_generating``: whether
-    generated tokens, too, make it drop some that the store holds. ``per_layer``: whether layers may keep different
-    tokens. ``cascades``: whether what it observes in a layer changes what earlier layers may hold.
-    ``needs_plain_keys``: whether it works with keys as the model rotated them; ``needs_rope``: whether it takes that
-    rotation out of them itself. ``splits``: whether key heads of a layer may be groups with keepers of their own.
-    ``echo``: of how many tokens at a time it wants a prompt read again once that has ended (``kvote.echo``); 0: not at
-    all. A keeper may also have ``beside``: what it needs of a pass beside queries, keys and values (``kvote.beside``).
+    ``budget``: how many at most, None for no limit. ``token_bytes``: what it remembers for good, in bytes per token and
+    key head. ``needs`` and ``offers``: as ``kvote.needs`` has them.
     """
 
     @property
     def budget(self) -> Budget | None: ...
     @property
-    def drops(self) -> bool: ...
-    @property
-    def waits(self) -> bool: ...
-    @property
-    def per_head(self) -> bool: ...
-    @property
-    def adds_up(self) -> bool: ...
-    @property
     def token_bytes(self) -> int: ...
     @property
-    def while_generating(self) -> bool: ...
+    def needs(self) -> Needs: ...
     @property
-    def per_layer(self) -> bool: ...
-    @property
-    def cascades(self) -> bool: ...
-    @property
-    def needs_plain_keys(self) -> bool: ...
-    @property
-    def needs_rope(self) -> bool: ...
-    @property
-    def splits(self) -> bool: ...
-    @property
-    def echo(self) -> int: ...
+    def offers(self) -> KeeperOffers: ...
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         """Keepers for groups of the ``heads`` key heads of a layer, every head in one of them; None: one for all."""
         ...
 
     def new_memory(self) -> Any:
-        """What it remembers (``Remembered``), or None."""
+        """An empty memory (``Remembered``), or None."""
         ...
 
     def observes(self, ahead: int | None) -> bool:
@@ -159,13 +134,15 @@ class Keeper(Protocol):
     def observe(self, seen: Observation, memory: Any) -> None: ...
 
     def due(self, memory: Any) -> bool:
-        """Whether tokens stay above the budget only because the prompt has not been read again."""
+        """Whether tokens stay above the budget only because the prompt has not been read again. Asked of keepers with
+        an ``echo`` only."""
         ...
 
     def survivors(self, held: Held, memory: Any) -> Kept | None:
-        """What stays; None keeps all."""
+        """The tokens that stay; None keeps all."""
         ...
 
     def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
-        """What dropped tokens still answer together, as ``Segment.attend`` does: out and log-sum-exp; None: nothing."""
+        """Attention over what dropped tokens left behind, as ``Segment.attend`` returns it: out and log-sum-exp; None:
+        nothing was left."""
         ...

@@ -117,7 +117,7 @@ class Observation:
         return replace(self, queries=queries, lse=self.lse[:, heads].contiguous(), spans=spans)
 
     def of(self, row: int, length: int) -> "Observation | None":
-        """What is left of one sequence when it is cut to ``length`` tokens; None if that is nothing."""
+        """The part about one sequence when it is cut to ``length`` tokens; None if that is nothing."""
         i, count = self.rows.index(row), min(self.count, length - self.first)
         if count <= 0:
             return None
@@ -138,7 +138,7 @@ class Observation:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What it holds on to."""
+        """The tensors that it holds."""
         lists = [read.index for span in self.spans for read in span.reads]
         beside = [] if self.beside is None else self.beside.tensors
         own = [self.lse, self.queries.rotated, self.queries.raw, *lists, *beside]
@@ -146,7 +146,7 @@ class Observation:
 
 
 def _of_heads(tokens: TokenSet, heads: slice) -> TokenSet:
-    """What these query heads read of them."""
+    """The tokens that these query heads read."""
     if not isinstance(tokens.index, Tensor) or not tokens.by_head:
         return tokens
     return replace(tokens, index=tokens.index[:, heads].contiguous())

@@ -1,4 +1,4 @@
-"""What keepers answer unless they have something special to say, and the keeper that keeps everything."""
+"""Defaults of keepers, and the keeper that keeps everything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,24 +8,23 @@ from torch import Tensor
 
 from kvote.keep.keeper import Held, Share
 from kvote.keep.observation import Observation
+from kvote.needs import ANYWHERE, NOTHING, KeeperOffers, Needs
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
 
 
 class Plain:
-    """What keepers answer unless they have something special to say."""
+    """Defaults of keepers."""
 
-    per_head = False
-    adds_up = False
-    waits = False
     token_bytes = 0
-    while_generating = True
-    per_layer = True
-    cascades = False
-    needs_plain_keys = False
-    needs_rope = False
-    echo = 0
-    splits = False
+
+    @property
+    def needs(self) -> Needs:
+        return NOTHING
+
+    @property
+    def offers(self) -> KeeperOffers:
+        return KeeperOffers()
 
     def split(self, layer: int, heads: int) -> Sequence[Share] | None:
         return None
@@ -44,9 +43,11 @@ class Plain:
 
 
 class Blind(Plain):
-    """Those that look at no attention, so that all layers keep the same."""
+    """Keepers that look at no attention, so that all layers keep the same tokens."""
 
-    per_layer = False
+    @property
+    def offers(self) -> KeeperOffers:
+        return KeeperOffers(equal_layers=True)
 
     def new_memory(self) -> None:
         return None
@@ -56,7 +57,9 @@ class Blind(Plain):
 class KeepAll(Blind):
     """Every token stays."""
 
-    drops: bool = False
+    @property
+    def offers(self) -> KeeperOffers:
+        return KeeperOffers(drops=False, drops_generated=False, equal_layers=True, cuts=ANYWHERE)
 
     @property
     def budget(self) -> None:

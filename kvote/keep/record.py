@@ -38,7 +38,7 @@ class Record:
 
     @property
     def waiting_nbytes(self) -> int:
-        """Of passes that wait, most of which the model's own forward pass holds as well."""
+        """Bytes of passes that wait, most of which the model's own forward pass holds as well."""
         return storage_bytes(tensor for seen in self.waiting for tensor in seen.tensors)
 
     @property

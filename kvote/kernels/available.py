@@ -21,7 +21,7 @@ class State:
 
 
 def states() -> list[State]:
-    """Of every implementation; each that claims to run is tried."""
+    """The state of every implementation; each that claims to run is tried."""
     found, asked = [], forced() and backend()
     for name, (computes, probe) in _PROBES.items():
         missing = probe()

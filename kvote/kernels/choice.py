@@ -30,7 +30,7 @@ class _Held(ModuleType):
 
 
 def forced() -> str | None:
-    """What ``KVOTE_BACKEND`` says."""
+    """The backend that ``KVOTE_BACKEND`` forces, or None."""
     return os.environ.get("KVOTE_BACKEND")
 
 

@@ -1,4 +1,4 @@
-"""What a backend offers: the functions, their shapes, and what it may refuse. ``named`` and ``chosen`` return one.
+"""The contract of a backend: its functions, their shapes, and what it may refuse. ``named`` and ``chosen`` return one.
 
 A backend is a module with these names. Three implement them: ``law`` (torch, wherever it runs), ``cpu`` (C++) and
 ``triton`` (GPUs). Stores hold one and never ask which it is; where backends differ, the difference is a fact below or
@@ -31,12 +31,26 @@ PackedPool = tuple[Tensor, Packing, Lanes]
 Recent = tuple[Tensor, Tensor, Lanes, range]
 
 
+class Tail(NamedTuple):
+    """Raw tokens behind packed ones: their pools of ``keys`` and ``values``, and where the lanes lie in those.
+
+    Of sequence i, tokens before ``packed[i]`` are read from their codes and all others from the raw pools, whose lanes
+    hold them from token ``first[i]`` on, which is at most ``packed[i]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lanes: Lanes
+    packed: list[int]
+    first: list[int]
+
+
 # Cosines and sines [n, r], and the row at which they are read.
 Row = tuple[Tensor, Tensor, int]
 
 
 class Choice(NamedTuple):
-    """What one query reads: the first ``sinks`` tokens, those from ``edge`` on, and ``top_k`` between.
+    """The tokens that one query reads: the first ``sinks``, those from ``edge`` on, and ``top_k`` between.
 
     ``asked`` float32 [heads * d] and ``winners`` int64 [top_k] are written: the query at position ``asked_at``, as it
     scores, and the tokens with the most votes. Where its cosine with ``past`` is at least ``theta``, ``kept`` are read
@@ -83,6 +97,28 @@ class PackedKernels(Protocol):
 
     def scores(self, query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
         """q.k [b, heads, r, n] of ``query`` [b, heads, r, d] with a range of packed keys."""
+
+    def votes(self, query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int]) -> Tensor:
+        """``Backend.votes`` [b, r, n] of ``query`` [b, heads, r, d] on packed keys and on those of ``tail``."""
+
+    def select(self, query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int) -> Tensor:
+        """The ``k`` tokens [b, r, k] with the most ``votes``, ascending."""
+
+    def decode(
+        self,
+        query: Tensor,
+        keys: PackedPool,
+        values: PackedPool,
+        tail: Tail,
+        tokens: Tensor,
+        *,
+        angles: Angles | None,
+        interleaved: bool,
+        scale: float,
+        softcap: float | None,
+    ) -> Answer:
+        """``Backend.decode`` over a list ``tokens`` [b, m] of packed tokens and of those of ``tail``. Keys are rounded
+        to the model's dtype before they are rotated, and again then."""
 
 
 class Backend(Protocol):
@@ -228,7 +264,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """The ``k`` tokens [b, r, k] with the most ``votes``, ascending; arguments as there. With ``nominate``, votes
         from the sketch nominate that many, which are scored again with their keys. ``skip`` bool [b]: sequences whose
-        answer nobody will look at; they may be answered all the same."""
+        answer is not used; they may be answered all the same."""
 
     def sketch_bytes(self, dim: int, bits: int) -> int:
         """Bytes of the sketch of ``SKETCH_TOKENS`` tokens; 0 where the backend keeps none."""

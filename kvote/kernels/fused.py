@@ -33,8 +33,8 @@ def attend(
     causal: bool = True,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``kernels.attend``, without a ``softcap``. Query heads of a key head are packed as rows, so keys are never
-    repeated."""
+    """Attention like ``kernels.attend``, without a ``softcap``. Query heads of a key head are packed as rows, so keys
+    are never repeated."""
     b, heads, t, d = query.shape
     if causal and window is not None:
         # Before the first row's window, no row sees anything.

@@ -1,8 +1,9 @@
-"""Where the tokens of lanes lie in a pool of pages, as all kernels are told it."""
+"""Lanes: where tokens lie in a pool of pages, as all kernels are told it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ PAGE = 64
 
 
 class Lanes:
-    """Of some lanes, the runs (first page, pages) of neighbours in a pool, in token order.
+    """The runs (first page, pages) of neighbouring pages of some lanes in a pool, in token order.
 
     Whoever owns the pool holds it for as long as the pages do not change hands. ``address``: of the runs int64
     [runs, 2], of where each lane's begin int64 [count + 1], and how many lanes there are.
@@ -37,9 +38,10 @@ class Lanes:
         runs, begins, _ = self.address
         return runs, begins + first * self.begins.itemsize, count
 
-    def only(self, lane: int) -> Lanes:
-        """That lane alone."""
-        return Lanes([[(first, n) for first, n in self.runs[self.begins[lane] : self.begins[lane + 1]].tolist()]])
+    def only(self, lane: int, count: int = 1) -> Lanes:
+        """That lane alone, or so many from it on."""
+        edges = self.begins[lane : lane + count + 1].tolist()
+        return Lanes([[(first, n) for first, n in self.runs[a:b].tolist()] for a, b in pairwise(edges)])
 
     def pages(self) -> list[np.ndarray]:
         """The pages of each lane in token order, int64."""

@@ -79,7 +79,7 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scale: Tensor, least: Tensor) -> Tensor:
-    """What codes stand for, rounded once to the dtype of the scales."""
+    """The numbers that codes stand for, rounded once to the dtype of the scales."""
     return (codes.float() * scale.float() + least.float()).to(scale.dtype)
 
 

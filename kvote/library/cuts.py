@@ -1,11 +1,9 @@
-"""Where a prefix that has been read may be cut, so that what follows goes on as if it had been read at once."""
+"""The places at which a prefix may be cut so that what follows goes on as if it had been read at once."""
 
 from typing import Any
 
 from kvote.calibration.fingerprint import Fingerprint
-from kvote.keep.policies import KeepAll
 from kvote.method import Method
-from kvote.store.raw import Raw
 
 # Rotations whose angles follow from the length of the text.
 _BY_LENGTH = ("longrope", "dynamic")
@@ -14,15 +12,12 @@ _BY_LENGTH = ("longrope", "dynamic")
 def grain(method: Method, model: Any) -> int | None:
     """A prefix may be cut at multiples of so many tokens, in front of a prompt's tail; None: only whole.
 
-    It takes a method that keeps every token as the model made it, whose reader says that a query's choice does not
-    depend on what comes behind (``Reader.grain``), and a model that rotates a token alike in texts of every length.
+    It takes what all parts of the method offer (``kvote.needs.Cuts``), and a model that rotates a token alike in texts
+    of every length.
     """
-    if type(method.keep) is not KeepAll or type(method.store) is not Raw:
-        return None
     if any(kind in value for _, value in Fingerprint.of(model).rope for kind in _BY_LENGTH):
         return None
-    found: int | None = getattr(method.read, "grain", None)
-    return found
+    return method.cuts.every
 
 
 def reusable(shared: int, ends: tuple[int, int], tail: int, grain: int) -> int:

@@ -33,13 +33,13 @@ KIND = "prefix"
 _ENDING = ".kv"
 # Files of other names are left alone.
 _OURS = re.compile(r"[0-9a-f]{32}-[0-9a-f]{64}\.kv")
-# Seconds after which a draft that nobody writes to was left by a process that died.
+# Seconds without a write after which a draft counts as left behind by a process that died.
 _ABANDONED = 3600
 
 
 @dataclass(frozen=True)
 class Filed:
-    """What a file holds: the ids [n] of a prefix, and the seconds that reading it takes."""
+    """The contents of a file: the ids [n] of a prefix, and the seconds that reading it takes."""
 
     name: str
     ids: Tensor
@@ -58,7 +58,7 @@ class Folder:
         self._known: dict[str, Filed] = {}
 
     def prefixes(self, scope: str) -> list[Filed]:
-        """Those that were read with ``scope``."""
+        """The prefixes that were read with ``scope``."""
         names = [entry.name for entry in self._entries() if entry.name.startswith(f"{scope[:32]}-")]
         return [filed for name in names if (filed := self._told(name)) is not None]
 
@@ -107,7 +107,7 @@ class Folder:
         return len(sizes), sum(sizes)
 
     def _told(self, name: str) -> Filed | None:
-        """What a file says of itself; None, and it is removed, for one that is damaged."""
+        """The facts in a file; None for a damaged one, which is removed."""
         if name in self._known:
             return self._known[name]
         try:

@@ -31,7 +31,7 @@ class Prefix:
 
 
 def name_of(scope: str, ids: Tensor) -> str:
-    """What a prefix is called: digests of what it was read with, and of its tokens."""
+    """The name of a prefix: digests of how it was read, and of its tokens."""
     return f"{scope[:32]}-{hashlib.sha256(ids.numpy().tobytes()).hexdigest()}"
 
 

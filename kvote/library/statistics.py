@@ -1,4 +1,4 @@
-"""What a library has been good for."""
+"""Counts of how often a library was of use."""
 
 from dataclasses import dataclass
 

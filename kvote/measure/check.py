@@ -1,4 +1,4 @@
-"""What must hold before a time is worth anything: answers equal those of the law, in float32, on the same numbers.
+"""Checks before a time is printed: answers must equal the law's, in float32, on the same numbers.
 
 Every kernel answers another query first, so that an answer left over from an earlier call cannot pass for its own.
 """
@@ -17,6 +17,7 @@ from kvote.kernels import reference
 from kvote.layer import Layer
 from kvote.measure.geometry import Geometry
 from kvote.method import Method
+from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Queries, Reading, Span, TokenSet
 from kvote.store.segment import Logits
 
@@ -133,7 +134,7 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     scoring = turned(raw, angles, slice(window, window + 1))
     first, last = ends
     # A sketch that only nominates leaves the last word to the keys.
-    law = votes(scoring, key[:, :, first : n - last], 0 if getattr(reader, "nominated", 0) else bits)
+    law = votes(scoring, key[:, :, first : n - last], 0 if isinstance(reader, HeadVotes) and reader.nominated else bits)
     found(name, index[first : len(index) - last - 1] - first, law)
     placed = turned(key[:, :, index].float(), angles, slice(0, len(index)))
     query = turned(raw, angles, slice(len(index) - 1, len(index)))
@@ -165,6 +166,8 @@ class Lawful:
         for span in self.reader.read(reading):
             queries = reading.queries.rows(span.start, span.stop)
             answers = [_lawful(reading, tokens, self.logits) for tokens in span.reads]
+            if span.unread is not None:
+                answers = span.unread.beside(*reference.merge(answers))
             answers += [aside for aside in self._asides(queries, reading) if aside is not None]
             self.answer = reference.merge(answers)[0][:, :, 0]
             yield span
@@ -238,7 +241,7 @@ def _placed(
         return rope.apply(key, (cos[:, None], sin[:, None])), reading.queries.rotated[:, head : head + 1]
     last = len(tokens) - 1 if tokens.query_at is None else tokens.query_at
     angles = rope.contiguous(max(len(tokens), last + 1), key.device)
-    placed = turned(key, angles, slice(begin, len(tokens)))
+    placed = turned(key, angles, slice(0, 1) if tokens.positions == "together" else slice(begin, len(tokens)))
     return placed, turned(raw[:, head : head + 1].float(), angles, slice(last, last + 1))
 
 

@@ -13,7 +13,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed, and what takes it back afterwards, which is not."""
+    """A function to be timed, and one that undoes it afterwards, untimed."""
 
     run: Callable[[], Any]
     undo: Callable[[], Any] = nothing

@@ -42,7 +42,8 @@ class Fit:
 
 
 def fit(model: Shape, prediction: Prediction, method: Method, machine: Machine) -> Fit:
-    """What running the model with ``method`` takes here. Layers that are not kvote's hold at most their window."""
+    """The memory and time that the model takes with ``method`` on this machine. Layers that are not kvote's hold at
+    most their window."""
     window = min(prediction.context, model.window or 0)
     others = model.others * prediction.batch * window * model.geometry.token_bytes
     held, total = prediction.method.held_bytes, memory()

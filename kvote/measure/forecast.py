@@ -1,4 +1,4 @@
-"""What a method gains: arithmetic on a model's config and what a machine was measured to do. Nothing is timed here."""
+"""Forecast of what a method gains, from a model's config and the measured speed of a machine. Nothing is timed here."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -8,7 +8,9 @@ from typing import Any
 from kvote.errors import InputError, UnsupportedModelError
 from kvote.measure.load import Load
 from kvote.measure.shape import Shape, shape
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.needs import Keys
+from kvote.spec import parse
 from kvote.store.raw import Raw
 
 # A context in which attention reads next to nothing, and the longest that break-even is looked for in.
@@ -40,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine was measured to do for layers of one geometry and batches of one size.
+    """Measurements of a machine for layers of one geometry and batches of one size.
 
     ``bandwidth``: bytes per second that it reads at best; ``weights``: bytes of this model's weights per second in
     torch's products; ``step``: seconds of a token outside the layers. ``caches``: seconds of one layer besides its
@@ -100,7 +102,7 @@ class Prediction:
 
 
 def predict(config: Any, context: int, method: Method | str, machine: Machine) -> Prediction:
-    """What a token of the model costs with ``context`` tokens in the cache. ``config``: transformers', or a ``Shape``.
+    """The time of a token of the model with ``context`` tokens in the cache. ``config``: transformers', or a ``Shape``.
 
     Raises InputError for a context without a token, and for a method that ``machine`` was not measured with.
     """
@@ -137,9 +139,9 @@ def predict(config: Any, context: int, method: Method | str, machine: Machine) -
 
 def refuse(model: Shape, method: Method) -> None:
     """Raises UnsupportedModelError for a method that the model cannot be used with."""
-    if method.read.needs_raw_keys and not model.rotary:
+    if method.read.needs.keys is Keys.UNROTATED and not model.rotary:
         raise UnsupportedModelError(f"{model.name} has no rotary positions that kvote can undo; use method 'dense'.")
-    if method.read.crosses_layers or method.calibrations:
+    if method.read.needs.equal_layers or method.calibrations:
         raise UnsupportedModelError(
             f"{method.spec} cannot be predicted: one layer is measured for all, without weights to calibrate with; "
             "measure it on the model itself."
@@ -179,7 +181,7 @@ def reading_bytes(model: Shape, context: int, method: Method, machine: Machine) 
     """Bytes that full-attention layers hold at most while a prompt of ``context`` tokens is read: whoever drops or
     encodes after a prompt has held all of it, at worst in every layer at once."""
     held = _held(model, machine, context, method)
-    waits = (method.keep.drops and method.keep.waits) or not isinstance(method.store, Raw)
+    waits = (method.keep.offers.drops and method.keep.offers.waits) or not isinstance(method.store, Raw)
     return max(held, _held(model, machine, context, _DENSE)) if waits else held
 
 
@@ -193,14 +195,14 @@ def _held(model: Shape, machine: Machine, context: int, method: Method | None) -
     if method is not None:
         if budget is not None and budget.unit != "bytes":
             tokens = min(context, budget.tokens(context))
-        indexes = [index for index in method.read.indexes if index.required or machine.compiled]
+        indexes = [index for index in method.read.needs.indexes if index.required or machine.compiled]
         extra = geometry.kv_heads * (4 + sum(index.token_bytes(geometry.dim, geometry.dtype) for index in indexes))
     held = int(model.full * machine.batch * tokens * (geometry.token_bytes + extra))
     return min(held, int(budget.amount)) if budget is not None and budget.unit == "bytes" else held
 
 
 def beyond_training(model: Shape, context: int) -> str | None:
-    """What is to be said of a context that is longer than those the model was made for."""
+    """A warning for a context that is longer than the model was trained for."""
     if model.trained is None or context <= model.trained:
         return None
     return f"The model was made for {model.trained:,} tokens; beyond, some methods answer and some do not."

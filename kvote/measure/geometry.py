@@ -77,7 +77,7 @@ class Geometry:
     def prefilled(self, method: Method, key: Tensor, value: Tensor, layers: int = 1) -> list[Layer | HeadGroups]:
         """Neighbouring layers of ``method``, each with ``key`` and ``value`` [1, kv_heads, n, dim] as after a prompt:
         its end went through them as a real pass, so that they have dropped or encoded what they would."""
-        crew = Crew()
+        crew = Crew[Layer]()
         rope = Rope(self.rotary)
         made = [
             in_groups(i, method, rope, layers, self.kv_heads) or Layer(i, method, rope, layers, crew)
@@ -136,14 +136,14 @@ class Geometry:
 
 
 def _parts(layer: Layer | HeadGroups, kv_heads: int) -> list[tuple[Layer, list[int]]]:
-    """What holds the tokens of a layer, and of which key heads."""
+    """The layers or groups of heads that hold the tokens of a layer, with their key heads."""
     if isinstance(layer, HeadGroups):
         return [(group.layer, list(group.heads)) for group in layer.groups]
     return [(layer, list(range(kv_heads)))]
 
 
 class _Module(torch.nn.Module):
-    """What sdpa_attention_forward asks of an attention module."""
+    """The attributes of an attention module that sdpa_attention_forward reads."""
 
     is_causal = True
 

@@ -10,7 +10,7 @@ import torch
 # Share of the time that may be lost before a machine is called busy; less where others were seen, who may have been us:
 # the average goes on telling of programs that have ended.
 _LOST, _LOST_TO_OTHERS = 0.1, 0.03
-# Of the cores, so many may be wanted by more programs than there are, and at least one.
+# Share of the cores that other programs may want beyond those there are; at least one core.
 _CROWD = 0.25
 
 
@@ -53,7 +53,7 @@ class Watch:
         return time.perf_counter() - self.begin
 
     def load(self) -> Load:
-        """Of the time since the beginning, in which the thread was to compute all the while."""
+        """The load of the machine since the beginning, as a thread sees it that was to compute all the while."""
         wall, own = self.seconds, time.thread_time() - self.spent
         # The thread may turn in circles for another one that waits.
         others = max((delay - self.delays.get(name, 0.0) for name, delay in _delays().items()), default=0.0)

@@ -1,4 +1,4 @@
-"""What a token of a model costs on this machine, measured without the model.
+"""The time of a token of a model on this machine, measured without the model.
 
 A model is timed whose one layer has the attention of the model in question and next to no weights: it goes through
 ``generate()`` as the real one would, with transformers' cache and with kvote's, so that everything on the way is in the
@@ -25,7 +25,8 @@ from kvote.measure.geometry import Geometry
 from kvote.measure.load import Watch
 from kvote.measure.shape import Matrix, Shape
 from kvote.measure.sweep import Sweep
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.spec import parse
 from kvote.store.raw import Raw
 
 _WIDTH, _VOCABULARY, _LAYERS = 64, 256, 3
@@ -80,7 +81,7 @@ class _Probe:
         self.cache = kvote.Cache(self.model, method)
         self.cache.expect(key.shape[2])
         # Who drops or encodes looks at the end of a prompt first.
-        if method.keep.drops or not isinstance(method.store, Raw):
+        if method.keep.offers.drops or not isinstance(method.store, Raw):
             geometry.prompt(self.cache.managed, key, value)
             return
         for layer in self.cache.managed:
@@ -156,7 +157,7 @@ class _Bench:
         return _Probe(self.geometry, method, self.key[:, :, :tokens], self.value[:, :, :tokens], layers)
 
     def seconds(self, probes: dict[str, _Probe]) -> dict[str, float]:
-        """Of a token, the median of alternating rounds."""
+        """Seconds of a token, the median of alternating rounds."""
         times: dict[str, list[float]] = {name: [] for name in probes}
         for number in range(_ROUNDS):
             if number and self.late:

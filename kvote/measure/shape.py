@@ -1,4 +1,4 @@
-"""What a model's config says about the work of one token: weights to read, layers, heads. No weights are needed."""
+"""The work of one token by a model's config: weights to read, layers, heads. No weights are needed."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -56,7 +56,8 @@ class Shape:
 
 
 def shape(config: Any, batch: int = 1) -> Shape:
-    """What ``config`` says. Raises InputError or UnsupportedModelError for models that kvote cannot manage."""
+    """The shape that ``config`` describes. Raises InputError or UnsupportedModelError for models that kvote cannot
+    manage."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
         made = type(config).__name__

@@ -1,4 +1,4 @@
-"""What this machine reads at best, sampled again and again, because on a shared machine it drifts."""
+"""The best read bandwidth of this machine, sampled again and again, because on a shared machine it drifts."""
 
 import time
 from statistics import median

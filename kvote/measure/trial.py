@@ -1,4 +1,5 @@
-"""What a model hands to transformers' attention, found out by one pass on torch's meta device: shapes, no weights."""
+"""The arguments that a model gives transformers' attention, found out by one pass on torch's meta device, without
+weights."""
 
 from dataclasses import dataclass, field
 from functools import partial

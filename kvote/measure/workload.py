@@ -16,6 +16,7 @@ from kvote.measure import check
 from kvote.measure.clock import Call
 from kvote.measure.geometry import Geometry
 from kvote.methods import tokenselect
+from kvote.read.head_votes import HeadVotes
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
 
@@ -153,7 +154,8 @@ class Workload:
 
     def _selecting_bytes(self, layer: Layer, bits: int) -> int:
         """Those of the scores, and of the keys that a sketch nominates; where that is half of them, of all keys."""
-        nominated = getattr(layer.method.read, "nominated", 0)
+        reader = layer.method.read
+        nominated = reader.nominated if isinstance(reader, HeadVotes) else 0
         if 2 * nominated >= self.tokens - WINDOW - SINKS:
             return self._scored_bytes(0)
         return self._scored_bytes(bits) + nominated * self.geometry.token_bytes // 2

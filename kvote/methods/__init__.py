@@ -5,7 +5,8 @@ Methods of other packages (see ``kvote.plugins``) are found here as well.
 
 from collections.abc import Callable
 
-from kvote.method import Method, find
+from kvote import plugins
+from kvote.method import METHODS, Method
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
 from kvote.methods.critic import critic
@@ -16,6 +17,7 @@ from kvote.methods.duoattention import duoattention
 from kvote.methods.ems import ems
 from kvote.methods.expectedattention import expectedattention
 from kvote.methods.h2o import h2o
+from kvote.methods.infllm import infllm
 from kvote.methods.keyformer import keyformer
 from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
@@ -48,6 +50,7 @@ __all__ = [
     "ems",
     "expectedattention",
     "h2o",
+    "infllm",
     "keyformer",
     "kivi",
     "knorm",
@@ -72,8 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Callable[..., Method]:
-    from kvote import plugins
-
     if name.startswith("_") or name not in plugins.names():
         raise AttributeError(f"module 'kvote.methods' has no attribute {name!r}")
-    return find(name).build
+    plugins.load(name)
+    return METHODS[name].build

@@ -2,12 +2,20 @@
 
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
+from kvote.keep.score.guarded import GuardedLot
 from kvote.keep.score.lot import Lot
 from kvote.method import Method, published
 
 
 @published(rooms="keep", source="baseline (arXiv 2609.03430)")
-def randomkeep(budget: int | float | str = 2048, sinks: int = 4, window: int = 32, seed: int = 0) -> Method:
+def randomkeep(
+    budget: int | float | str = 2048,
+    sinks: int = 4,
+    window: int = 32,
+    seed: int = 0,
+    protect: float = 0.0,
+    evict_generated: bool = False,
+) -> Method:
     """A baseline: keeps sinks, a window and as many tokens drawn by lot as the budget leaves; what is generated stays.
 
     At the end of a prompt, ``sinks`` first and ``window`` last tokens stay, and tokens from between them that win a
@@ -15,6 +23,11 @@ def randomkeep(budget: int | float | str = 2048, sinks: int = 4, window: int = 3
     all that is held then.
 
     ``budget``: tokens kept, sinks and window among them, as a number (1024), a fraction of the tokens seen (0.25) or
-    bytes ("512MiB"). ``seed`` decides the draw, which depends on nothing else but a token's position.
+    bytes ("512MiB"). ``seed`` decides the draw, which depends on nothing else but a token's position. ``protect``: a
+    share of the budget for the tokens whose values have the largest norms, each key head's own, before the rest is
+    drawn: the two ideas of VaSE (Chang et al. 2026, arXiv 2606.03928), large values stay and chance decides among the
+    others, without its rules for how others are drawn. ``evict_generated``: with True, generated tokens take part in
+    the draw, and the budget holds while generating too.
     """
-    return Method(keep=Evict(Lot(seed=seed), read_budget(budget), window, sinks, evict_generated=False))
+    score = Lot(seed=seed) if protect == 0 else GuardedLot(seed=seed, share=protect)
+    return Method(keep=Evict(score, read_budget(budget), window, sinks, evict_generated=evict_generated))

@@ -145,7 +145,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a document will say, before it has a length: fact sentences in order of appearance, and questions."""
+    """The contents of a document before it has a length: fact sentences in order of appearance, and questions."""
 
     facts: tuple[np.ndarray, ...]
     asks: tuple[Ask, ...]

@@ -1,15 +1,17 @@
 """Whole pages of neighbouring tokens, those with the highest bounds on their scores."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.index.bounds import NAME, BoundsIndex
+from kvote.needs import ANYWHERE, Needs, ReaderOffers
 from kvote.numbers import check_whole
-from kvote.read.per_head import ReadsLists, span_of
+from kvote.read.per_head import LISTS, ReadsLists, span_of
 from kvote.read.tokens import Reading, Span, everything
 from kvote.store.pages import PAGE
 
@@ -27,13 +29,11 @@ class BestPages(ReadsLists):
         if PAGE % self.page:
             raise MethodError(f"page must divide {PAGE} tokens, so be 1, 2, 4, 8, 16, 32 or 64; got {self.page}.")
 
-    @property
-    def indexes(self) -> tuple[BoundsIndex, ...]:
-        return (BoundsIndex(self.page, self.dense_layers),)
+    @cached_property
+    def needs(self) -> Needs:
+        return replace(LISTS, indexes=(BoundsIndex(self.page, self.dense_layers),))
 
-    @property
-    def grain(self) -> int | None:
-        return 1
+    offers = ReaderOffers(cuts=ANYWHERE)
 
     def read(self, reading: Reading) -> Iterator[Span]:
         n, bounds = reading.first + reading.count, reading.segment.indexes.get(NAME)

@@ -1,7 +1,8 @@
 """Tokens chosen by the channels in which a query is large; the mean of all values stands for the others."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.index.value_sums import NAME, ValueSumsIndex
+from kvote.needs import Needs
 from kvote.numbers import check_whole
-from kvote.read.per_head import ReadsLists
+from kvote.read.per_head import LISTS, ReadsLists
 from kvote.read.tokens import Reading, Span, TokenSet, Unread, everything
 
 # Below this share of a query in the channels chosen, they say nothing about it.
@@ -30,9 +32,9 @@ class FewChannels(ReadsLists):
         if self.local > self.top_k:
             raise MethodError(f"local must be at most top_k ({self.top_k}), of which it is a part; got {self.local}.")
 
-    @property
-    def indexes(self) -> tuple[ValueSumsIndex, ...]:
-        return (ValueSumsIndex(),)
+    @cached_property
+    def needs(self) -> Needs:
+        return replace(LISTS, indexes=(ValueSumsIndex(),))
 
     def read(self, reading: Reading) -> Iterator[Span]:
         n, sums = reading.first + reading.count, reading.segment.indexes.get(NAME)
@@ -53,8 +55,8 @@ class FewChannels(ReadsLists):
         yield Span(0, 1, [TokenSet(index, causal=False)], Unread(mean, left - read))
 
     def _logits(self, reading: Reading, n: int) -> Tensor:
-        """What enters the softmax [b, heads, 1, n], estimated from the ``rank`` channels in which the query heads of a
-        key head are largest together."""
+        """The logits [b, heads, 1, n] that enter the softmax, estimated from the ``rank`` channels in which the query
+        heads of a key head are largest together."""
         query = reading.queries.rotated
         b, _, _, d = query.shape
         size = query.float().abs().reshape(b, reading.segment.heads, -1, 1, d)

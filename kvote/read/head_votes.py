@@ -7,6 +7,7 @@ where edge = a - window, or b - window where the window reaches back from the en
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from kvote.errors import MethodError
 from kvote.index.sketch import NAME as SKETCH
 from kvote.index.sketch import SketchIndex
 from kvote.kernels.contract import Choice
+from kvote.needs import WHOLE, Cuts, Keys, Needs, ReaderOffers
 from kvote.numbers import check_flags, check_whole, is_number
 from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
 from kvote.read.tokens import Activity, Positions, Reading, Span, Token, TokenSet
@@ -79,34 +81,17 @@ class HeadVotes:
                 "use sketch='int8'."
             )
 
-    @property
-    def indexes(self) -> tuple[SketchIndex, ...]:
+    @cached_property
+    def needs(self) -> Needs:
         bits = SKETCHES[self.sketch]
-        return (SketchIndex(bits),) if bits else ()
+        indexes = (SketchIndex(bits),) if bits else ()
+        paired = self.head_map == "paper"
+        return Needs(Keys.UNROTATED, lists=True, indexes=indexes, equal_heads=True, whole_layers=paired)
 
     @property
-    def one_list(self) -> bool:
-        return True
-
-    @property
-    def lists(self) -> bool:
-        return True
-
-    @property
-    def crosses_layers(self) -> bool:
-        return False
-
-    @property
-    def needs_raw_keys(self) -> bool:
-        return True
-
-    @property
-    def needs_plain_keys(self) -> bool:
-        return False
-
-    @property
-    def pairs_by_layer(self) -> bool:
-        return self.head_map == "paper"
+    def offers(self) -> ReaderOffers:
+        # Sketches of keys are made of several tokens at once.
+        return ReaderOffers(cuts=WHOLE if self.needs.indexes else Cuts(self.chunk))
 
     @property
     def nominated(self) -> int:
@@ -122,11 +107,6 @@ class HeadVotes:
     def reuses(self) -> bool:
         """A cosine never exceeds 1, so a larger threshold turns the selection cache off."""
         return self.theta <= 1
-
-    @property
-    def grain(self) -> int | None:
-        # Sketches of keys are made of several tokens at once.
-        return None if self.indexes else self.chunk
 
     def check(self, layers: int) -> None:
         pass
@@ -167,7 +147,7 @@ class HeadVotes:
         return edge // self.reuse_span * self.reuse_span
 
     def step(self, token: Token, segment: Any, rope: Rope | None, memory: Any, activity: Activity) -> Tensor | None:
-        """As ``Everything.step``."""
+        """Does what ``Everything.step`` does."""
         if rope is None or not rope.fixed or not self._fused or self.head_map == "paper":
             return None
         if self.positions != "contiguous":
@@ -200,7 +180,7 @@ class HeadVotes:
         return answer[0]
 
     def _may_serve(self, memory: SelectionMemory, edge: int) -> bool:
-        """As ``_within_span``, of the only sequence."""
+        """Does what ``_within_span`` does, for the only sequence."""
         selected = memory.edge_of_first
         return selected == edge if self.reuse_span is not None else selected >= 0
 
@@ -246,14 +226,14 @@ class HeadVotes:
     def _select(self, reading: Reading, query: Tensor, edges: list[int], skip: Tensor | None = None) -> Tensor:
         """Winners [b, r, top_k] for selecting queries [b, heads, r, d], query j among the tokens before edges[j].
 
-        ``skip`` bool [b]: sequences whose winners nobody will look at.
+        ``skip`` bool [b]: sequences whose winners are not used.
         """
         reading.activity.selections += query.shape[0] * query.shape[2]
         if self._fused:
             query = self._paired(query, reading)
             sketch = reading.segment.indexes.get(SKETCH)
             voted = reading.segment if sketch is None else sketch
-            more: dict[str, Any] = {"skip": skip} if skip is not None and getattr(voted, "skips", False) else {}
+            more: dict[str, Any] = {"skip": skip} if skip is not None and voted.skips else {}
             if sketch is not None:
                 more["nominate"] = self.nominated
             return voted.winners(query, reading.rows, self.sinks, edges, self.top_k, **more)

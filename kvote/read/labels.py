@@ -1,12 +1,14 @@
 """Tokens chosen by their labels: a few channels of each key, kept apart, that decide most of its score."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from kvote.errors import MethodError
 from kvote.index.labels import NAME, LabelIndex
+from kvote.needs import ANYWHERE, Needs, ReaderOffers
 from kvote.numbers import check_whole
-from kvote.read.per_head import ReadsLists, span_of, winners
+from kvote.read.per_head import LISTS, ReadsLists, span_of, winners
 from kvote.read.tokens import Reading, Span, everything
 
 
@@ -27,13 +29,11 @@ class LabelWinners(ReadsLists):
         if not isinstance(self.share, int | float) or isinstance(self.share, bool) or not 0 < self.share <= 1:
             raise MethodError(f"share must be a share of the channels, above 0 and at most 1; got {self.share!r}.")
 
-    @property
-    def indexes(self) -> tuple[LabelIndex, ...]:
-        return (LabelIndex(self.order, self.share, self.dense_layers),)
+    @cached_property
+    def needs(self) -> Needs:
+        return replace(LISTS, indexes=(LabelIndex(self.order, self.share, self.dense_layers),))
 
-    @property
-    def grain(self) -> int | None:
-        return 1
+    offers = ReaderOffers(cuts=ANYWHERE)
 
     def read(self, reading: Reading) -> Iterator[Span]:
         n, labels = reading.first + reading.count, reading.segment.indexes.get(NAME)

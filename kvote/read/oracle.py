@@ -1,10 +1,11 @@
-"""The tokens with the most true attention: what no selection of as many tokens can beat in mass."""
+"""The tokens with the most true attention: no selection of the same size has more attention mass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from kvote.needs import ANYWHERE, ReaderOffers
 from kvote.numbers import check_whole
 from kvote.read.per_head import ReadsLists, winners
 from kvote.read.tokens import Reading, Span, TokenSet
@@ -28,9 +29,7 @@ class MostMass(ReadsLists):
     def tail(self) -> int:
         return self.selecting
 
-    @property
-    def grain(self) -> int | None:
-        return 1
+    offers = ReaderOffers(cuts=ANYWHERE)
 
     def read(self, reading: Reading) -> Iterator[Span]:
         whole = max(0, min(reading.count, max(reading.count - reading.solo, self.top_k - reading.first)))

@@ -1,7 +1,7 @@
 """Whole pages chosen in a few layers by the attention that they receive there, and read in the layers after each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.numbers import check_whole, is_whole
-from kvote.read.per_head import ReadsLists
+from kvote.read.per_head import LISTS, ReadsLists
 from kvote.read.persistent import Chosen
 from kvote.read.tokens import Reading, Span, TokenSet, everything
 
@@ -39,13 +39,7 @@ class PagePlan(ReadsLists):
                     f"what none before it has chosen; got {self.full!r}."
                 )
 
-    @property
-    def one_list(self) -> bool:
-        return True
-
-    @property
-    def crosses_layers(self) -> bool:
-        return True
+    needs = replace(LISTS, equal_heads=True, equal_layers=True)
 
     def check(self, layers: int) -> None:
         self.roles(layers)
@@ -54,7 +48,8 @@ class PagePlan(ReadsLists):
         return Chosen()
 
     def roles(self, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Which of so many layers read everything, and which of those choose. Raises MethodError if none reads less."""
+        """The layers, of ``layers``, that read everything, and those of them that choose. Raises MethodError if none
+        reads less."""
         if self.full is None:
             full = tuple(sorted({i for i in (0, 1, 2, layers * 14 // _OF, layers * 22 // _OF) if i < layers - 1}))
         else:

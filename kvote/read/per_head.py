@@ -1,21 +1,20 @@
-"""What each query head reads when it chooses on its own."""
+"""The tokens that each query head reads when it chooses on its own."""
 
 from torch import Tensor
 
 from kvote import kernels
+from kvote.needs import Keys, Needs
 from kvote.read.tokens import PlainReader, Reading, Span, TokenSet
+
+LISTS = Needs(keys=Keys.ROTATED, lists=True)
 
 
 class ReadsLists(PlainReader):
     """A reader whose heads list the tokens that they read, by scores of keys as the model rotated them."""
 
     @property
-    def lists(self) -> bool:
-        return True
-
-    @property
-    def needs_plain_keys(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return LISTS
 
 
 def winners(scores: Tensor, k: int) -> Tensor:

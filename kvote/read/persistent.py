@@ -1,15 +1,16 @@
 """Tokens chosen in two layers and read in all others: positions persist from layer to layer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvote.errors import MethodError
 from kvote.memory import storage_bytes
+from kvote.needs import ANYWHERE, ReaderOffers
 from kvote.numbers import check_whole
-from kvote.read.per_head import ReadsLists, span_of, winners
+from kvote.read.per_head import LISTS, ReadsLists, span_of, winners
 from kvote.read.tokens import Reading, Span, everything
 
 
@@ -57,13 +58,8 @@ class PersistentPositions(ReadsLists):
                 f"got {self.reselect}."
             )
 
-    @property
-    def grain(self) -> int | None:
-        return 1
-
-    @property
-    def crosses_layers(self) -> bool:
-        return True
+    needs = replace(LISTS, equal_layers=True)
+    offers = ReaderOffers(cuts=ANYWHERE)
 
     def check(self, layers: int) -> None:
         self.selecting(layers)
@@ -72,7 +68,8 @@ class PersistentPositions(ReadsLists):
         return Chosen()
 
     def selecting(self, layers: int) -> tuple[int, ...]:
-        """Which of so many layers choose, in order. Raises MethodError if no other would read what they choose."""
+        """The layers, of ``layers``, that choose, in order. Raises MethodError if no other would read what they
+        choose."""
         if self.first >= layers - 1:
             raise MethodError(
                 f"There are {layers} layers with full attention, so none would read what layer {self.first} chooses; "

@@ -1,4 +1,4 @@
-"""The baseline that every selection has to beat: as many tokens, drawn at random."""
+"""A baseline for selections: the same number of tokens, drawn at random."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from kvote.errors import MethodError
+from kvote.needs import ReaderOffers
 from kvote.read.head_votes import HeadVotes
 from kvote.read.tokens import Reading
 
 
 @dataclass(frozen=True)
 class RandomTokens(HeadVotes):
-    """Reads what HeadVotes reads, with the winners drawn by lot: one draw per layer and selecting position."""
+    """Reads what HeadVotes reads, with the winners drawn at random: one draw per layer and selecting position."""
 
     seed: int = 0
 
@@ -22,9 +23,9 @@ class RandomTokens(HeadVotes):
             raise MethodError(f"seed must be a whole number; got {self.seed!r}.")
 
     @property
-    def grain(self) -> int | None:
+    def offers(self) -> ReaderOffers:
         # Lots are drawn for a whole pass.
-        return None
+        return ReaderOffers()
 
     @property
     def _fused(self) -> bool:

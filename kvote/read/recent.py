@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvote.needs import Keys, Needs
 from kvote.read.tokens import PlainReader, Reading, Span, TokenSet
 
 # Query rows whose windows are computed together; it bounds the mask, not the result.
@@ -19,9 +20,7 @@ class SinksAndRecent(PlainReader):
     sinks: int
     window: int
 
-    @property
-    def needs_raw_keys(self) -> bool:
-        return True
+    needs = Needs(keys=Keys.UNROTATED)
 
     def read(self, reading: Reading) -> Iterator[Span]:
         size = self.sinks + self.window

@@ -35,7 +35,7 @@ class SelectionMemory:
             self.edge = torch.full((sequences,), -1, dtype=torch.int64, device=query.device)
 
     def serves(self, sequences: int) -> bool:
-        """Whether there is something of each of so many sequences."""
+        """Whether there is a selection for each of ``sequences`` sequences."""
         return self.edge is not None and len(self.edge) == sequences
 
     @property
@@ -62,7 +62,8 @@ class SelectionMemory:
         return self.query, self.index, self.edge
 
     def restore(self, mark: tuple[Tensor | None, Tensor | None, Tensor | None]) -> None:
-        """Where these were written in place meanwhile, they are forgotten: the next step selects anew."""
+        """Restores the tensors of ``mark``; where they were written in place meanwhile, they are forgotten, and the
+        next step selects anew."""
         self.query, self.index, self.edge = mark
         if self.in_place:
             self.forget()

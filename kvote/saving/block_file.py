@@ -65,7 +65,7 @@ def damaged(path: str | Path, why: str) -> DamagedFileError:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block lies: ``start`` is a byte of the file."""
+    """The place of a block in the file: ``start`` is a byte."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -247,7 +247,7 @@ class BlockFile:
         return facts
 
     def _places(self, header: dict[str, Any], begin: int) -> dict[str, Place]:
-        """Where blocks lie: one after the other, from the header to the digest of it, without a gap."""
+        """The places of blocks: one after the other, from the header to the digest of it, without a gap."""
         seal, at, places = header.pop(_SEAL), 0, {}
         for name, held in header.items():
             dtype, shape, (start, stop) = _TYPES[held["dtype"]], tuple(held["shape"]), held["data_offsets"]

@@ -13,10 +13,11 @@ from kvote.cache import Cache
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.errors import InputError, MethodError
 from kvote.files import named
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.saving import identity, recipe
 from kvote.saving.block_file import BlockFile, damaged, write
 from kvote.saving.classes import forms
+from kvote.spec import parse
 from kvote.state import Describer, Maker, same_bits
 
 CACHE, DOCUMENT = "cache", "document"
@@ -70,7 +71,7 @@ def equal(one: Cache, other: Cache) -> bool:
 
 
 def parts(cache: Cache) -> tuple[Any, ...]:
-    """What ``restored`` makes a cache from, as a pickle needs it."""
+    """The arguments of ``restored``, as a pickle needs them."""
     describer = Describer(forms())
     facts = describe(cache, describer)
     return cache.model, cache.method, facts, {name: block.make() for name, block in describer.tensors.items()}
@@ -111,7 +112,7 @@ def load(
 
 
 def told(file: BlockFile) -> dict[str, Any]:
-    """What a file says about itself, for people. Raises DamagedFileError where that makes no sense."""
+    """The facts in a file, for people. Raises DamagedFileError where they make no sense."""
     with sensible(file.path):
         facts, model = file.facts, file.facts["model"]
         found = {
@@ -143,7 +144,7 @@ def _fill(cache: Cache, held: dict[str, Any], maker: Maker) -> None:
 
 @contextmanager
 def sensible(path: str | Path) -> Iterator[None]:
-    """What kvote did not write makes no sense somewhere. Raises DamagedFileError for that."""
+    """Turns errors of a file that kvote did not write into DamagedFileError."""
     try:
         yield
     except (InputError, MethodError):

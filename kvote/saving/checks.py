@@ -1,4 +1,4 @@
-"""What state must be like so that nothing reads beside it: counts, places and shapes that come from a file."""
+"""Checks of loaded state, so that nothing reads out of bounds: counts, places and shapes that come from a file."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _MOST = 2**31 - 1
 
 
 def layer(made: Any) -> None:
-    """Of a whole layer: its segment, and all that names tokens of it."""
+    """Checks a whole layer: its segment, and all that names tokens of it."""
     counts = ("seen", "settled", "encoded", "shown", "expected", "ahead", "changes")
     if any(not 0 <= getattr(made, name) <= _MOST for name in counts):
         raise ValueError("a layer counts tokens that there cannot be")
@@ -28,7 +28,9 @@ def layer(made: Any) -> None:
 
 
 def _memory(memory: Any, lengths: list[int]) -> None:
-    """Lists of tokens that a reader will read again."""
+    """Tokens that a reader remembers, in lists that it will read again or by its own ``fits``."""
+    if hasattr(memory, "fits") and not memory.fits(lengths):
+        raise ValueError("a reader remembers tokens that are not held")
     lists = getattr(memory, "index", None)
     if isinstance(lists, dict):
         if any(not isinstance(row, int) or not 0 <= row < len(lengths) for row in lists):

@@ -39,7 +39,10 @@ def forms() -> Mapping[type, tuple[str, Form]]:
     return found
 
 
-_LAYER = "index method rope layers crew others_drop passes number counted steps reads _turns"
+_LAYER = (
+    "index method rope layers crew others_drop passes number counted steps reads keeps "
+    "_turns _hears _looks_across _shares"
+)
 
 
 def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, An
 
 
 def _raw_pool(segment: Any) -> RawPool:
-    """Where its latest tokens lie as the model made them."""
+    """The pool in which the latest tokens lie, uncompressed."""
     inner = list(vars(segment).values())
     for held in inner:
         if isinstance(held, RawPool):
@@ -142,6 +145,8 @@ register(
 )
 register("layout", "kvote.prompt:Layout")
 register("turn", "kvote.hf.cache_layer:Turn", "beside")
+register("marked", "kvote.marked:Marked")
+register("beside", "kvote.beside:Beside")
 register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
 register("activity", "kvote.read.tokens:Activity")
@@ -182,6 +187,9 @@ register("balance", "kvote.store.two_precisions:Balance")
 # What readers and keepers remember.
 register("selection", "kvote.read.reuse:SelectionMemory", "in_place _known")
 register("chosen", "kvote.read.persistent:Chosen")
+register("passed", "kvote.read.local_mass:Passed")
+register("blocks", "kvote.read.local_mass:Blocks")
+register("local mass", "kvote.read.local_mass:LocalMass", "sinks block")
 register("mass", "kvote.keep.score.mass:Mass")
 register("noised mass", "kvote.keep.score.noised:NoisedMass")
 register("signs", "kvote.keep.score.signs:Signs")

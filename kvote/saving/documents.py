@@ -23,7 +23,7 @@ _MOST = 2**31 - 1
 
 
 def save(document: Document, path: str | Path) -> None:
-    """As ``Document.save``."""
+    """Does what ``Document.save`` does."""
 
     def more(describer: Describer) -> dict[str, Any]:
         return {
@@ -44,7 +44,7 @@ def load(
     method: Method | str | None = None,
     reading: Mapping[str, Any] = MappingProxyType({}),
 ) -> Document:
-    """As ``Document.load``."""
+    """Does what ``Document.load`` does."""
     try:
         return _loaded(path, model, tokenizer, text, method)
     except (InputError, MethodError) as error:

@@ -15,7 +15,7 @@ _COLUMNS = 1024
 
 
 def of_model(model: Any) -> dict[str, Any]:
-    """Its kind, shape and rotation, by which another one is named; and a digest of all its weights."""
+    """The identity of a model: class, dtype, fingerprint, and a digest of all its weights."""
     print_of = asdict(Fingerprint.of(model))
     return {
         "class": type(model).__name__,

@@ -62,7 +62,7 @@ def fill_pool(pool: PagePool, facts: dict[str, Any], maker: Maker) -> None:
 
 
 def check_lanes(pool: PagePool, heads: int) -> list[int]:
-    """Tokens of each sequence, of which all ``heads`` lanes hold as many. Raises ValueError for others."""
+    """Tokens of each sequence. Raises ValueError where its ``heads`` lanes hold different numbers of tokens."""
     lengths = [lane.length for lane in pool.lanes]
     each = [lengths[i : i + heads] for i in range(0, len(lengths), heads)]
     if len(lengths) % heads or any(len(set(row)) != 1 for row in each):

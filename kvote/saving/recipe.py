@@ -13,7 +13,8 @@ from typing import Any, get_args
 from kvote.calibration.file import Calibration, restored
 from kvote.calibration.file import facts as facts_of
 from kvote.errors import KvoteError, MethodError
-from kvote.method import Method, find
+from kvote.method import Method
+from kvote.spec import find
 
 _LONGEST = 10_000
 
@@ -37,7 +38,7 @@ def describe(method: Method) -> dict[str, Any]:
 
 
 def spec_of(method: Method) -> str:
-    """Its spec without paths: a calibration is told as one that was given without a file."""
+    """The spec of a method without paths: a calibration is named as one that was given without a file."""
     spec = method.spec
     for calibration in method.calibrations:
         spec = spec.replace(repr(calibration.name), repr(calibration), 1)

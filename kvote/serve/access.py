@@ -1,4 +1,4 @@
-"""Who may ask: keys, hosts, origins and sizes of bodies."""
+"""Access control: keys, hosts, origins and sizes of bodies."""
 
 import hashlib
 import hmac
@@ -15,7 +15,7 @@ _OPEN = ("/", "/health")
 
 
 def owner_of(authorization: str | None, keys: Sequence[str]) -> str:
-    """Who a request comes from: a digest of its key, by which documents are told apart. All keys are compared, in
+    """The owner of a request: a digest of its key, by which documents are told apart. All keys are compared, in
     constant time. Raises ApiError for none of them."""
     if not keys:
         return NOBODY

@@ -134,7 +134,7 @@ class Engine:
         return [*self._waiting, *self._in_hand()]
 
     def _in_hand(self) -> list[Job]:
-        """Those that are read or answered now."""
+        """The jobs that are read or answered now."""
         return list(dict.fromkeys((*self._reading, *(row.job for row in self._rows))))
 
     def _sort_out(self) -> None:

@@ -1,4 +1,4 @@
-"""What clients are told, in the shape that OpenAI's clients understand."""
+"""Errors in the shape that OpenAI's clients understand."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class ApiError(Exception):
 
 
 def told(error: Exception) -> ApiError:
-    """What a client is told of an error that came while its request was answered."""
+    """The message to a client about an error that came while its request was answered."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, MemoryError):

@@ -12,8 +12,8 @@ from kvote.serve.text import TextStream
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request took. ``nbytes`` and the counts of tokens are those of its end, of the layer that has most.
-    ``shares``: how often each token of the prompt was read, where that was watched."""
+    """The resources that a request took. ``nbytes`` and the counts of tokens are those at its end, of the layer that
+    has most. ``shares``: how often each token of the prompt was read, where that was counted."""
 
     method: str
     prompt_tokens: int

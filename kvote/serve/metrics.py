@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The counters of the server, for Prometheus."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ _TOKENS = (64, 256, 1_024, 4_096, 16_384, 65_536, 262_144)
 
 
 class Metrics:
-    """Of one server; two in one process do not mix."""
+    """The counters of one server; two in one process do not mix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

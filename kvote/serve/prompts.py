@@ -56,7 +56,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool, known
 
 
 def document_text(tokenizer: PreTrainedTokenizerBase, document: str, system: str | None) -> str:
-    """What is read of a document before anyone asks: the template up to where a question stands behind it."""
+    """The part of a document's prompt that is read before anyone asks: the template up to where a question stands
+    behind it."""
     messages = [Message(role="user", content=f"{document}\n\n{_MARK}")]
     if system is not None:
         messages.insert(0, Message(role="system", content=system))

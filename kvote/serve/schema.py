@@ -1,4 +1,4 @@
-"""What requests may say. Every standard field works, changes nothing by its nature, or is refused by name."""
+"""The schema of requests. Every standard field works, changes nothing by its nature, or is refused by name."""
 
 from typing import Annotated, Any, Literal
 
@@ -41,8 +41,8 @@ class _Strict(BaseModel):
 
 
 class Sampled(_Strict):
-    """What all ways of asking have in common. ``temperature`` and ``top_p`` left out: the model's own. ``kv_read``:
-    tell what the answer has read, as shares of its queries over the text."""
+    """The fields that all ways of asking have in common. ``temperature`` and ``top_p`` left out: the model's own.
+    ``kv_read``: tell what the answer has read, as shares of its queries over the text."""
 
     model: str = Field(max_length=500)
     temperature: float | None = Field(None, ge=0, le=2)

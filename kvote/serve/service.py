@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvote import Cache, KvoteError, Method
 from kvote.calibration.file import no_files
-from kvote.method import parse
 from kvote.serve.documents import Documents, StoredDocument
 from kvote.serve.engine import Engine, Limits
 from kvote.serve.errors import ApiError, told
@@ -20,6 +19,7 @@ from kvote.serve.metrics import Metrics
 from kvote.serve.prompts import behind_document, chat_text, document_text, ids_of
 from kvote.serve.sampling import Sampling
 from kvote.serve.schema import ChatRequest, CompletionRequest, Decoded, Message, ResponsesRequest, Sampled
+from kvote.spec import parse
 
 # Pieces of a prompt, at most, in which is told what was read.
 _PIECES = 4_000

@@ -26,7 +26,7 @@ class TextStream:
         return self._give(len(self._held) - max((_begun(self._held, stop) for stop in self._stops), default=0))
 
     def end(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return "" if self.stopped else self._give(len(self._held))
 
     def _give(self, count: int) -> str:

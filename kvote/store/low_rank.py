@@ -14,6 +14,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.kernels.contract import Answer
+from kvote.needs import Keys, Needs, StoreOffers
 from kvote.rope import Angles, Rope
 from kvote.store.bodies import PlainBody
 from kvote.store.prompt import PromptSegment
@@ -173,13 +174,8 @@ class SharedLowRank:
     group: int
     key_rank: int | float
     value_rank: int | float
-    needs_raw_keys: bool = True
-    needs_plain_keys: bool = False
-    spans_layers: bool = True
-    lists: bool = True
-    regroups: bool = False
-    indexed: bool = False
-    retains: bool = False
+    needs = Needs(keys=Keys.UNROTATED, equal_heads=True, equal_layers=True, whole_layers=True)
+    offers = StoreOffers(shares_layers=True)
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         width = self.group * heads * dim

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kvote.memory import storage_bytes
-from kvote.read.tokens import Queries
 from kvote.rope import Rope
 from kvote.store.bodies import Bodies, Body
 from kvote.store.sequence import RegionSegment
+from kvote.tokens import Queries
 
 
 @dataclass

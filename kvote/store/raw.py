@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kvote.kernels.contract import Choice, Row
+from kvote.needs import ANYWHERE, NOTHING, StoreOffers
 from kvote.read.tokens import Queries, Token, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
+from kvote.store.common_prefix import read_once
 from kvote.store.pages import PAGE
 from kvote.store.raw_tokens import RawTokens, token_bytes
 from kvote.store.segment import Logits, Segment
@@ -27,6 +29,8 @@ class RawSegment(RawTokens):
     """All tokens of a layer, unencoded. With a ``rope``, keys arrive and stay at position 0 and are rotated when they
     are read; without, they are kept as the model rotated them."""
 
+    # Whether key heads of a sequence hold equally many tokens.
+    even = True
     # Whether ``winners`` takes flags that say whom it need not answer.
     skips = True
 
@@ -88,6 +92,14 @@ class RawSegment(RawTokens):
         return None
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+        answer = None
+        alone = self.rope is not None or not self.even or len(rows) == 1
+        if self.pool.shares and not alone and self._streams(tokens, queries.rotated.shape[1]):
+            answer = read_once(self, queries.rotated, rows, tokens, logits)
+        return self._attend(queries, rows, tokens, logits) if answer is None else answer
+
+    def _attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+        """As ``attend``, of sequences that share nothing that is worth reading once."""
         heads, t = queries.rotated.shape[1:3]
         query = self.place_queries(queries, tokens)
         if t == tokens.blocks and self._streams(tokens, heads):
@@ -98,7 +110,7 @@ class RawSegment(RawTokens):
         """Whether a kernel can read ``tokens`` for single queries straight from the pages."""
         if (1 if tokens.by_head else heads // self.heads) > self.kernels.MAX_GROUPS:
             return False
-        placed = self.rope is None or tokens.positions == "contiguous" or (self.alike and not tokens.by_head)
+        placed = self.rope is None or tokens.positions != "original" or (self.alike and not tokens.by_head)
         window = tokens.window is None or tokens.window >= len(tokens)
         return placed and window and len(tokens) > 0 and self._same_shape()
 
@@ -186,17 +198,19 @@ class RawSegment(RawTokens):
         return placed if q == 1 else placed.reshape(b, heads, t, d)
 
     def angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
-        """Angles [m, r] of the places that the tokens of a set take when they stand side by side."""
+        """Angles [m, r] of the places that the tokens of a set take when they stand side by side, or together."""
         if self.rope is None:
             return None
         n = len(tokens)
         cos, sin = self.rope.contiguous(max(n, (tokens.query_at or 0) + 1), self.pool.keys.device)
+        if tokens.positions == "together":
+            return cos[:1].repeat(n, 1), sin[:1].repeat(n, 1)
         return (cos, sin) if len(cos) == n else (cos[:n], sin[:n])
 
     def _own_angles(self, rows: list[int], tokens: TokenSet) -> Angles | None:
         """Angles [b, q, m, r] of where tokens stand in the text, where keys are held without rotation and are wanted
         there, and all key heads hold the same; None otherwise."""
-        if self.rope is None or tokens.positions == "contiguous" or tokens.by_head or not self.alike:
+        if self.rope is None or tokens.positions != "original" or tokens.by_head or not self.alike:
             return None
         pool = self.pool.positions
         if isinstance(tokens.index, range):
@@ -211,14 +225,14 @@ class RawSegment(RawTokens):
         rope = self.rope
         if rope is None:
             return self.read(rows, tokens)[:2]
-        own, contiguous = self._own_angles(rows, tokens), tokens.positions == "contiguous"
-        listed = not tokens.by_head and self._same_shape() and (contiguous or own is not None)
+        own, anew = self._own_angles(rows, tokens), tokens.positions != "original"
+        listed = not tokens.by_head and self._same_shape() and (anew or own is not None)
         if isinstance(tokens.index, Tensor) and listed:
-            return self._gather(rows, tokens.index, rope, own)
+            return self._gather(rows, tokens.index, rope, self.angles(tokens) if own is None else own)
         key, value, positions = self.read(rows, tokens)
         if own is not None:
             return rope.apply(key, (own[0].flatten(0, 1)[:, None], own[1].flatten(0, 1)[:, None])), value
-        if not contiguous:
+        if not anew:
             return rope.apply(key, rope.once(positions.long())), value
         angles = self.angles(tokens)
         assert angles is not None
@@ -227,12 +241,12 @@ class RawSegment(RawTokens):
     def _same_shape(self) -> bool:
         return self.pool.keys.shape == self.pool.values.shape
 
-    def _gather(self, rows: list[int], index: Tensor, rope: Rope, own: Angles | None) -> tuple[Tensor, Tensor]:
-        """The same for listed tokens, fetched and rotated in one go: by ``own`` angles, or at contiguous positions."""
+    def _gather(self, rows: list[int], index: Tensor, rope: Rope, angles: Angles | None) -> tuple[Tensor, Tensor]:
+        """The same for listed tokens, fetched and rotated in one go: by ``angles``."""
         b, q, m = index.shape
         key = self.pool.keys.new_empty(b, q, self.heads, m, self.pool.keys.shape[-1])
         value = torch.empty_like(key)
-        angles = rope.contiguous(m, key.device) if own is None else own
+        assert angles is not None
         lanes, out = self.table(rows), (key, value)
         gather, index = self.kernels.gather, index.contiguous()
         gather(self.pool.keys, self.pool.values, lanes, index, angles, rope.interleaved, out)
@@ -243,19 +257,11 @@ class RawSegment(RawTokens):
 class Raw:
     """Tokens are held as the model made them."""
 
-    needs_raw_keys: bool = False
-    lists: bool = True
-    regroups: bool = False
-    needs_plain_keys: bool = False
-    indexed: bool = True
-    spans_layers: bool = False
-    retains: bool = False
+    needs = NOTHING
+    offers = StoreOffers(as_made=True, uneven_heads=True, cuts=ANYWHERE)
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         return token_bytes(dim, dim, dtype)
-
-    # Whether key heads may hold different numbers of tokens.
-    uneven: bool = True
 
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> RawSegment:
         from kvote.store.uneven import UnevenSegment

@@ -9,13 +9,13 @@ from torch import Tensor
 from kvote import kernels
 from kvote.kernels import reference
 from kvote.kernels.contract import Answer
-from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles
 from kvote.store.answers import angles_at, answers, asked_by, received
 from kvote.store.packed import BLOCK
 from kvote.store.region import Region, Slots
 from kvote.store.regions import Regions
 from kvote.store.segment import Logits
+from kvote.tokens import Queries, TokenSet
 
 
 class ReadRegions(Regions):
@@ -118,11 +118,11 @@ class ReadRegions(Regions):
         return torch.arange(places.start, places.stop, device=self.device) > last - tokens.window
 
     def _angles(self, tokens: TokenSet, places: Tensor | None, start: int, count: int, first: int) -> Angles | None:
-        """Angles of ``count`` tokens from ``start`` on, of a range that begins with ``first``: side by side, or at the
-        ``places`` [b, h, n] where all tokens stand in the text."""
+        """Angles of ``count`` tokens from ``start`` on, of a range that begins with ``first``: where the set places
+        them, or at the ``places`` [b, h, n] where all tokens stand in the text."""
         if self.rope is None:
             return None
-        if tokens.positions == "contiguous":
+        if tokens.positions != "original":
             angles = self.raw.angles(tokens)
             assert angles is not None
             return angles[0][start - first : start - first + count], angles[1][start - first : start - first + count]
@@ -150,11 +150,12 @@ class ReadRegions(Regions):
         apart = not tokens.by_head and not _cut_off(tokens) and any(region.lists for region in self.regions)
         parts = []
         for query, own, _ in self._blocks(queries, tokens):
-            if apart:
-                parts.append(self._attend_apart(query, rows, own, logits))
-            else:
-                parts.append(answers(query, *self._listed(rows, own), own, logits))
+            read = self._attend_apart if apart else self._attend_list
+            parts.append(read(query, rows, own, logits))
         return _side_by_side(parts, dim=2)
+
+    def _attend_list(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        return answers(query, *self._listed(rows, tokens), tokens, logits)
 
     def _blocks(self, queries: Queries, tokens: TokenSet) -> Iterator[tuple[Tensor, TokenSet, slice]]:
         """Each block of queries, where it stands for its list, that list, and which rows it is."""
@@ -175,7 +176,7 @@ class ReadRegions(Regions):
 
     def _angles_of_lists(self, rows: list[int], tokens: TokenSet, lists: Tensor) -> Angles | None:
         """Angles [m, r] or [b, 1, h or heads, m, r] of ``lists`` [b, 1 or heads, m]."""
-        if self.rope is None or tokens.positions == "contiguous":
+        if self.rope is None or tokens.positions != "original":
             return self.raw.angles(tokens)
         places = self.places(rows)
         kinds = max(places.shape[1], lists.shape[1])

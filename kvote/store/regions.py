@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvote.read.tokens import TokenSet
 from kvote.rope import Rope
 from kvote.store.pages import PagePool
 from kvote.store.raw import RawSegment
 from kvote.store.region import Region
 from kvote.store.segment import NO_INDEXES
+from kvote.tokens import TokenSet
 
 
 class Regions:
@@ -22,6 +22,7 @@ class Regions:
     """
 
     indexes = NO_INDEXES
+    skips = False
 
     def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, regions: list[Region]) -> None:
         self.heads, self.rope, self.regions = heads, rope, regions

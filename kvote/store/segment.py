@@ -4,16 +4,15 @@ readers, keepers and layers see only this."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from kvote.read.tokens import Queries, TokenSet
-
-if TYPE_CHECKING:
-    from kvote.index.column import Index
-    from kvote.rope import Rope
+from kvote.index.column import Index
+from kvote.needs import Needs, StoreOffers
+from kvote.rope import Rope
+from kvote.tokens import Queries, TokenSet
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Segment(Protocol):
     """``rows`` are sequences of equal length in this segment; tokens are named by their slot within the sequence."""
 
     heads: int
+    # Whether ``winners`` also takes ``skip``, bool [b]: sequences whose winners nobody will look at.
+    skips: bool
 
     @property
     def indexes(self) -> Mapping[str, Any]:
@@ -73,7 +74,7 @@ class Segment(Protocol):
         back any more without a crop; ``ahead`` tokens of an announced prompt are still to come."""
         ...
 
-    def aside(self, queries: Queries, rows: list[int], logits: "Logits") -> tuple[Tensor, Tensor] | None:
+    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
         """What tokens answer that every query reads although they have no slot; None if there are none."""
         ...
 
@@ -143,37 +144,22 @@ class Segment(Protocol):
 class Indexed(Segment, Protocol):
     """A segment that can keep indexes over its keys."""
 
-    def add_index(self, index: "Index", layer: int) -> None:
+    def add_index(self, index: Index, layer: int) -> None:
         """Keeps what ``index`` derives from the keys of layer ``layer``, of the tokens held and of those to come."""
         ...
 
 
 class Store(Protocol):
-    """Decides in which form tokens are held. ``needs_raw_keys``: it wants keys at position 0. ``lists``: its tokens can
-    be read by lists of slots. ``regroups``: dropping tokens means to decode and encode the rest, so it should happen
-    with prompts and not while generating. ``needs_plain_keys``: it works with keys as the model rotated them.
-    ``retains``: tokens that are dropped stay, encoded.
-    ``indexed``: its segments are ``Indexed``. ``spans_layers``: layers share what they hold, so all their heads must
-    hold the same tokens."""
+    """Decides in which form tokens are held. ``needs`` and ``offers``: as ``kvote.needs`` has them."""
 
     @property
-    def needs_raw_keys(self) -> bool: ...
+    def needs(self) -> Needs: ...
     @property
-    def lists(self) -> bool: ...
-    @property
-    def regroups(self) -> bool: ...
-    @property
-    def indexed(self) -> bool: ...
-    @property
-    def needs_plain_keys(self) -> bool: ...
-    @property
-    def spans_layers(self) -> bool: ...
-    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: "Rope | None") -> Segment:
+    def offers(self) -> StoreOffers: ...
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> Segment:
         """An empty segment for keys like ``like`` in size, dtype and device; with a ``rope``, at position 0."""
         ...
 
-    @property
-    def retains(self) -> bool: ...
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         """Bytes of a token of one key head once it is encoded, of ``heads`` of ``dim`` channels in the layer."""
         ...
@@ -182,6 +168,6 @@ class Store(Protocol):
         """After the pass of layer ``index`` among the ``segments`` of all layers, None where no token has come yet.
         Says whether anything was encoded.
 
-        Called of stores that ``spans_layers`` only.
+        Called of stores that offer ``shares_layers`` only.
         """
         ...

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvote.read.tokens import Queries
 from kvote.store.reading import ReadRegions
 from kvote.store.region import Slots
+from kvote.tokens import Queries
 
 
 class RegionSegment(ReadRegions):

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.kernels.contract import Answer
+from kvote.needs import Keys, Needs, StoreOffers
 from kvote.numbers import check_whole
 from kvote.rope import Angles, Rope
 from kvote.store.bodies import PlainBody, head_of
@@ -143,13 +144,8 @@ class FewerChannels:
     ratio: float
     window: int
     recent: int
-    needs_raw_keys: bool = False
-    needs_plain_keys: bool = True
-    spans_layers: bool = False
-    lists: bool = True
-    regroups: bool = False
-    indexed: bool = False
-    retains: bool = False
+    needs = Needs(keys=Keys.ROTATED)
+    offers = StoreOffers()
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         return (2 * dim - int(self.ratio * dim)) * dtype.itemsize + 4

@@ -1,7 +1,7 @@
 """Two precisions: tokens that a keeper drops stay, in a few bits, and answer every query. It is a way to drop less."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from kvote.errors import MethodError
 from kvote.kernels import packing
 from kvote.kernels.packing import Packing
 from kvote.memory import storage_bytes
+from kvote.needs import Keys, Needs, StoreOffers
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.packed import BLOCK, PackedLanes
@@ -265,14 +266,9 @@ class TwoPrecisions:
     low_bits: int
     group: int
     balancer: bool = True
-    needs_raw_keys: bool = field(default=False, init=False)
-    needs_plain_keys: bool = field(default=True, init=False)
+    needs = Needs(keys=Keys.ROTATED)
     # Demoted tokens are read as a whole or not at all.
-    lists: bool = field(default=False, init=False)
-    regroups: bool = field(default=False, init=False)
-    indexed: bool = field(default=False, init=False)
-    spans_layers: bool = field(default=False, init=False)
-    retains: bool = field(default=True, init=False)
+    offers = StoreOffers(lists=False, retains=True)
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         if self.low_bits == RAW_BITS:

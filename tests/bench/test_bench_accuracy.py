@@ -27,6 +27,7 @@ def _share(held: dict, spec: str, task: str) -> tuple[float, float]:
     return mine["right"].count("1") / len(mine["right"]), mine["bytes"] / dense["bytes"]
 
 
+@pytest.mark.slow
 def test_snapkv_answers_from_a_quarter_of_the_bytes_and_chance_does_not(run, results):
     held, out = run("--methods", "snapkv")
     for task in ("needle", "several", "pass key"):
@@ -49,6 +50,7 @@ def test_snapkv_answers_from_a_quarter_of_the_bytes_and_chance_does_not(run, res
     assert image.imread(results / "accuracy.png").shape[1] > 1000
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(run, monkeypatch):
     import accuracy
 

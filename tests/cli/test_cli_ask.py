@@ -107,9 +107,14 @@ def test_another_question_about_the_built_in_document_is_not_judged(capsys):
     assert said["right"] is None
 
 
-def test_a_model_of_ones_own_gets_the_papers_defaults(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("trained", "method"), [(8192, "tokenselect"), (1024, "tokenselect(top_k=512, sinks=16, window=256, chunk=128)")]
+)
+def test_a_model_of_ones_own_gets_the_papers_defaults_if_they_fit(capsys, tmp_path, trained, method):
     folder = tmp_path / "model"
     shutil.copytree(embedded(), folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": trained}))
     said = asked(capsys, "--model", str(folder), "--tokens", "400", "--max-new-tokens", "3")
     assert said["model"] == str(folder)
-    assert said["runs"][0]["method"] == "tokenselect"
+    assert said["runs"][0]["method"] == method

@@ -8,7 +8,7 @@ from kvote.calibration.channels import order_of
 from kvote.calibration.heads import scores_of
 from kvote.cli import calibrate as calibrate_command
 from kvote.cli import main
-from kvote.method import parse
+from kvote.spec import parse
 
 
 def calibrate(capsys, tmp_path, *more: str) -> tuple[dict, str]:

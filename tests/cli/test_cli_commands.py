@@ -10,8 +10,9 @@ import pytest
 
 import kvote
 from kvote.cli import main
-from kvote.method import METHODS, parse
-from kvote.models.presets import PRESETS, preset, with_presets
+from kvote.method import METHODS
+from kvote.models.presets import PRESETS, fitted, preset, with_presets
+from kvote.spec import parse
 
 COMMANDS = ("ask", "chat", "read", "info", "methods", "env", "bench", "will-it-help", "calibrate", "train-embedded")
 
@@ -164,6 +165,25 @@ def test_presets_are_methods_that_fit_the_trained_length(name):
 )
 def test_only_bare_names_mean_presets(spec, meant):
     assert with_presets(spec) == meant
+
+
+@pytest.mark.parametrize(
+    ("spec", "trained", "meant"),
+    [
+        ("tokenselect", 1024, "tokenselect(top_k=512, sinks=16, window=256, chunk=128)"),
+        ("random", 2048, "random(top_k=1024, sinks=32, window=512, chunk=256)"),
+        ("kivi | tokenselect", 512, "kivi | tokenselect(top_k=256, sinks=8, window=128, chunk=64)"),
+        ("streamingllm", 512, "streamingllm(sinks=8, window=504)"),
+        ("streamingllm", 2048, "streamingllm"),
+        ("tokenselect", 4096, "tokenselect"),
+        ("tokenselect", None, "tokenselect"),
+        ("tokenselect(top_k=2048)", 1024, "tokenselect(top_k=2048)"),
+        ("snapkv", 1024, "snapkv"),
+    ],
+)
+def test_bare_names_that_read_more_than_a_model_was_trained_on_read_less(spec, trained, meant):
+    assert fitted(spec, trained) == meant
+    assert parse(meant)
 
 
 @pytest.mark.parametrize(

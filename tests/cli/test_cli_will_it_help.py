@@ -9,8 +9,8 @@ from kvote.cli import main, will_it_help
 from kvote.measure import fit
 from kvote.measure.forecast import DEFAULT, FEW, Curve, Machine
 from kvote.measure.load import Load
-from kvote.method import parse
 from kvote.models import embedded
+from kvote.spec import parse
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
 ASK = ["will-it-help", "--model", embedded()]

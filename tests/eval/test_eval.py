@@ -13,8 +13,6 @@ from kvote.eval.folder import SAMPLES, append, appending, open_folder, read_reco
 from kvote.eval.plan import Plan, Unit, make, with_budget
 from kvote.eval.run import pending
 from kvote.eval.sample import Question, Sample
-from kvote.eval.score import score
-from kvote.eval.tasks import PROSE
 from kvote.eval.template import template_of
 
 SPEC = "tokenselect(top_k=64, sinks=8, window=64, chunk=64)"
@@ -99,6 +97,7 @@ def test_samples_without_a_manifest_are_not_gone_on_with(tmp_path):
     ("more", "said"),
     [
         (["--tasks", "niah"], "no task 'niah'"),
+        (["--files", "longbench=nowhere.jsonl"], "Cannot read"),
         (["--budgets", "50"], "given its top_k already"),
         (["--report", "nowhere"], "Cannot read"),
         (["--methods", "tokenselekt"], "did you mean"),
@@ -108,37 +107,6 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(more, said, 
     assert command(tmp_path / "new", *more) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("task", [name for name in PROSE if name != "perplexity"])
-def test_a_document_has_the_length_asked_for_and_holds_its_answers(task):
-    unit = Unit(task, 1500, 3, ())
-    sample = make(unit, 0, by_words)
-    assert 0.85 * 1500 < by_words(sample.document) < 1.1 * 1500
-    assert sample.questions
-    assert all(answer in sample.document for question in sample.questions for answer in question.answers)
-    assert make(unit, 0, by_words) == sample
-    assert make(Unit(task, 1500, 4, ()), 0, by_words) != sample
-
-
-def test_the_continuation_of_a_book_is_what_follows_in_it():
-    from kvote.eval import prose
-
-    sample = make(Unit("perplexity", 1500, 0, ()), 0, by_words)
-    assert f"{sample.document}{sample.continuation}" in " ".join(prose.sentences())
-
-
-def test_too_short_a_document_is_refused():
-    with pytest.raises(InputError, match="no room"):
-        make(Unit("niah_multivalue", 20, 0, ()), 0, by_words)
-
-
-def test_answers_are_scored_by_what_comes_in_them():
-    four = Question("?", ("11", "22", "33", "44"))
-    assert score("It is 22, and 44.", four) == 0.5
-    assert score("It is 22.", Question("?", ("11", "22"), score="any")) == 1.0
-    assert score("It is 11.", Question("?", ("11",), score="exact")) == 0.0
-    assert score(" oboe", Question("?", ("Oboe",))) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import kvote
 
@@ -77,8 +77,12 @@ def test_continuous_batching_works_after_a_kvote_cache(native):
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = [tiny.ids(1, 12)[0].tolist(), tiny.ids(1, 9, seed=1)[0].tolist()]
 
+    # By itself it takes, and fills, as much memory as there is.
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+
     def run(net: Any) -> list[list[int]]:
-        return [out.generated_tokens for out in net.generate_batch(prompts, generation_config=config).values()]
+        made = net.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+        return [out.generated_tokens for out in made.values()]
 
     net = fresh(native=native)
     before = run(net)

@@ -13,7 +13,7 @@ from kvote.keep.budget import Budget, left
 from kvote.keep.evict import sinks_and_recent
 from kvote.keep.merge.means import recent_and_mean
 from kvote.layer import Layer
-from kvote.method import parse
+from kvote.spec import parse
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ import kvote
 from kvote import kernels
 from kvote.keep.observation import Observation
 from kvote.kernels import reference
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.read.recent import SinksAndRecent
 from kvote.read.tokens import Span, TokenSet
+from kvote.spec import parse
 
 READERS = {
     "everything": "dense",

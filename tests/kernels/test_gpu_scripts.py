@@ -26,6 +26,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @runs
+@pytest.mark.slow
 def test_the_bench_runs_through_in_the_interpreter():
     done = run("bench/gpu.py", "--interpret")
     assert done.returncode == 0, done.stderr

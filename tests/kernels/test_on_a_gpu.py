@@ -27,8 +27,8 @@ from paged import Case
 
 from kvote.kernels import gpu
 from kvote.layer import Layer, Step
-from kvote.method import parse
 from kvote.rope import Rope
+from kvote.spec import parse
 from kvote.store.segment import Logits
 
 pytestmark = [

@@ -29,7 +29,7 @@ def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> Method:
         return request.param(net)
     scores = [[0.1, 0.9], [0.8, 0.2]]
     razor, duo = scored.file(scored.razor(net, scores)), scored.file(scored.duo(net, scores))
-    return kvote.method.parse(request.param.replace("{razor}", razor).replace("{duo}", duo))
+    return kvote.spec.parse(request.param.replace("{razor}", razor).replace("{duo}", duo))
 
 
 def loaded() -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ from kvote.calibration.example import example
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.kernels import cpu, reference
 from kvote.measure import Geometry, check
-from kvote.method import parse
+from kvote.spec import parse
 
 SMALL = Geometry(4, 2, 16, torch.float32)
 SHAPE = Fingerprint("made-up", 2, 4, 2, 16, (0.0,))

@@ -11,8 +11,8 @@ from kvote.kernels import cpu
 from kvote.measure.forecast import DEFAULT, FEW, LONGEST, Curve, Machine, break_even, predict
 from kvote.measure.geometry import Geometry
 from kvote.measure.shape import Matrix, Shape
-from kvote.method import parse
 from kvote.methods import duoattention
+from kvote.spec import parse
 
 METHOD = "tokenselect(sketch='int8')"
 MODEL = Shape(

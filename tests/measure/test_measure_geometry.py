@@ -6,7 +6,7 @@ from kvote.calibration.example import example
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.kernels import reference
 from kvote.measure import Geometry
-from kvote.method import parse
+from kvote.spec import parse
 
 SMALL = Geometry(4, 2, 16, torch.float32)
 SHAPE = Fingerprint("made-up", 1, 4, 2, 16, (0.0,))
@@ -54,7 +54,7 @@ def test_a_prefilled_layer_is_one_that_was_fed(spec):
     (layer,) = SMALL.prefilled(parse(spec), key, value)
     assert layer.seen == 800
     assert layer.ahead == 0
-    if layer.method.keep.drops:
+    if layer.method.keep.offers.drops:
         assert layer.activity.dropped == 600 - 4 * (spec.startswith("streaming"))
     before = layer.segment.length(0)
     layer.attend(SMALL.step(800))

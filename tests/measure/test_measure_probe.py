@@ -10,7 +10,7 @@ from kvote.kernels import cpu
 from kvote.measure import Geometry, probe, sweep
 from kvote.measure.forecast import DEFAULT, FEW, predict, reading_bytes
 from kvote.measure.shape import Matrix, Shape
-from kvote.method import parse
+from kvote.spec import parse
 
 MODEL = Shape(
     name="Model",

@@ -12,7 +12,7 @@ from watching import weights
 
 from kvote import MethodError
 from kvote.keep.allocate.over_heads import Joint
-from kvote.method import parse
+from kvote.spec import parse
 from kvote.store.pages import PAGE
 
 N, BUDGET, WINDOW, KERNEL = 64, 24, 8, 7

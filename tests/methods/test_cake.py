@@ -1,6 +1,6 @@
 """CAKE: the proofs of its card (arXiv 2503.12491)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,9 @@ from kvote.keep.allocate.shares import even, of_logs, shares
 from kvote.keep.score.dispersion import Dispersion
 from kvote.keep.score.votes import Moments
 from kvote.layer import Crew, Layer
-from kvote.method import Method, parse
+from kvote.method import Method
+from kvote.needs import Needs
+from kvote.spec import parse
 from kvote.store.raw import Raw
 
 N, BUDGET, WINDOW, LAYERS = 64, 24, 8, 4
@@ -343,8 +345,14 @@ def test_generated_tokens_can_be_left_alone():
     assert min(dropped) > 0
 
 
+class Lasting(Raw):
+    """A store that cannot let go of generated tokens."""
+
+    needs = Needs(lasting=True)
+
+
 def test_only_without_it_may_the_store_be_one_that_regroups():
-    store = replace(Raw(), regroups=True)
+    store = Lasting()
     with pytest.raises(MethodError, match="dropped while generating"):
         parse(f"{SPEC})") | Method("coded", store=store)
     alone = parse(f"{SPEC}, evict_generated=False)") | Method("coded", store=store)

@@ -10,7 +10,7 @@ from kvote.keep.allocate.pressed import Pressed
 from kvote.keep.score import hybrid
 from kvote.keep.score.hybrid import Hybrid, gradient_norms
 from kvote.keep.score.signs import Signs
-from kvote.method import parse
+from kvote.spec import parse
 
 SPEC = "critic(budget=16, burst=1"
 

@@ -12,9 +12,9 @@ from masking import decoded
 from torch import Tensor
 
 from kvote import MethodError
-from kvote.method import parse
 from kvote.methods import delta
 from kvote.read.tokens import TokenSet
+from kvote.spec import parse
 from kvote.store.raw import RawSegment
 
 PROMPT, STEPS, PAGES, RECENT, PAGE = 86, 6, 6, 2, 4

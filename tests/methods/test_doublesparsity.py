@@ -21,10 +21,10 @@ from kvote.calibration.channels import ChannelProducts, order_of
 from kvote.calibration.measure import measure_channels
 from kvote.heads import HeadGroup
 from kvote.index.labels import LabelIndex
-from kvote.method import parse
 from kvote.methods import doublesparsity
 from kvote.models import embedded, world
 from kvote.read.tokens import Activity, PlainReader, Queries, Reading, Span, everything
+from kvote.spec import parse
 from kvote.store.raw import RawSegment
 
 PROMPT, STEPS, K = 60, 6, 9

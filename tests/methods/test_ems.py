@@ -15,7 +15,7 @@ from kvote.keep.evict import Evict
 from kvote.keep.merge import into_similar, merging
 from kvote.keep.merge.into_similar import IntoSimilar
 from kvote.keep.merge.merging import Tokens, assign, merged
-from kvote.method import parse
+from kvote.spec import parse
 
 N, BUDGET, WINDOW, SINKS = 64, 24, 8, 2
 SPEC = f"ems(budget={BUDGET}, window={WINDOW}, sinks={SINKS}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvote import MethodError
 from kvote.keep.score import expected
 from kvote.keep.score.expected import ExpectedQueries, Gaussian, log_expected
-from kvote.method import parse
+from kvote.spec import parse
 
 N, BUDGET, SINKS, FUTURE = 64, 24, 4, 16
 JOINT = f"expectedattention(budget={BUDGET}, sinks={SINKS}, future={FUTURE}"

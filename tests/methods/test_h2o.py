@@ -10,7 +10,7 @@ from watching import weights
 from kvote import MethodError
 from kvote.keep import evict
 from kvote.keep.score.mass import Mass
-from kvote.method import parse
+from kvote.spec import parse
 
 ONE = {"num_hidden_layers": 1}
 

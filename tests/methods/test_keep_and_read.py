@@ -9,7 +9,7 @@ from selecting import Fed
 
 import kvote
 from kvote import MethodError
-from kvote.method import parse
+from kvote.spec import parse
 
 READ = "tokenselect(top_k=5, sinks=2, window=6, chunk=4, tail=3, theta=2.0)"
 KEEP = {"h2o": "h2o(budget=24, per_head=False)", "snapkv": "snapkv(budget=24, window=6, per_head=False)"}

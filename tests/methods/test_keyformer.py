@@ -8,7 +8,7 @@ from selecting import DIM, Fed
 from kvote import MethodError
 from kvote.keep.score import noised
 from kvote.keep.score.noised import NoisedMass, NoisedReceived, gumbel
-from kvote.method import parse
+from kvote.spec import parse
 
 PASSES = [20] + [1] * 40
 STEPS = 10

@@ -7,7 +7,7 @@ from selecting import Fed
 
 from kvote import MethodError
 from kvote.keep import evict, keeper
-from kvote.method import parse
+from kvote.spec import parse
 
 N, BUDGET = 64, 20
 

@@ -11,7 +11,7 @@ from watching import received, weights
 from kvote import MethodError
 from kvote.keep import representatives
 from kvote.keep.representatives import Representatives, anchor, distance, signatures
-from kvote.method import parse
+from kvote.spec import parse
 
 N, BUDGET, WINDOW = 64, 26, 6
 SPEC = f"kvcrush(budget={BUDGET}, window={WINDOW}, kernel=1"

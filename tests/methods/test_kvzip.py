@@ -12,7 +12,7 @@ import kvote
 from kvote import InputError, InterruptedPassError, MethodError
 from kvote.keep.score import repeated
 from kvote.keep.score.repeated import ReadAgain, Repeated
-from kvote.method import parse
+from kvote.spec import parse
 
 N, BUDGET, SINKS = 60, 20, 4
 JOINT = f"kvzip(budget={BUDGET}, sinks={SINKS}"

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvote
 from kvote import MethodError
-from kvote.method import parse
 from kvote.models import embedded, world
 from kvote.read.tokens import Queries
+from kvote.spec import parse
 from kvote.store import two_precisions
 from kvote.store.pages import PAGE
 from kvote.store.segment import Logits

@@ -10,7 +10,7 @@ from kvote import MethodError
 from kvote.keep.allocate import same_share
 from kvote.keep.allocate.same_share import SameShare, forgotten, prefix
 from kvote.keep.score.prompt_mass import OfPrompts, PromptMass
-from kvote.method import parse
+from kvote.spec import parse
 
 N, LAYERS = 100, 4
 

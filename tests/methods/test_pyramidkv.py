@@ -10,7 +10,7 @@ import torch
 from kvote import MethodError
 from kvote.keep.allocate.pyramid import Pyramid
 from kvote.keep.keeper import Held
-from kvote.method import parse
+from kvote.spec import parse
 
 LAYERS, N, BUDGET, WINDOW = 4, 64, 24, 8
 SPEC = f"pyramidkv(budget={BUDGET}, window={WINDOW}, beta=4"

@@ -11,8 +11,8 @@ from masking import decoded, model, top
 from torch import Tensor
 
 from kvote import MethodError
-from kvote.method import parse
 from kvote.methods import quest
+from kvote.spec import parse
 
 PROMPT, STEPS = 90, 9
 run = partial(masking.run, prompt=PROMPT, steps=STEPS)

@@ -7,7 +7,8 @@ from selecting import Fed
 
 from kvote import MethodError
 from kvote.keep.score.lot import Lot
-from kvote.method import parse
+from kvote.methods import randomkeep
+from kvote.spec import parse
 
 N, BUDGET, SINKS, WINDOW = 64, 24, 3, 8
 SPEC = f"randomkeep(budget={BUDGET}, sinks={SINKS}, window={WINDOW}"
@@ -109,3 +110,33 @@ def test_a_fault_in_the_draw_shows(monkeypatch):
 def test_parameters_that_make_no_sense_are_refused(spec, message):
     with pytest.raises(MethodError, match=message):
         parse(spec)
+
+
+def test_the_largest_values_of_each_head_stay_and_the_rest_wins_by_lot():
+    fed = Fed(f"{SPEC}, protect=0.25)")
+    fed.feed(N)
+    lots = Lot(seed=0).lots(torch.arange(N)).tolist()
+    edge, guarded = N - WINDOW, BUDGET // 4
+    for head, lane in enumerate(kept(fed)):
+        large = set(fed.value[0, head, :edge].norm(dim=-1).topk(guarded).indices.tolist())
+        order = sorted(range(SINKS, edge), key=lambda i: (i not in large, -lots[i]))
+        drawn = order[: BUDGET - SINKS - WINDOW]
+        assert large - set(range(SINKS)) <= set(drawn)
+        assert lane == [*range(SINKS), *sorted(drawn), *range(edge, N)]
+    assert kept(fed)[0] != kept(fed)[1]
+
+
+def test_the_budget_holds_while_generating_where_that_is_asked_for():
+    net = tiny.model()
+    cache = tiny.cache(net, f"{SPEC}, protect=0.25, evict_generated=True)")
+    tiny.generate(net, tiny.ids(2, N), cache, max_new_tokens=40)
+    lanes = [lane for layer in range(2) for row in cache.positions(layer) for lane in row]
+    assert all(len(lane) <= BUDGET for lane in lanes)
+    # What won a draw once may win again: old tokens are among those that are left, beside sinks and window.
+    assert all(lane[:SINKS].tolist() == list(range(SINKS)) and lane[SINKS] < N for lane in lanes)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, "much", float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(MethodError, match="protect"):
+        randomkeep(protect=share)

@@ -17,8 +17,10 @@ from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
 from kvote.keep.merge.means import Means, recent_and_mean
 from kvote.layer import Layer, Step
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.methods import razorattention
+from kvote.needs import Needs, StoreOffers
+from kvote.spec import parse
 from kvote.store.pages import PAGE
 from kvote.store.raw import Raw
 from kvote.store.segment import Logits
@@ -172,7 +174,7 @@ def test_a_budget_in_bytes_is_for_the_other_heads_of_all_layers():
     limit = 7 * 20 * PAGE * (2 * DIM + 1) * 4
     cache = kvote.Cache(net, razorattention(heads=heads, sinks=2, budget=f"{limit}B", induction=5 / 12))
     tiny.feed(net, cache, tiny.ids(1, 3000))
-    others = [g.layer for layer in cache.layers for g in layer.layer.groups if g.layer.method.keep.drops]
+    others = [g.layer for layer in cache.layers for g in layer.layer.groups if g.layer.method.keep.offers.drops]
     assert sum(len(g.heads) for layer in cache.layers for g in layer.layer.groups if g.layer in others) == 7
     lengths = {layer.segment.length(0) for layer in others}
     assert sum(layer.segment.nbytes for layer in others) <= limit
@@ -291,7 +293,12 @@ def test_generate_drops_and_answers_as_if_fed_by_hand(more):
 
 
 # A store that would have to encode anew with every token dropped, and whose tokens can only be read as a whole.
-GROUPED = Raw(lists=False, regroups=True)
+class Grouped(Raw):
+    needs = Needs(lasting=True)
+    offers = StoreOffers(lists=False)
+
+
+GROUPED = Grouped()
 
 
 def test_a_store_is_for_the_heads_that_keep_everything():
@@ -300,7 +307,7 @@ def test_a_store_is_for_the_heads_that_keep_everything():
     cache = kvote.Cache(net, joined)
     tiny.feed(net, cache, tiny.ids(1, 40))
     tiny.feed(net, cache, tiny.ids(1, 3), passes=1)
-    stores = {g.layer.method.keep.drops: g.layer.method.store for g in cache.layers[0].layer.groups}
+    stores = {g.layer.method.keep.offers.drops: g.layer.method.store for g in cache.layers[0].layer.groups}
     assert stores == {True: Raw(), False: GROUPED}
     assert cache.report().layers[0].dropped > 0
     with pytest.raises(MethodError, match="dropped while generating"):
@@ -322,7 +329,7 @@ def test_a_reader_is_for_the_heads_that_keep_everything():
         assert cache.report().layers[0].dropped > 0
     torch.testing.assert_close(got[0], got[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(got[0], got[2], atol=1e-3)
-    layers = {g.layer.method.keep.drops: g.layer for g in caches[2].layers[0].layer.groups}
+    layers = {g.layer.method.keep.offers.drops: g.layer for g in caches[2].layers[0].layer.groups}
     assert layers[False].activity.selections > 0
     # 2 sinks, 5 winners, a window of 6 and the query itself; the other head reads the 8 that it holds and its own.
     assert layers[False].activity.tokens_read == 14
@@ -354,7 +361,7 @@ def test_heads_are_ranked_over_all_layers_together(induction, echo, whole):
     keep = razorattention(heads=scores, induction=induction, echo=echo).keep
     assert keep.whole == whole
     assert keep.others == 4 - len(whole)
-    assert keep.drops is (len(whole) < 4)
+    assert keep.offers.drops is (len(whole) < 4)
 
 
 def test_published_shares():

@@ -12,7 +12,7 @@ from watching import weights
 
 from kvote import MethodError
 from kvote.keep.score.last_queries import LastQueries
-from kvote.method import parse
+from kvote.spec import parse
 
 N, BUDGET, WINDOW = 64, 24, 8
 SPEC = f"snapkv(budget={BUDGET}, window={WINDOW}"

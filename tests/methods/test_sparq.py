@@ -9,8 +9,8 @@ from selecting import DIM, Fed
 from torch import Tensor
 
 from kvote import MethodError
-from kvote.method import parse
 from kvote.methods import sparq
+from kvote.spec import parse
 
 N = 90
 

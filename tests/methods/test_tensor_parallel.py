@@ -11,7 +11,7 @@ from torch import distributed
 
 from kvote.hf.facts import find_rope
 from kvote.layer import Layer, Step
-from kvote.method import parse
+from kvote.spec import parse
 from kvote.store.raw import RawSegment
 from kvote.store.segment import Logits
 

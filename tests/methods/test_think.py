@@ -10,8 +10,8 @@ from selecting import DIM, Fed
 from torch import Tensor
 
 from kvote import MethodError
-from kvote.method import parse
 from kvote.read.tokens import Queries, TokenSet
+from kvote.spec import parse
 from kvote.store.prompt import PromptSegment
 from kvote.store.segment import Logits
 from kvote.store.thin import FewerChannels, ThinBody, channel_scores, kept_channels

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kvote import MethodError, kernels
 from kvote.keep.evict import sinks_and_recent
-from kvote.method import Method, parse
+from kvote.method import Method
 from kvote.read.persistent import PersistentPositions
 from kvote.read.tokens import TokenSet
+from kvote.spec import parse
 from kvote.store.raw import RawSegment
 
 PROMPT, STEPS, K = 60, 6, 9

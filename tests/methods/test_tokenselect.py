@@ -8,9 +8,9 @@ import torch
 from selecting import DIM, Fed, spec, winners
 
 from kvote import kernels
-from kvote.method import parse
 from kvote.read.head_votes import HeadVotes
 from kvote.read.votes import head_vote, logit_sum, soft_vote
+from kvote.spec import parse
 
 # The five proofs.
 

@@ -6,7 +6,7 @@ import torch
 from selecting import Fed, spec, winners
 
 from kvote import MethodError
-from kvote.method import parse
+from kvote.spec import parse
 
 WINDOW = 8
 

@@ -12,8 +12,8 @@ import kvote
 from kvote import MethodError
 from kvote.hf.facts import find_rope
 from kvote.layer import Crew, Layer, Step
-from kvote.method import parse
 from kvote.read.tokens import Queries, TokenSet
+from kvote.spec import parse
 from kvote.store import low_rank
 from kvote.store.low_rank import LowRankBody, factors
 from kvote.store.segment import Logits

@@ -161,6 +161,14 @@ def segment(facts: Any) -> Any:
     return facts["cache"]["layers"][0]["of"]["layer"]["of"]["segment"]["of"]
 
 
+def test_names_in_files_do_not_follow_those_in_the_code(tmp_path):
+    filled(tiny.model(), METHODS["packed"]).save(tmp_path / "cache.kv")
+    with BlockFile(tmp_path / "cache.kv") as file:
+        layer = file.facts["cache"]["layers"][0]["of"]["layer"]["of"]
+    assert {"seen", "settled", "encoded", "ahead", "prompted", "holes", "record", "activity"} <= layer.keys()
+    assert {"raw", "keys", "values"} <= layer["segment"]["of"].keys()
+
+
 def set_in(*place: Any, to: Any) -> Any:
     def change(facts: Any) -> None:
         inner = facts["cache"]

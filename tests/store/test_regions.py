@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kvote.cache import Cache
 from kvote.hf.facts import find_rope
-from kvote.read.tokens import Queries, TokenSet
 from kvote.store.bodies import Bodies, PlainBody, head_of
 from kvote.store.raw import RawSegment
 from kvote.store.region import Slots
 from kvote.store.segment import Logits
 from kvote.store.sequence import RegionSegment
+from kvote.tokens import Queries, TokenSet
 
 HEADS, GROUPS, DIM, N = 2, 2, 16, 90
 LOGITS = Logits(DIM**-0.5)

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from kvote.errors import InputError
 from kvote.eval.sample import Count, Sample
 from kvote.eval.tasks.book import perplexity
+from kvote.eval.tasks.chains import chains
 from kvote.eval.tasks.facts import facts
 from kvote.eval.tasks.needles import NEEDLES
+from kvote.eval.tasks.turns import turns
 from kvote.eval.tasks.variables import variables
 from kvote.eval.tasks.words import common, frequent
-from kvote.eval.tasks.world import world
+from kvote.eval.tasks.world import world, world_turns
+from kvote.eval.tasks.writing import copying, counting
 
 Task = Callable[[random.Random, int, Count], Sample]
 
@@ -21,9 +24,13 @@ PROSE: dict[str, Task] = {
     "cwe": common,
     "fwe": frequent,
     "facts": facts,
+    "chains": chains,
+    "turns": turns,
     "perplexity": perplexity,
 }
-TASKS: dict[str, Task] = {**PROSE, "world": world}
+# Answers as long as the length asked for, or half of it: not measured unless named, for they take long.
+WRITING: dict[str, Task] = {"counting": counting, "copying": copying}
+TASKS: dict[str, Task] = {**PROSE, **WRITING, "world": world, "world_turns": world_turns}
 
 
 def task_named(name: str) -> Task:

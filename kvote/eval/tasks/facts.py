@@ -14,7 +14,7 @@ _LAST = (
     "Bramwell Tolliver Hackett Ormond"
 ).split()
 # How it is told, how it is asked, how the answer begins, and what it may be; {} is the name, then the value.
-_KINDS = (
+KINDS = (
     (
         "{}, it was said, never went anywhere without a small {} on a lead.",
         "Which animal accompanied {}?",
@@ -54,11 +54,15 @@ _KINDS = (
 )
 
 
+def people(rng: random.Random, count: int) -> list[str]:
+    """Names of ``count`` people, none of which shares a word with another."""
+    return [f"{a} {b}" for a, b in zip(rng.sample(_FIRST, count), rng.sample(_LAST, count), strict=True)]
+
+
 def facts(rng: random.Random, tokens: int, count: Count) -> Sample:
     """Five facts about five people in a novel, each asked for by itself; the name is what both have in common."""
-    names = [f"{a} {b}" for a, b in zip(rng.sample(_FIRST, ASKED), rng.sample(_LAST, ASKED), strict=True)]
-    told, questions = [], []
-    for name, (statement, asked, lead, values) in zip(names, rng.sample(_KINDS, ASKED), strict=True):
+    names, told, questions = people(rng, ASKED), [], []
+    for name, (statement, asked, lead, values) in zip(names, rng.sample(KINDS, ASKED), strict=True):
         value = rng.choice(values)
         told.append(statement.format(name, value))
         questions.append(Question(asked.format(name), (value,), lead=lead.format(name), room=10))

@@ -4,7 +4,7 @@ import random
 import string
 from itertools import pairwise
 
-from kvote.eval.sample import Count, Question, Sample, prose_with
+from kvote.eval.sample import Count, Question, Sample, in_order, prose_with
 from kvote.eval.tasks.needles import _NOISE
 
 _HOPS = 4
@@ -24,14 +24,6 @@ def _chain(rng: random.Random) -> tuple[str, list[str], list[str]]:
     return number, names, told
 
 
-def _in_order(rng: random.Random, hay: list[str], told: list[str]) -> str:
-    places = sorted(rng.sample(range(1, len(hay) + 1), min(len(told), len(hay))))
-    out = list(hay)
-    for place, line in reversed(list(zip(places, told, strict=False))):
-        out.insert(place, line)
-    return " ".join(out)
-
-
 def _lead(number: str, names: int) -> str:
     return f"The {names} variables that hold the value {number} are:"
 
@@ -41,8 +33,9 @@ def variables(rng: random.Random, tokens: int, count: Count) -> Sample:
     number, names, told = _chain(rng)
     shown, shown_names, shown_told = _chain(rng)
     noise = [_NOISE[i % len(_NOISE)] for i in range(max(64, 2 * tokens))]
+    solved = " ".join(in_order(rng, noise[:_EXAMPLE_HAY], shown_told))
     example = (
-        f"Example text: {_in_order(rng, noise[:_EXAMPLE_HAY], shown_told)}\n"
+        f"Example text: {solved}\n"
         f"Example question: Which variables hold the value {shown}?\n"
         f"Example answer: {_lead(shown, len(names))} {' '.join(shown_names)}\n\n"
     )
@@ -55,6 +48,5 @@ def variables(rng: random.Random, tokens: int, count: Count) -> Sample:
         lead=_lead(number, len(names)),
         room=40,
     )
-    return Sample(
-        f"{example}Remember the chain of assignments in this text.\n\n{_in_order(rng, hay, told)}", (question,)
-    )
+    document = " ".join(in_order(rng, hay, told))
+    return Sample(f"{example}Remember the chain of assignments in this text.\n\n{document}", (question,))

@@ -27,7 +27,7 @@ class Allocation(Protocol):
 
 @dataclass(frozen=True)
 class Even:
-    """Every layer holds as many."""
+    """Every layer holds the same number of tokens."""
 
     cascades: bool = False
     per_layer: bool = False

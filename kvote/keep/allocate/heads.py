@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kvote.errors import InputError
 from kvote.keep.keeper import Held, Keeper, Share
 from kvote.keep.policies import Blind, KeepAll
+from kvote.needs import KeeperOffers
 
 # Scores of key heads, by layer of the model.
 Scores = Mapping[int, Sequence[float]]
@@ -28,18 +29,16 @@ class KeepByHead(Blind):
     heads: tuple[tuple[int, int], ...]
     few: Keeper
     name: str = "the calibration"
-    # The heads that drop tokens are apart from the store, so nothing that it holds is dropped.
-    while_generating: bool = False
-    per_layer: bool = True
-    splits: bool = True
+
+    @property
+    def offers(self) -> KeeperOffers:
+        # The heads that drop tokens are apart from the store, so nothing that it holds is dropped while generating.
+        drops = self.others > 0
+        return KeeperOffers(drops, drops_generated=False, equal_layers=not drops, whole_layers=False)
 
     @property
     def budget(self) -> None:
         return None
-
-    @property
-    def drops(self) -> bool:
-        return self.others > 0
 
     @property
     def others(self) -> int:

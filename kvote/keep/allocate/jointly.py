@@ -12,7 +12,7 @@ from kvote.store.pages import PAGE
 
 @dataclass(frozen=True)
 class Jointly:
-    """A layer holds as many tokens as it has among the best of all layers, in whole tokens per key head; the first
+    """A layer holds the tokens that it has among the best of all layers, in whole tokens per key head; the first
     ``sinks`` and the last ``window`` do not compete. For a score that has judged all layers when the first is cut."""
 
     sinks: int

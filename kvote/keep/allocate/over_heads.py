@@ -23,7 +23,7 @@ class OverHeads(Protocol):
 
 @dataclass(frozen=True)
 class Joint:
-    """A key head keeps as many tokens as it has among the best of all heads together. The share ``safeguard`` of the
+    """A key head keeps the tokens that it has among the best of all heads together. The share ``safeguard`` of the
     mean is each head's own, and what it wins is scaled down by as much, so that no head is left without tokens."""
 
     safeguard: float
@@ -44,8 +44,8 @@ class Joint:
 
 
 def each_by_itself(worth: Tensor, held: Held, over: OverHeads, edge: int, sinks: int, mean: int) -> Kept | None:
-    """What stays of each key head by its own ``worth`` [h, n]: the first ``sinks`` tokens, those from ``edge`` on, and
-    between them as many of the best as ``over`` gives it, ``mean`` on average. None: everything."""
+    """The tokens that each key head keeps by its own ``worth`` [h, n]: the first ``sinks``, those from ``edge`` on, and
+    between them the best, as many as ``over`` allots to it, ``mean`` on average. None: all of them."""
     edge = min(edge, worth.shape[1])
     firsts = [min(edge, held.length - lane + sinks) for lane in held.lanes]
     own = [worth[head, first:edge] for head, first in enumerate(firsts)]

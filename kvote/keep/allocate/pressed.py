@@ -11,9 +11,10 @@ from kvote.numbers import is_number
 
 @dataclass(frozen=True)
 class Pressed:
-    """Of a text the share that goes is ``goes``, and ``alpha`` times the part of ``total`` bytes that all layers hold
-    of all sequences, counted as the model made them; ``most`` together, unless ``goes`` is more. ``least``: tokens that
-    stay in any case; ``always``: those that are not divided."""
+    """The share of a text that is dropped grows with the memory in use: it is ``goes``, plus ``alpha`` times the part
+    of ``total`` bytes that all layers hold of all sequences (counted in the model's dtype), at most ``most`` unless
+    ``goes`` is more. ``least``: tokens that stay in any case; ``always``: tokens that are not counted among the divided
+    ones."""
 
     goes: float
     alpha: float
@@ -39,5 +40,5 @@ class Pressed:
         return max(self.least, whole((1 - self.share(used)) * held.seen)) - self.always
 
     def share(self, used: float) -> float:
-        """What goes while ``used`` bytes are held."""
+        """The share that is dropped while ``used`` bytes are held."""
         return max(self.goes, min(self.goes + self.alpha * used / self.total, self.most))

@@ -11,6 +11,7 @@ from kvote.keep.evict import Cut
 from kvote.keep.keeper import Held
 from kvote.keep.merge.merging import Tokens, assign, merged
 from kvote.keep.score.importance import Importance
+from kvote.needs import Needs
 from kvote.numbers import check_flags, is_number
 from kvote.read.tokens import Queries
 from kvote.rope import Rope
@@ -27,7 +28,6 @@ class IntoSimilar:
     threshold: float
     remove_positions: bool
     adds_up: bool = False
-    needs_plain_keys: bool = False
 
     def __post_init__(self) -> None:
         if not is_number(self.share) or self.share < 0:
@@ -37,8 +37,8 @@ class IntoSimilar:
         check_flags(self, "remove_positions")
 
     @property
-    def needs_rope(self) -> bool:
-        return self.remove_positions
+    def needs(self) -> Needs:
+        return Needs(rotation=self.remove_positions)
 
     def new_memory(self) -> None:
         return None
@@ -57,7 +57,7 @@ class IntoSimilar:
     def join(
         self, held: Held, score: Tensor, kept: Tensor, others: Tensor
     ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
-        """What the tokens kept hold from now on, None if nothing new, and their importance."""
+        """The keys and values that the tokens kept hold from now on (None: as before), and their importance."""
         key, value = (x[0] for x in held.segment.decode([held.row], 0, held.length))
         score, kept, others = (x.expand(len(key), -1) for x in (score, kept, others))
         if not others.shape[1]:
@@ -78,7 +78,7 @@ class IntoSimilar:
     def _merged(
         self, tokens: Tokens, kept: Tensor, others: Tensor, turns: Rope | None, at: Tensor | None
     ) -> tuple[Tokens, bool]:
-        """What ``kept`` [1, m] of the tokens of a head become, and whether anything was merged into them; ``at`` [n]:
+        """The tokens ``kept`` [1, m] of a head after the merge, and whether anything was merged into them; ``at`` [n]:
         the positions of all, where their rotation is to be removed."""
 
         def still(slots: Tensor) -> Tokens:

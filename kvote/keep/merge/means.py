@@ -12,6 +12,7 @@ from kvote.keep.keeper import Held
 from kvote.keep.score.recency import Recency
 from kvote.kernels import reference
 from kvote.memory import storage_bytes
+from kvote.needs import Keys, Needs
 from kvote.read.tokens import Queries
 from kvote.store.segment import Logits
 
@@ -46,7 +47,7 @@ class Means:
         self.rows[row] = self.rows[row].joined(new) if row in self.rows else new
 
     def attend(self, queries: Tensor, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
-        """What the means answer, each with the log of its tokens' number added to its logit; None without any."""
+        """Attention over the means, each with the log of its number of tokens added to its logit; None without any."""
         found = [self.rows[row] for row in rows if row in self.rows]
         if not found:
             return None
@@ -80,8 +81,7 @@ class IntoMean:
     # What has gone into a mean stays there: a crop must not forget it.
     adds_up: bool = True
     # The mean of keys that stand at position 0 is another one.
-    needs_plain_keys: bool = True
-    needs_rope: bool = False
+    needs = Needs(keys=Keys.ROTATED)
 
     def new_memory(self) -> Means:
         return Means()

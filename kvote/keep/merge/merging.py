@@ -21,7 +21,7 @@ class Tokens:
     score: Tensor
 
     def take(self, slots: Tensor) -> "Tokens":
-        """Those at ``slots`` [h, m]."""
+        """The tokens at ``slots`` [h, m]."""
         key, value = (x.gather(1, slots[..., None].expand(-1, -1, x.shape[2])) for x in (self.key, self.value))
         return Tokens(key, value, self.score.gather(1, slots))
 

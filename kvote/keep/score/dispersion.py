@@ -1,4 +1,4 @@
-"""What the last queries of a prompt look at and disagree about; how much a layer's attention is spread and shifts."""
+"""Mean and variance of the attention of a prompt's last queries; entropy and variance of a layer's attention."""
 
 import math
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class Dispersion(Score):
                 memory.cast[row] = self._vote(part, columns, seen.segment.heads)
 
     def _moments(self, seen: Observation, start: int, stop: int, columns: int) -> list[Moments]:
-        """Of each sequence, over its first ``columns`` tokens."""
+        """The moments of each sequence over its first ``columns`` tokens."""
         b, heads, _ = seen.lse.shape
         rows = max(1, _WEIGHTS_HELD // (b * heads * (seen.first + seen.count)))
         total: list[Moments] = []

@@ -11,6 +11,7 @@ from kvote.keep.observation import Observation
 from kvote.keep.score.gaussians import Gaussian, Gaussians
 from kvote.keep.score.score import Score
 from kvote.keep.turned import keys_in_place
+from kvote.needs import Needs
 from kvote.numbers import check_flags, check_whole, is_number
 
 # Tokens whose keys are looked at together.
@@ -28,7 +29,7 @@ class ExpectedQueries(Score):
     covariance: bool
     values: bool
     epsilon: float
-    needs_rope = True
+    needs = Needs(rotation=True)
     uneven = True
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, queries: Tensor, stop: int, scale: float) -> "Gaussian":
-        """Of queries [heads, n, d]."""
+        """The moments of queries [heads, n, d]."""
         mean = queries.mean(dim=1)
         apart = queries - mean[:, None]
         return cls(stop, queries.shape[1], mean, apart.transpose(1, 2) @ apart, scale)

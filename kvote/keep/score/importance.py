@@ -31,7 +31,8 @@ class Importance:
         return torch.maximum(everywhere * scale, lately)
 
     def inherit(self, row: int, worth: Tensor) -> None:
-        """What stays of a sequence is worth ``worth`` [h, m] from now on, with what was merged into it."""
+        """Sets the worth of the tokens that stay of a sequence to ``worth`` [h, m], which counts what was merged into
+        them."""
         together = self.everywhere.rows[row].shape[0] == 1
         self.everywhere.rows[row] = worth.mean(dim=0, keepdim=True) if together else worth
 

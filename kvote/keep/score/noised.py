@@ -88,7 +88,7 @@ class NoisedReceived(Score):
         memory.add(row, self.shared(mass[None])[0])
 
     def temperature(self, position: Tensor, end: int) -> Tensor:
-        """Of queries at these positions, where the prompt ended before position ``end``."""
+        """The temperature of queries at these positions, where the prompt ended before position ``end``."""
         generated = (position - end + 1).clamp(0, self.steps)
         return self.tau + generated * ((self.tau_end - self.tau) / self.steps)
 

@@ -11,6 +11,7 @@ from kvote.keep.observation import Observation
 from kvote.keep.score.score import Score
 from kvote.keep.turned import keys_in_place
 from kvote.memory import storage_bytes
+from kvote.needs import Needs
 from kvote.numbers import check_whole
 from kvote.read.tokens import Queries, TokenSet
 
@@ -71,8 +72,8 @@ class ReadAgain(Score):
         check_whole(self, chunk=1, sinks=0)
 
     @property
-    def echo(self) -> int:
-        return self.chunk
+    def needs(self) -> Needs:
+        return Needs(echo=self.chunk)
 
     def new_memory(self) -> Repeated:
         return Repeated()

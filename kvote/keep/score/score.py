@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
+from kvote.needs import NOTHING, Needs
 from kvote.numbers import check_flags
 
 
@@ -18,14 +19,13 @@ class Score:
     whether layers may differ. ``adds_up``: whether what was observed cannot be taken back. ``token_bytes``: what is
     remembered for good, per token and key head. ``spare``: tokens that a budget must leave to it besides sinks and
     window. ``uneven``: whether it can judge key heads that hold different numbers of tokens, which
-    are places aligned at their ends (``store.uneven``), with nothing in front of the shorter ones. ``needs_rope``
-    and ``echo`` as those of a ``Keeper``.
+    are places aligned at their ends (``store.uneven``), with nothing in front of the shorter ones. ``needs``: as those
+    of a ``Keeper``.
     """
 
     per_head: bool = True
     per_layer = True
     spare = 1
-    needs_rope = False
     uneven = False
 
     def __post_init__(self) -> None:
@@ -36,15 +36,15 @@ class Score:
         return False
 
     @property
-    def echo(self) -> int:
-        return 0
+    def needs(self) -> Needs:
+        return NOTHING
 
     @property
     def token_bytes(self) -> int:
         return 0
 
     def new_memory(self) -> Any:
-        """What it remembers (``keeper.Remembered``), or None."""
+        """An empty memory (``keeper.Remembered``), or None."""
         return None
 
     def observes(self, ahead: int | None) -> bool:
@@ -55,7 +55,7 @@ class Score:
         """Is shown the passes that it asked for."""
 
     def due(self, memory: Any) -> bool:
-        """As ``Keeper.due``."""
+        """Does what ``Keeper.due`` does."""
         return False
 
     def ended(self, held: Held, memory: Any) -> bool:
@@ -63,7 +63,7 @@ class Score:
         return not held.generated
 
     def of(self, held: Held, memory: Any, edge: int) -> Tensor | None:
-        """What tokens are worth, [h, n], or [1, n] for all key heads; None: nothing is known, and all stay.
+        """The worth of tokens, [h, n], or [1, n] for all key heads; None: nothing is known, and all stay.
 
         Tokens from ``edge`` on stay in any case, and so do those behind the n that are given.
         """

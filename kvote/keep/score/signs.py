@@ -1,4 +1,4 @@
-"""What is remembered of tokens and of the latest answer, to judge by several signs together."""
+"""The memory of a score that judges by several signs together: of tokens, and of the latest answer."""
 
 from dataclasses import dataclass, field
 

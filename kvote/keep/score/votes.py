@@ -12,8 +12,8 @@ _TINY = 1e-10
 
 @dataclass(frozen=True)
 class Moments:
-    """Of attention [heads, queries, n] over its queries: how many they were, their ``mean`` and the sum of squared
-    deviations from it (``spread``), each float32 [heads, n], and the ``entropy`` of all together, not renormalised."""
+    """Statistics of attention [heads, queries, n] over its queries: their ``count``, ``mean`` and sum of squared
+    deviations (``spread``), each float32 [heads, n], and the ``entropy`` of all together, not renormalised."""
 
     count: int
     mean: Tensor
@@ -22,7 +22,7 @@ class Moments:
 
     @classmethod
     def of(cls, weights: Tensor) -> "Moments":
-        """Of weights [heads, queries, n]."""
+        """The moments of weights [heads, queries, n]."""
         mean = weights.mean(dim=1)
         spread = (weights - mean[:, None]).square_().sum(dim=1)
         return cls(weights.shape[1], mean, spread, -float((weights * torch.log(weights + _TINY)).sum()))
@@ -65,11 +65,11 @@ class Votes:
     latest: dict[int, Tensor] = field(default_factory=dict)
 
     def worth(self, row: int) -> Tensor | None:
-        """What tokens of a sequence are worth whose vote has not been settled yet."""
+        """The worth of the tokens of a sequence whose vote has not been settled yet."""
         return self.cast[row].worth if row in self.cast else None
 
     def settle(self, row: int) -> None:
-        """What the vote on a sequence was for has been done; its preference remains."""
+        """Ends the vote on a sequence; its preference remains."""
         if row in self.cast:
             self.cast[row] = replace(self.cast[row], worth=None)
 

@@ -41,7 +41,7 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that this machine can run, fastest last."""
+    """The instruction sets that this machine can run, fastest last."""
     return list(_cpu.instruction_sets())
 
 

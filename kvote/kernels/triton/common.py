@@ -1,4 +1,4 @@
-"""What the GPU kernels share: products, page tables on the device, and how work is split over a GPU.
+"""Functions that the GPU kernels share: products, page tables on the device, and how work is split over a GPU.
 
 **Pages.** A pool holds pages of 64 tokens. A lane's pages are a row of an int32 table on the device, made when pages
 change hands and not per step. Offsets into a pool are 64 bits wide: a pool of a million tokens has more than 2^31

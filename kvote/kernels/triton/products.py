@@ -23,7 +23,8 @@ def halves(places, channels, asked, WIDTH: tl.constexpr, like):
 
 @triton.jit
 def queries_of(query, rows, asked, keys, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """What is multiplied with keys or codes: both parts of all channels, or of each half of them for 4-bit codes."""
+    """The query channels that are multiplied with keys or codes: both parts of all channels, or of each half of them
+    for 4-bit codes."""
     places, channels = query + rows[:, None] * D, tl.arange(0, DP)
     if BITS == 0:
         upper, lower = halves(places, channels, asked, D, keys.dtype.element_ty)
