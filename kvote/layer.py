@@ -52,12 +52,8 @@ class Layer(LayerState):
     def start(self, step: Step) -> Segment:
         """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
         if self.segment is None:
-            self.segment = self.method.store.new_segment(
-                step.key.shape[1],
-                step.key,
-                step.value.shape[3],
-                self._turns,
-            )
+            heads, value_dim = step.key.shape[1], step.value.shape[3]
+            self.segment = self.method.store.new_segment(heads, step.key, value_dim, self._turns)
             self.segment.add_sequences(step.key.shape[0])
             if isinstance(self.segment, Indexed) and self.method.store.offers.as_made:
                 for index in self.method.read.needs.indexes:

@@ -11,7 +11,6 @@ from kvote.needs import ANYWHERE, NOTHING, StoreOffers
 from kvote.read.tokens import Queries, Token, TokenSet
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
-from kvote.store.common_prefix import read_once
 from kvote.store.pages import PAGE
 from kvote.store.raw_tokens import RawTokens, token_bytes
 from kvote.store.segment import Logits, Segment
@@ -29,8 +28,6 @@ class RawSegment(RawTokens):
     """All tokens of a layer, unencoded. With a ``rope``, keys arrive and stay at position 0 and are rotated when they
     are read; without, they are kept as the model rotated them."""
 
-    # Whether key heads of a sequence hold equally many tokens.
-    even = True
     # Whether ``winners`` takes flags that say whom it need not answer.
     skips = True
 
@@ -92,14 +89,6 @@ class RawSegment(RawTokens):
         return None
 
     def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
-        answer = None
-        alone = self.rope is not None or not self.even or len(rows) == 1
-        if self.pool.shares and not alone and self._streams(tokens, queries.rotated.shape[1]):
-            answer = read_once(self, queries.rotated, rows, tokens, logits)
-        return self._attend(queries, rows, tokens, logits) if answer is None else answer
-
-    def _attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
-        """As ``attend``, of sequences that share nothing that is worth reading once."""
         heads, t = queries.rotated.shape[1:3]
         query = self.place_queries(queries, tokens)
         if t == tokens.blocks and self._streams(tokens, heads):

@@ -28,10 +28,6 @@ class UnevenSegment(RawSegment):
         # Whether key heads of a sequence differ in length.
         self.by_head = False
 
-    @property
-    def even(self) -> bool:  # type: ignore[override]
-        return not self.by_head
-
     def lengths(self, row: int) -> list[int]:
         """Tokens held by each key head of a sequence."""
         return [self.pool.lanes[i].length for i in self._lanes([row])]
@@ -66,9 +62,9 @@ class UnevenSegment(RawSegment):
         """Of each lane, the tokens that stand at the places ``start`` to ``stop``."""
         return [(lane, max(0, start - begin), max(0, stop - begin)) for lane, begin in self._begun(rows)]
 
-    def _attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
         if not self._differ(rows):
-            return super()._attend(queries, rows, tokens, logits)
+            return super().attend(queries, rows, tokens, logits)
         places = _range(tokens)
         own = self._own(rows, places.start, places.stop)
         b, heads, t, d = queries.rotated.shape
