@@ -73,22 +73,21 @@ def packed(made: Any) -> None:
 
 def quantised(made: Any) -> None:
     """Packed and raw tokens of each sequence meet."""
-    rows = made.sequences
-    if not len(made._first) == len(made._before) == len(made._alike) == rows:
+    packed = made.packed
+    if len(packed.before) != made.sequences:
         raise ValueError("packed tokens are those of other sequences than there are")
     if made.keys.pool.lanes and len(made.keys.pool.lanes) != len(made.values.pool.lanes):
         raise ValueError("keys and values are packed of unequally many sequences")
-    for row, (first, before) in enumerate(zip(made._first, made._before, strict=True)):
-        body, n = made.values.length(row), made.length(row)
-        if not (type(first) is int and 0 <= first <= body <= made.keys.length(row) <= n and first % 64 == 0):
-            raise ValueError("packed and raw tokens of a sequence do not meet")
-        if before.dtype != torch.int32 or before.shape not in ((1, first), (made.heads, first)):
+    for row, before in enumerate(packed.before):
+        if before.dtype != torch.int32 or before.dim() != 2 or len(before) not in (1, made.heads):
             raise ValueError("packed tokens stand at other positions than there are")
+        if not before.shape[1] <= made.values.length(row) <= made.keys.length(row) <= made.length(row):
+            raise ValueError("packed and raw tokens of a sequence do not meet")
 
 
 def prompt(made: Any) -> None:
     """Each encoded prompt has the heads and channels of what comes behind it."""
-    if not len(made.bodies) == len(made.waiting) == made.tail.sequences:
+    if not len(made.bodies) == len(made.waiting) == made.raw.sequences:
         raise ValueError("encoded prompts are those of other sequences than there are")
     for body in made.bodies:
         if body is not None and body.read(range(0, 1))[0].shape != (
@@ -104,7 +103,7 @@ def _tokens(body: Any) -> int:
 
 
 def _dim(made: Any) -> int:
-    return int(made.tail.pool.keys.shape[-1])
+    return int(made.raw.pool.keys.shape[-1])
 
 
 def thin(made: Any) -> None:

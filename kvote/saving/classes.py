@@ -5,6 +5,7 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -86,6 +87,45 @@ def _fill_layer(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
     layer.count()
 
 
+def _parts(**places: str) -> dict[str, Any]:
+    """How a class is described whose files name parts by other names than its attributes, such as "a.b", have."""
+
+    def describe(made: Any, describer: Describer, path: str) -> dict[str, Any]:
+        return {name: describer.value(attrgetter(at)(made), f"{path}.{name}") for name, at in places.items()}
+
+    def fill(made: Any, facts: dict[str, Any], maker: Maker) -> None:
+        if facts.keys() != places.keys():
+            raise ValueError(f"a {type(made).__name__} has other parts than {', '.join(sorted(facts))}"[:200])
+        for name, inner in facts.items():
+            *owners, attribute = places[name].split(".")
+            owner = attrgetter(".".join(owners))(made) if owners else made
+            maker.attributes(owner, {attribute: inner}, frozenset(), False)
+
+    return {"describe": describe, "fill": fill}
+
+
+_QUANTISED = _parts(raw="raw", keys="packed.keys", values="packed.values", _before="packed.before")
+
+
+def _describe_quantised(segment: Any, describer: Describer, path: str) -> dict[str, Any]:
+    before = segment.packed.before
+    more = {"_first": [part.shape[1] for part in before], "_alike": [len(part) == 1 for part in before]}
+    return {**_QUANTISED["describe"](segment, describer, path), **more}
+
+
+def _fill_quantised(segment: Any, facts: dict[str, Any], maker: Maker) -> None:
+    parts, packed = {name: inner for name, inner in facts.items() if name not in ("_first", "_alike")}, segment.packed
+    _QUANTISED["fill"](segment, parts, maker)
+    if any(not isinstance(part, torch.Tensor) or part.dim() != 2 for part in packed.before):
+        raise ValueError("packed tokens stand at other positions than there are")
+    first, alike = facts.get("_first"), facts.get("_alike")
+    if first != [part.shape[1] for part in packed.before] or not isinstance(alike, list) or len(alike) != len(first):
+        raise ValueError("packed tokens stand at other positions than there are")
+    for row, same in enumerate(alike):
+        if not same:
+            packed.before[row] = packed.before[row].expand(segment.heads, -1)
+
+
 def _fill_native(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
     """A native layer gets some of its attributes with its first token only."""
     layer.dtype = None
@@ -127,9 +167,15 @@ _RAW = "heads rope kernels _step _only _most_heads _coded _written indexes"
 register("raw", "kvote.store.raw:RawSegment", _RAW, check=check.raw)
 register("uneven", "kvote.store.uneven:UnevenSegment", _RAW, check=check.uneven)
 register("packed", "kvote.store.packed:PackedLanes", "heads form backend", check=check.packed)
-_QUANTISED = "heads rope group residual"
-register("quantised", "kvote.store.quantised:QuantisedSegment", _QUANTISED, check=check.quantised)
-register("prompt", "kvote.store.prompt:PromptSegment", "heads rope encode window", check=check.prompt)
+register(
+    "quantised",
+    "kvote.store.quantised:QuantisedSegment",
+    describe=_describe_quantised,
+    fill=_fill_quantised,
+    check=check.quantised,
+)
+_PROMPT = _parts(tail="raw", bodies="prompts.bodies", waiting="waiting")
+register("prompt", "kvote.store.prompt:PromptSegment", check=check.prompt, **_PROMPT)
 register("waiting", "kvote.store.prompt:Waiting")
 register("thin body", "kvote.store.thin:ThinBody", check=check.thin)
 register("basis", "kvote.store.low_rank:Basis", "_last", check=check.basis)

@@ -54,7 +54,7 @@ def received(query: Tensor, lse: Tensor, key: Tensor, tokens: TokenSet, logits: 
 def angles_at(rope: Rope, places: Tensor) -> Angles:
     """Float32 angles [..., m, r] of ``places`` int [..., m] in the text, as the model rotates now. On a CPU each place
     is computed once: lists of neighbouring queries are much alike."""
-    if places.device.type != "cpu":
+    if places.device.type != "cpu" or places.numel() == places.shape[-1]:
         return rope.once(places.long())
     found, which = torch.unique(places.long(), return_inverse=True)
     cos, sin = rope.once(found[None])

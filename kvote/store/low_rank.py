@@ -13,9 +13,12 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.errors import MethodError
+from kvote.kernels.contract import Answer
 from kvote.needs import Keys, Needs, StoreOffers
 from kvote.rope import Angles, Rope
-from kvote.store.prompt import PromptSegment, Slots
+from kvote.store.bodies import PlainBody
+from kvote.store.prompt import PromptSegment
+from kvote.store.region import Slots
 from kvote.store.segment import Logits, Segment
 
 # Tokens of which whole keys, or float32 numbers, exist at a time.
@@ -43,7 +46,7 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class LowRankBody:
+class LowRankBody(PlainBody):
     """Tokens of one sequence in one layer: the ``basis`` of its group times ``key`` [r, h, d] and ``value`` [r', h, d].
 
     ``counts``: whether the bytes of the basis are those of this layer. ``interleaved``: how keys are rotated.
@@ -55,9 +58,12 @@ class LowRankBody:
     interleaved: bool
     counts: bool
 
+    # Keys and values of a list are made where they are read, and values perhaps not at all.
+    lists = True
+
     @property
     def positions(self) -> Tensor:
-        return self.basis.positions.expand(self.key.shape[1], -1)
+        return self.basis.positions[None]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -67,7 +73,7 @@ class LowRankBody:
     def read(self, slots: Slots) -> tuple[Tensor, Tensor]:
         return _product(self.basis.key, slots, self.key), _product(self.basis.value, slots, self.value)
 
-    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> Answer:
         assert angles is not None
         heads, t, _ = query.shape
         rank, h, dim = self.value.shape
@@ -76,7 +82,7 @@ class LowRankBody:
         parts = []
         for start in range(0, len(slots), _BLOCK):
             some = slots[start : start + _BLOCK]
-            cos, sin = (a[start : start + _BLOCK] for a in angles)
+            cos, sin = (a[..., start : start + _BLOCK, :] for a in angles)
             key = kernels.rotate(_product(self.basis.key, some, self.key), cos, sin, interleaved=self.interleaved)
             if absorbs:
                 rows = _rows(self.basis.value, some).float()
@@ -208,7 +214,7 @@ class SharedLowRank:
     def encode(self, layers: list[PromptSegment], row: int, n: int) -> Sequence[LowRankBody | None]:
         """The first ``n`` tokens of a sequence in each of a group's layers; None for each if factors would not be
         smaller by as much as pays."""
-        held = [segment.tail.decode([row], 0, n) for segment in layers]
+        held = [segment.raw.decode([row], 0, n) for segment in layers]
         sides = [[side[0].transpose(0, 1).flatten(1) for side in pair] for pair in zip(*held, strict=True)]
         widths = [sum(part.shape[1] for part in parts) for parts in sides]
         ranks = [

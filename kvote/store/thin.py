@@ -13,16 +13,19 @@ from torch.nn.functional import pad
 
 from kvote import kernels
 from kvote.errors import MethodError
+from kvote.kernels.contract import Answer
 from kvote.needs import Keys, Needs, StoreOffers
 from kvote.numbers import check_whole
 from kvote.rope import Angles, Rope
+from kvote.store.bodies import PlainBody, head_of
 from kvote.store.pages import PAGE
-from kvote.store.prompt import PromptSegment, Slots, head_of
+from kvote.store.prompt import PromptSegment
+from kvote.store.region import Slots
 from kvote.store.segment import Logits, Segment
 
 
 @dataclass(frozen=True)
-class ThinBody:
+class ThinBody(PlainBody):
     """Tokens of one sequence: ``keys`` [h, pages, kept, PAGE] of the ``channels`` int16 [h, kept] that are left of
     ``dim``, ``values`` [h, n, dv], ``positions`` int32 [h, n]."""
 
@@ -68,20 +71,16 @@ class ThinBody:
         channels = self.channels.long().repeat_interleave(len(thin) // len(self.keys), dim=0)
         return full.scatter_(2, channels[:, None].expand(thin.shape), thin), self._values(slots)
 
-    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> Answer | None:
         assert angles is None
-        if query.shape[1] == 1 and self._streams(slots, len(query)):
-            narrow = self._narrow(query)
-            out, lse = kernels.chosen(self.values).thin_decode(
-                narrow, self.keys, self.values, len(slots), scale=logits.scale, softcap=logits.softcap
-            )
-            return out.to(query.dtype).reshape(len(query), 1, -1), lse.reshape(-1, 1)
-        # Zeros where channels are gone add nothing to a score, so for many queries the usual kernels serve.
-        key, value = self.read(slots)
-        out, lse = kernels.attend(
-            query[None], key[None], value[None], scale=logits.scale, softcap=logits.softcap, causal=False
+        if query.shape[1] != 1 or not self._streams(slots, len(query)):
+            # Zeros where channels are gone add nothing to a score, so for many queries the usual kernels serve.
+            return None
+        narrow = self._narrow(query)
+        out, lse = kernels.chosen(self.values).thin_decode(
+            narrow, self.keys, self.values, len(slots), scale=logits.scale, softcap=logits.softcap
         )
-        return out[0], lse[0]
+        return out.to(query.dtype).reshape(len(query), 1, -1), lse.reshape(-1, 1)
 
     def _streams(self, slots: Slots, heads: int) -> bool:
         """Whether a kernel can read ``slots`` straight from the pages."""

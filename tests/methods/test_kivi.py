@@ -374,7 +374,7 @@ def test_heads_that_hold_different_tokens_keep_their_own_positions():
     keys, values = randn(HEADS, 300, DIM), randn(HEADS, 300, DIM, seed=1)
     held = segment()
     feed(held, keys[:, :200], values[:, :200], prompt=200)
-    assert len(held._before[0]) == 1
+    assert len(held.packed.positions(0)) == 1
     slots = torch.stack([torch.arange(200) + (head and 5) for head in range(HEADS)])[:, :150]
     held.keep(0, slots)
     held.seal(0)

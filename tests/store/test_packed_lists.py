@@ -22,7 +22,7 @@ def test_a_list_gives_what_a_range_decodes_to_on_either_side_of_the_border(by_he
     index = torch.rand(*lists, N).topk(m).indices.sort(dim=-1).values
     # One sequence reads the last tokens only, one the first only: their lists cross the border at different places.
     index[0], index[1] = torch.arange(N - m, N), torch.arange(m)
-    read = segment._held(rows, index)
+    read = segment.listed(rows, index)
     each = index if by_head else index[:, None].expand(3, HEADS, m)
     for got, held in zip(read, segment.decode(rows, 0, N), strict=True):
         whole = held.repeat_interleave(GROUPS, dim=1) if by_head else held
