@@ -14,6 +14,7 @@ from kvote.layer import Layer, Step
 from kvote.measure.clock import once
 from kvote.method import parse
 from kvote.read.tokens import Queries
+from kvote.settling import seal
 from kvote.store.segment import Logits
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -34,7 +35,7 @@ def filled(method: str, tokens: int) -> Layer:
     segment.append([0], made.key, made.value, made.positions)
     segment.watch(Queries(made.query), [0], 0)
     layer.seen = tokens
-    layer.seal()
+    seal(layer)
     return layer
 
 

@@ -1,4 +1,4 @@
-"""One layer's life: append the new tokens, read, attend, keep, seal. Knows no transformers and no paper."""
+"""One layer's life: append the new tokens, read, attend, settle what stays. Knows no transformers and no paper."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,19 +9,19 @@ from kvote.affordable import affordable, check_budget
 from kvote.asking import answers_of, asides_of
 from kvote.columns import pad_past, remember_columns
 from kvote.crew import Crew as Crew
-from kvote.errors import CropError, InputError
+from kvote.errors import InputError
 from kvote.groups import Group, alike, answer_pads
 from kvote.inference import outside_inference
-from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
-from kvote.marks import mark_of, restore, take_back
 from kvote.method import Method
 from kvote.passes import Mark, Passes, unheard
 from kvote.read.tokens import Activity, Everything, Memory, Queries, Reading, Token
 from kvote.reads import Reads
+from kvote.rollback import check_crop, crop, forget_shown, mark_of, restore
 from kvote.rope import Rope
+from kvote.settling import finish
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
@@ -84,7 +84,6 @@ class Layer:
         self._turns = self.rope if self.method.unrotated else None
         self._hears = self.method.keep.needs.echo > 0
         self._looks_across = self.method.read.needs.equal_layers
-        self._shares = self.method.store.offers.shares_layers
 
     @property
     def parts(self) -> "list[Layer]":
@@ -98,9 +97,9 @@ class Layer:
     @property
     def held(self) -> int:
         """Tokens held, of all sequences together."""
-        return 0 if self.segment is None else sum(self._held(row) for row in range(self.sequences))
+        return 0 if self.segment is None else sum(self.held_of(row) for row in range(self.sequences))
 
-    def _held(self, row: int) -> int:
+    def held_of(self, row: int) -> int:
         """Tokens of a sequence, the mean of its key heads where they differ."""
         assert self.segment is not None
         if isinstance(self.segment, UnevenSegment) and self.segment.by_head:
@@ -259,7 +258,7 @@ class Layer:
         if counts:
             self.count()
         if not self.record_past:
-            self.finish()
+            finish(self)
             if counts:
                 for layer in self.crew.layers if self.method.spans_layers else [self]:
                     layer.count()
@@ -303,141 +302,20 @@ class Layer:
         before, self.counted = self.counted, self.nbytes - self.record.waiting_nbytes
         self.passes.hold(self.counted - before)
 
-    def finish(self) -> None:
-        """Drops and encodes what is due."""
-        # What interrupts this may have been interrupted in the middle of it.
-        self.changes += 1
-        dropped, encoded = self.drop(), self.seal_all()
-        if not dropped and not encoded:
-            self.changes -= 1
-
-    @outside_inference
-    def drop(self) -> bool:
-        """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep, here and in the
-        layers before whose share of a budget that has changed. Says whether it saw or dropped anything."""
-        keeps = self.keeps
-        if self.segment is None or not keeps.drops:
-            return False
-        shown = self.record.settle([self.segment.length(row) for row in range(self.sequences)])
-        if shown:
-            self.shown = self.seen
-        if shown and keeps.adds_up:
-            self.settled = self.seen
-        if keeps.waits and self.ahead:
-            return shown
-        prompted, self.prompted = self.prompted, False
-        # Generated tokens change nothing in other layers.
-        first = 0 if keeps.cascades and prompted else self.number
-        asked = self.crew.layers[first : self.number + 1]
-        dropped = [layer.drop_own(self.number + 1, generated=not prompted) for layer in asked]
-        return shown or any(dropped)
-
-    def drop_own(self, observed: int, *, generated: bool) -> bool:
-        """Lets go of the tokens of this layer that the keeper does not keep, by what it has been shown of the first
-        ``observed`` layers. ``generated``: all that came since it was last asked was generated. Says whether any went,
-        or the keeper noted something."""
-        if self.segment is None:
-            return False
-        before = self.activity.dropped
-        memories = [layer.record.memory for layer in self.crew.layers] if self.keeps.cascades else ()
-        rope = self.rope if self._turns is None else None
-        uneven = self.method.keep.needs.uneven_heads
-        for row in range(self.sequences):
-            length, budget = self.segment.length(row), self.budget(row)
-            budget = length if budget is None else budget
-            place = (self.number, observed, rope, generated, len(self.crew))
-            lanes = self.segment.lengths(row) if uneven and isinstance(self.segment, UnevenSegment) else ()
-            held = Held(row, length, budget, self.segment, memories, *place, self.tokens_seen(row), self.rope, lanes)
-            kept = self.method.keep.survivors(held, self.record.memory)
-            if kept is not None:
-                had = self._held(row)
-                self.segment.keep(row, kept.slots, kept.content)
-                if self.record.memory is not None:
-                    self.record.memory.keep(row, kept.slots)
-                self.activity.dropped += had - self._held(row) or int(uneven)
-                self.settled = self.seen
-        if self.memory is not None and self.activity.dropped > before:
-            # What a reader remembers are slots, and other tokens stand there now.
-            self.memory.forget()
-        return self.record.memory is not None or self.activity.dropped > before
-
-    def seal_all(self) -> bool:
-        """Seals, unless later layers may still take tokens from this one: then all are sealed after the last. Says
-        whether anything was encoded."""
-        if not self.keeps.cascades:
-            return self.seal()
-        if self.number == len(self.crew.layers) - 1:
-            return sum(layer.seal() for layer in self.crew.layers) > 0
-        return False
-
-    @outside_inference
-    def seal(self) -> bool:
-        """Lets the store encode what is old enough. Says whether it did."""
-        if self.segment is None:
-            return False
-        encoded = self.segment.seal(self.ahead)
-        if self._shares:
-            segments = [layer.segment for layer in self.crew.layers]
-            encoded |= self.method.store.after_layer(segments, self.number, self.ahead)
-        if encoded:
-            self.encoded = self.seen
-        return encoded
-
     def check_crop(self, columns: int) -> None:
         """Raises CropError if the last ``columns`` columns cannot be forgotten: if that needs tokens back that are
         dropped."""
-        columns = min(columns, self.seen)
-        if columns and self.seen - columns < self.settled:
-            what = "dropped tokens" if self.activity.dropped else "added up attention"
-            raise CropError(
-                f"{self.method.spec} has {what} that a rollback of {columns} would need back; call "
-                "cache.activate_past_recording() before the tokens that may be rolled back, or use a method that "
-                "keeps everything."
-            )
+        check_crop(self, columns)
 
-    @outside_inference
     def crop(self, columns: int, ahead: int | None = None) -> None:
         """Forgets the last ``columns`` columns. ``ahead``: what follows is the rest of the same announced prompt, of
         which so many tokens are to come; None: it is another. Raises CropError as ``check_crop``."""
-        if self.segment is None:
-            return
-        columns = min(columns, self.seen)
-        self.check_crop(columns)
-        lengths = []
-        for row in range(self.sequences):
-            gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
-            lengths.append(self.segment.length(row) - gone)
-        if columns:
-            take_back(self, lengths, ahead)
-        self.seen -= columns
-        if self.columns is not None:
-            self.columns = self.columns[:, : self.seen].clone()
-        if columns and self.memory is not None:
-            self.memory.forget()
-        self.segment.trim()
-        self.drop()
-        self.seal_all()
+        crop(self, columns, ahead)
 
-    @outside_inference
     def forget_shown(self, columns: int) -> None:
         """Forgets the last ``columns`` columns, which were recorded as what may be rolled back, once the keeper has
         been shown them: they decide what stays of the rest."""
-        if self.segment is None:
-            return
-        lengths = [self.segment.length(row) for row in range(self.sequences)]
-        self.record.settle(lengths)
-        lengths = [length - columns for length in lengths]
-        self.record.truncate(lengths)
-        for row, length in enumerate(lengths):
-            self.segment.truncate(row, length)
-        self.seen -= columns
-        self.settled = self.shown = self.seen
-        if self.memory is not None:
-            self.memory.forget()
-        self.segment.trim()
-        self.ahead, self.record_past = 0, False
-        self.finish()
-        self.count()
+        forget_shown(self, columns)
 
     @outside_inference
     def select(self, index: list[int]) -> None:

@@ -2,9 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from kvote.hf.cache_layer import CacheLayer
 from kvote.layer import Layer
+
+if TYPE_CHECKING:
+    from kvote.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,24 @@ class Report:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         head = f"{self.method}: {self.nbytes:,} bytes, {self.peak_nbytes:,} at the peak"
         return "\n".join([f"{head}; trial of the model {self.trial_seconds:.2g} s", *lines, *self.notes])
+
+
+def report_of(cache: "Cache") -> Report:
+    """That of a cache that holds something."""
+    layers = [LayerReport.of(layer.index, layer.parts) for layer in cache.own]
+    nbytes, own = cache.nbytes(), sum(layer.nbytes for layer in layers)
+    peak = max(nbytes, cache.passes.peak + nbytes - own)
+    return Report(cache.method.spec, layers, nbytes, peak, cache.trial_seconds)
+
+
+def nbytes_of(cache: "Cache") -> int:
+    """Bytes that all layers of a cache hold, native ones too, and their rotations."""
+    ropes = {id(layer.rope): layer.rope.nbytes for layer in cache.managed if layer.rope is not None}
+    return sum(map(_layer_nbytes, cache.layers)) + sum(ropes.values())
+
+
+def _layer_nbytes(layer: Any) -> int:
+    if isinstance(layer, CacheLayer):
+        return layer.layer.nbytes
+    held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in held)

@@ -38,10 +38,7 @@ def forms() -> Mapping[type, tuple[str, Form]]:
     return found
 
 
-_LAYER = (
-    "index method rope layers crew others_drop passes number counted steps reads keeps "
-    "_turns _hears _looks_across _shares"
-)
+_LAYER = "index method rope layers crew others_drop passes number counted steps reads keeps _turns _hears _looks_across"
 
 
 def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """CAKE: the proofs of its card (arXiv 2503.12491)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 from watching import weights
 
-from kvote import MethodError
+from kvote import MethodError, settling
 from kvote.keep.allocate.shares import even, of_logs, shares
 from kvote.keep.score.dispersion import Dispersion
 from kvote.keep.score.votes import Moments
 from kvote.layer import Crew, Layer
 from kvote.method import Method, parse
+from kvote.needs import Needs
 from kvote.store.raw import Raw
 
 N, BUDGET, WINDOW, LAYERS = 64, 24, 8, 4
@@ -231,7 +232,7 @@ class Peak:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Any) -> None:
         self.tokens = self.nbytes = 0
-        drop = Layer.drop
+        drop = settling.drop
 
         def watch(layer: Layer) -> None:
             self.tokens = max(self.tokens, sum(each.held for each in cache.managed))
@@ -239,7 +240,7 @@ class Peak:
             self.nbytes = max(self.nbytes, sum(part.nbytes for part in parts))
             drop(layer)
 
-        monkeypatch.setattr(Layer, "drop", watch)
+        monkeypatch.setattr(settling, "drop", watch)
 
 
 def test_a_prompt_in_one_pass_never_holds_more_than_the_budget_and_a_layer(monkeypatch):
@@ -343,8 +344,14 @@ def test_generated_tokens_can_be_left_alone():
     assert min(dropped) > 0
 
 
+class Packs(Raw):
+    """A store that would have to encode anew with every token dropped."""
+
+    needs = Needs(lasting=True)
+
+
 def test_only_without_it_may_the_store_be_one_that_regroups():
-    store = replace(Raw(), regroups=True)
+    store = Packs()
     with pytest.raises(MethodError, match="dropped while generating"):
         parse(f"{SPEC})") | Method("coded", store=store)
     alone = parse(f"{SPEC}, evict_generated=False)") | Method("coded", store=store)
@@ -530,7 +537,9 @@ def test_a_fault_in_the_vote_shows(monkeypatch, fault):
 
 def test_without_the_cascade_layers_do_not_share(monkeypatch):
     monkeypatch.setattr(
-        Layer, "drop", lambda layer: (layer.record.settle([N] * 2), layer.drop_own(layer.number + 1, generated=False))
+        settling,
+        "drop",
+        lambda layer: (layer.record.settle([N] * 2), settling.drop_own(layer, layer.number + 1, generated=False)),
     )
     with pytest.raises(AssertionError):
         test_kept_tokens_equal_the_paper_after_every_layer(4, 2, {})
