@@ -204,10 +204,7 @@ class HeadVotes:
         query = self._scoring_queries(reading, row, stop)
         memory = reading.memory
         if reading.decode and isinstance(memory, SelectionMemory):
-            # A GPU decides by itself: asking it would mean to wait for it in every layer.
-            ahead = kernels.chosen(query).ASKING_WAITS
-            reuse = self._select_or_reuse_unasked if ahead else self._select_or_reuse
-            index = reuse(reading, query, edges[0], memory)
+            index = self._select_or_reuse(reading, query, edges[0], memory)
         else:
             index = self._select(reading, query, edges)
         return self._span(reading, row, stop, index, edges)
@@ -256,50 +253,41 @@ class HeadVotes:
         return vote_named(self.selection)(kernels.forbid(logits, self.sinks, edges), self.top_k)
 
     def _select_or_reuse(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
+        """Winners [b, 1, top_k] of a decode step: what a sequence selected before, or what its query selects now."""
         flat = query.reshape(len(reading.rows), -1)
         memory.prepare(reading.sequences, flat, self.top_k)
-        assert memory.query is not None
-        assert memory.index is not None
-        assert memory.edge is not None
-        rows = torch.tensor(reading.rows, device=flat.device)
-        same = resembles(flat, memory.query[rows], self.theta, SumOverRanks(self.tensor_parallel))
-        fresh = (~(same & self._within_span(memory.edge[rows], edge))).nonzero()[:, 0]
+        past, _, began = memory.of(reading.rows)
+        same = resembles(flat, past, self.theta, SumOverRanks(self.tensor_parallel)) & self._within_span(began, edge)
+        # A GPU decides by itself: asking it would mean to wait for it in every layer.
+        renew = self._renew_unasked if kernels.chosen(query).ASKING_WAITS else self._renew
+        return renew(reading, query, edge, memory, same)[:, None]
+
+    def _renew(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory, same: Tensor) -> Tensor:
+        """Winners [b, top_k], which only sequences that are not the ``same`` [b] select anew."""
+        fresh = (~same).nonzero()[:, 0]
         reading.activity.reused += len(reading.rows) - len(fresh)
         if len(fresh):
             chosen = [reading.rows[i] for i in fresh.tolist()]
-            selected, at = self._select(reading.of(chosen), query[fresh], [edge])[:, 0], rows[fresh]
-            # New tensors: an interrupted pass goes back to the old ones.
-            memory.index = memory.index.index_copy(0, at, selected)
-            memory.query = memory.query.index_copy(0, at, flat[fresh])
-            memory.edge = memory.edge.index_fill(0, at, edge)
-        return memory.index[rows][:, None]
+            selected = self._select(reading.of(chosen), query[fresh], [edge])[:, 0]
+            memory.put(chosen, query[fresh].flatten(1), selected, edge)
+        return memory.of(reading.rows)[1]
+
+    def _renew_unasked(
+        self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory, same: Tensor
+    ) -> Tensor:
+        """The same with the decision left on the device: flags skip the reading of keys, and choose what is kept."""
+        past, kept, _ = memory.of(reading.rows)
+        fresh = self._select(reading, query, [edge], skip=same)[:, 0]
+        index = torch.where(same[:, None], kept, fresh)
+        memory.put(reading.rows, torch.where(same[:, None], past, query.flatten(1)), index, edge, in_place=True)
+        hits = same.sum()
+        reading.activity.reused = reading.activity.reused + hits
+        reading.activity.selections = reading.activity.selections - hits
+        return index
 
     def _within_span(self, selected: Tensor, edge: int) -> Tensor:
         """Whether what was chosen when the window began at ``selected`` [b] (-1: nothing was) may still serve."""
         return selected == edge if self.reuse_span is not None else selected >= 0
-
-    def _select_or_reuse_unasked(self, reading: Reading, query: Tensor, edge: int, memory: SelectionMemory) -> Tensor:
-        """The same with the decision left on the device: flags skip the reading of keys, and choose what is kept."""
-        flat = query.reshape(len(reading.rows), -1)
-        memory.prepare(reading.sequences, flat, self.top_k)
-        assert memory.query is not None
-        assert memory.index is not None
-        assert memory.edge is not None
-        memory.in_place = True
-        everyone = reading.rows == list(range(reading.sequences))
-        rows = slice(None) if everyone else torch.tensor(reading.rows, device=flat.device)
-        past, kept = memory.query[rows], memory.index[rows]
-        same = resembles(flat, past, self.theta, SumOverRanks(self.tensor_parallel))
-        same = same & self._within_span(memory.edge[rows], edge)
-        fresh = self._select(reading, query, [edge], skip=same)[:, 0]
-        index = torch.where(same[:, None], kept, fresh)
-        memory.index[rows] = index
-        memory.query[rows] = torch.where(same[:, None], past, flat)
-        memory.edge[rows] = edge
-        hits = same.sum()
-        reading.activity.reused = reading.activity.reused + hits
-        reading.activity.selections = reading.activity.selections - hits
-        return index[:, None]
 
     def _span(self, reading: Reading, row: int, stop: int, winners: Tensor, edges: list[int]) -> Span:
         """Sinks, winners and local context as one ascending list per block of queries."""

@@ -34,6 +34,28 @@ class SelectionMemory:
             self.index = torch.zeros(sequences, top_k, dtype=torch.int64, device=query.device)
             self.edge = torch.full((sequences,), -1, dtype=torch.int64, device=query.device)
 
+    def of(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What is remembered of these sequences: queries, tokens and edges."""
+        query, index, edge = self._held
+        at = _places(rows, edge)
+        return query[at], index[at], edge[at]
+
+    def put(self, rows: list[int], query: Tensor, index: Tensor, edge: int, *, in_place: bool = False) -> None:
+        """Replaces what is remembered of these sequences, in new tensors unless ``in_place``: an interrupted pass goes
+        back to the old ones."""
+        at, held = _places(rows, self._held[2]), self._held
+        self.in_place |= in_place
+        if not in_place:
+            held = self.query, self.index, self.edge = held[0].clone(), held[1].clone(), held[2].clone()
+        held[0][at], held[1][at], held[2][at] = query, index, edge
+
+    @property
+    def _held(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.query is not None
+        assert self.index is not None
+        assert self.edge is not None
+        return self.query, self.index, self.edge
+
     def serves(self, sequences: int) -> bool:
         """Whether there is a selection for each of ``sequences`` sequences."""
         return self.edge is not None and len(self.edge) == sequences
@@ -70,6 +92,11 @@ class SelectionMemory:
 
     def forget(self) -> None:
         self.query = self.index = self.edge = None
+
+
+def _places(rows: list[int], edge: Tensor) -> slice | Tensor:
+    """Where these sequences stand among all; where they are all, nothing is copied to a device."""
+    return slice(None) if rows == list(range(len(edge))) else torch.tensor(rows, device=edge.device)
 
 
 def resembles(query: Tensor, past: Tensor, theta: float, sum_over_ranks: "SumOverRanks") -> Tensor:

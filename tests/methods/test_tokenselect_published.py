@@ -78,7 +78,7 @@ def test_a_decision_on_the_device_is_the_same(trace):
         fed.query[:, :, 60:] = fed.query[:, :, 60:61] + 0.8 * torch.randn_like(fed.query[:, :, 60:])
         reader = fed.layer.method.read
         if unasked:
-            object.__setattr__(reader, "_select_or_reuse", reader._select_or_reuse_unasked)
+            object.__setattr__(reader, "_renew", reader._renew_unasked)
         trace.clear()
         for _ in range(60):
             fed.feed(1)
