@@ -121,7 +121,7 @@ def test_a_step_that_packs_never_asks_the_device(monkeypatch, rows):
         for _ in range(5):
             fed.feed(1)
     assert held._state(0) == (96, 66, 64)
-    assert len(held._before[0]) == 1
+    assert len(held.packed.before[0]) == 1
 
 
 def test_asking_the_device_is_noticed(monkeypatch):
