@@ -68,18 +68,21 @@ class Observation:
                     mass.scatter_add_(2, places, part.flatten(2))
         return mass
 
+    def mass_by_query_head(self, start: int, stop: int) -> Tensor:
+        """What ``mass`` is, of each query head by itself: [b, heads, n]."""
+        members = range(self.lse.shape[1] // self.segment.heads)
+        return torch.stack([self.member(i).mass(start, stop) for i in members], dim=2).flatten(1, 2)
+
     def weights(self, start: int, stop: int) -> Tensor:
         """Attention [b, heads, rows, n] that query rows ``start`` to ``stop`` gave to the tokens held, in float32.
 
         A matrix, so for few rows; as ``mass`` for the rest. Where rows read ranges of keys as the model rotated them,
         it is one product; otherwise each row and head is taken by itself, which is slow.
         """
-        groups = self.lse.shape[1] // self.segment.heads
         spans = [span for span in self.spans if span.start < stop and start < span.stop]
         ranges = all(isinstance(read.index, range) for span in spans for read in span.reads)
         if not ranges or self.queries.raw is not None:
-            each = [[self.member(i).mass(j, j + 1) for i in range(groups)] for j in range(start, stop)]
-            return torch.stack([torch.stack(row, dim=2).flatten(1, 2) for row in each], dim=2)
+            return torch.stack([self.mass_by_query_head(j, j + 1) for j in range(start, stop)], dim=2)
         b, heads, _ = self.lse.shape
         weights = torch.zeros(b, heads, stop - start, self.first + self.count, device=self.lse.device)
         for span in spans:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
@@ -57,8 +56,7 @@ class LastQueries(Score):
         """Votes [b, h, n], or [b, heads, n] where query heads must be pooled one by one, before they are added up."""
         if self.pooling == "avg":
             return self.shared(seen.mass(start, stop))
-        groups = seen.lse.shape[1] // seen.segment.heads
-        return torch.stack([seen.member(i).mass(start, stop) for i in range(groups)], dim=2).flatten(1, 2)
+        return seen.mass_by_query_head(start, stop)
 
     def ended(self, held: Held, memory: Mass) -> bool:
         return held.row in memory.rows
