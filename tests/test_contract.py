@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 import kvote
 from kvote import CropError, Method
 from kvote.spec import parse
+from kvote.store import disk_region
+from kvote.store.offloaded import OffloadedSegment
 
 _ALL = "top_k=500, sinks=2, window=6, chunk=4"
 _FEW = "top_k=5, sinks=2, window=6"
@@ -113,6 +115,9 @@ METHODS = {
     "think-tidaldecode": "think(ratio=0.5, window=6, recent=5) | tidaldecode(top_k=5, first=0)",
     "razorattention-think": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
     "think(ratio=0.5, window=6, recent=5)",
+    "offload": "offload(recent=3)",
+    "h2o-offload": "h2o(budget=66, burst=1) | offload(recent=1)",
+    "offload-tokenselect": f"offload(recent=3) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "xkv-all": "xkv(group=2, key_rank=1.0, value_rank=1.0)",
     "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
     "xkv-tokenselect": f"xkv(group=2, key_rank=6, value_rank=6) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
@@ -499,7 +504,10 @@ def test_nbytes_is_the_sum_of_the_buffers(net, method, batch):
     runs = sum(len(lane.runs) for pool in pools for lane in pool.lanes)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in buffers(cache)}
     arrays = sum(pool.owners.nbytes for pool in pools)
-    assert cache.nbytes() == sum(storages.values()) + arrays + 16 * runs > 0
+    segments = [part.segment for layer in cache.managed for part in layer.parts]
+    disks = [segment.disk for segment in segments if isinstance(segment, OffloadedSegment)]
+    handles = sum(disk_region.HANDLE * len(blocks) for disk in disks for blocks in disk.blocks)
+    assert cache.nbytes() == sum(storages.values()) + arrays + 16 * runs + handles > 0
     shared = {id(layer.rope): layer.rope.nbytes for layer in cache.managed if layer.rope is not None}
     assert cache.nbytes() == sum(layer.nbytes for layer in cache.report().layers) + sum(shared.values())
 

@@ -24,6 +24,7 @@ from kvote.methods.knorm import knorm
 from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.offload import offload
 from kvote.methods.oracle import oracle
 from kvote.methods.prefixkv import prefixkv
 from kvote.methods.pyramidkv import pyramidkv
@@ -57,6 +58,7 @@ __all__ = [
     "kvcrush",
     "kvzip",
     "mikv",
+    "offload",
     "oracle",
     "prefixkv",
     "pyramidkv",

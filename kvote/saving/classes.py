@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvote.saving import checks as check
+from kvote.saving.disk import describe_disk, fill_disk
 from kvote.saving.pages import describe_pool, fill_pool
 from kvote.state import Describer, Form, Maker
 from kvote.step import Step
@@ -180,6 +181,8 @@ register("waiting", "kvote.store.prompt:Waiting")
 register("thin body", "kvote.store.thin:ThinBody", check=check.thin)
 register("basis", "kvote.store.low_rank:Basis", "_last", check=check.basis)
 register("low-rank body", "kvote.store.low_rank:LowRankBody", check=check.low_rank)
+register("offloaded", "kvote.store.offloaded:OffloadedSegment", "heads rope regions recent", check=check.offloaded)
+register("disk region", "kvote.store.disk_region:DiskRegion", describe=describe_disk, fill=fill_disk)
 _TWO = "kvote.store.two_precisions:TwoPrecisionSegment"
 register("two precisions", _TWO, f"{_RAW} balanced", check=check.two_precisions)
 register("balance", "kvote.store.two_precisions:Balance")
