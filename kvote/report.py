@@ -4,6 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
+from kvote.affordable import budget_of
+from kvote.heads import HeadGroups
+from kvote.hf.cache_layer import CacheLayer
 from kvote.layer import Layer
 from kvote.store.offloaded import OffloadedSegment
 
@@ -33,7 +38,7 @@ class LayerReport:
         did."""
         acts = [part.activity for part in parts]
         spills = [part.segment.disk.spill for part in parts if isinstance(part.segment, OffloadedSegment)]
-        budgets = [b for part in parts for row in range(part.sequences) if (b := part.budget(row)) is not None]
+        budgets = [b for part in parts for row in range(part.sequences) if (b := budget_of(part, row)) is not None]
         return cls(
             layer=index,
             tokens_seen=parts[0].seen,
@@ -83,3 +88,26 @@ class Report:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         head = f"{self.method}: {self.nbytes:,} bytes, {self.peak_nbytes:,} at the peak"
         return "\n".join([f"{head}; trial of the model {self.trial_seconds:.2g} s", *lines, *self.notes])
+
+
+def report_of(
+    method: str, layers: Sequence[Layer | HeadGroups], nbytes: int, peak: int, trial_seconds: float
+) -> Report:
+    """That of a cache whose ``layers`` hold something. ``peak``: the most bytes that these have held."""
+    each = [LayerReport.of(layer.index, layer.parts) for layer in layers]
+    beside = nbytes - sum(layer.nbytes for layer in each)
+    return Report(method, each, nbytes, max(nbytes, peak + beside), trial_seconds)
+
+
+def nbytes_of(layers: Sequence[Any]) -> int:
+    """Bytes that all layers of a cache hold, native ones too, and their rotations."""
+    parts = [part for layer in layers if isinstance(layer, CacheLayer) for part in layer.layer.parts]
+    ropes = {id(part.rope): part.rope.nbytes for part in parts if part.rope is not None}
+    return sum(map(_layer_nbytes, layers)) + sum(ropes.values())
+
+
+def _layer_nbytes(layer: Any) -> int:
+    if isinstance(layer, CacheLayer):
+        return layer.layer.nbytes
+    held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in held)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import kvote
 from kvote import CropError, Method
+from kvote.settling import drop
 from kvote.spec import parse
 from kvote.store import disk_region
 from kvote.store.offloaded import OffloadedSegment
@@ -229,7 +230,7 @@ def held(cache: Any, layer: int) -> list[list[int]]:
         # All of them: what a later layer has seen may change what an earlier one keeps.
         each.record_past = False
         for part in each.layer.parts:
-            part.drop()
+            drop(part)
     return [lane.tolist() for row in cache.positions(layer) for lane in row]
 
 

@@ -41,8 +41,8 @@ def forms() -> Mapping[type, tuple[str, Form]]:
 
 
 _LAYER = (
-    "index method rope layers crew others_drop passes number counted steps reads keeps "
-    "_turns _hears _looks_across _shares"
+    "index method rope layers crew others_drop passes number counted steps reads keeps turns shares_layers "
+    "_hears _looks_across"
 )
 
 
