@@ -205,6 +205,13 @@ SUBJECTS: tuple[Subject, ...] = (
         whole=0,
     ),
     Subject(
+        "sentencekv",
+        # Of what is kept, half is read, besides the ends of sentences and what follows them.
+        dial(lambda s, n: f"sentencekv(ends=(2504, 2508), tokens={n // 2}, factor=2.0, first=4, last={n // 8})"),
+        "sentencekv(ends=(13,))",
+        ("dropped", "selections"),
+    ),
+    Subject(
         "snapkv | tokenselect",
         dial(lambda s, n: f"snapkv(budget={s}, per_head=False) | tokenselect({selection(n // 2)}, theta=2.0)"),
         f"snapkv(budget=0.25, per_head=False) | tokenselect({_LARGE_READ})",

@@ -207,6 +207,8 @@ class Layer:
         groups = alike(before, step.valid, t)
         if len(groups) > 1 and self._joins(groups, step):
             groups = [(list(range(b)), None)]
+        if step.decode and getattr(self.method.read, "alone", False):
+            groups = [([row], columns) for rows, columns in groups for row in rows]
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)

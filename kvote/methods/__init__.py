@@ -30,6 +30,7 @@ from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
+from kvote.methods.sentencekv import sentencekv
 from kvote.methods.snapkv import snapkv
 from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
@@ -63,6 +64,7 @@ __all__ = [
     "random",
     "randomkeep",
     "razorattention",
+    "sentencekv",
     "snapkv",
     "sparq",
     "streamingllm",

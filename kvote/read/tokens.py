@@ -208,7 +208,7 @@ class Reader(Protocol):
     model rotated them. ``pairs_by_layer``: which key head a query head belongs to follows from their places in the
     whole layer. ``grain``: what its queries read in a prompt, in front of the tail, does not depend on what follows the
     next multiple of so many tokens; None: it may. A reader that has ``adds_up`` remembers sums over passes, so its
-    memory is an ``AddsUp``."""
+    memory is an ``AddsUp``; one that has ``alone`` is given generated tokens of a batch row by row."""
 
     @property
     def one_list(self) -> bool: ...

@@ -136,6 +136,8 @@ register("balance", "kvote.store.two_precisions:Balance")
 # What readers and keepers remember.
 register("selection", "kvote.read.reuse:SelectionMemory", "in_place _known")
 register("chosen", "kvote.read.persistent:Chosen")
+register("running sentence", "kvote.read.running:Running")
+register("sentences", "kvote.read.running:Sentences", "grouped")
 register("passed", "kvote.read.local_mass:Passed")
 register("blocks", "kvote.read.local_mass:Blocks")
 register("local mass", "kvote.read.local_mass:LocalMass", "sinks block")
