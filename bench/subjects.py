@@ -156,6 +156,16 @@ SUBJECTS: tuple[Subject, ...] = (
         ("selections",),
         "read",
     ),
+    Subject(
+        "actqkv",
+        {
+            0.25: "actqkv(block=16, sinks=4, window=62, top_k=11, chunk=31, least=8)",
+            0.125: "actqkv(block=16, sinks=4, window=31, top_k=5, chunk=16, least=4)",
+        },
+        "actqkv(top_k=64)",
+        ("selections",),
+        "read",
+    ),
     Subject("tokenselect, 8-bit sketch", {}, f"tokenselect({_LARGE_READ}, sketch='int8')", ("selections",), "read"),
     Subject(
         "tidaldecode",

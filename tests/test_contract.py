@@ -74,6 +74,8 @@ METHODS = {
     "kivi-delta": "kivi(residual=32) | delta(full=(0,), pages=3, recent=1, page=4)",
     "infllm-all": "infllm(window=500)",
     "infllm": "infllm(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1)",
+    "actqkv-all": "actqkv(window=500)",
+    "actqkv": "actqkv(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1, least=1, ramp=8, warm=2)",
     "sentencekv-all": "sentencekv(ends=(7, 9), tokens=500)",
     "sentencekv": "sentencekv(ends=(7, 9, 20, 33), tokens=16, factor=2.0, window=6, first=2, last=4)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",

@@ -6,6 +6,7 @@ Methods of other packages (see ``kvote.plugins``) are found here as well.
 from collections.abc import Callable
 
 from kvote.method import Method, find
+from kvote.methods.actqkv import actqkv
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
 from kvote.methods.critic import critic
@@ -40,6 +41,7 @@ from kvote.methods.tokenselect import tokenselect
 from kvote.methods.xkv import xkv
 
 __all__ = [
+    "actqkv",
     "adakv",
     "cake",
     "critic",
