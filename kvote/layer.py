@@ -137,6 +137,8 @@ class Layer(LayerState):
         groups = alike(before, step.valid, t)
         if len(groups) > 1 and self._joins(groups, step):
             groups = [(list(range(b)), None)]
+        if step.decode and self.method.read.offers.alone:
+            groups = [([row], columns) for rows, columns in groups for row in rows]
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)

@@ -121,10 +121,12 @@ class StoreOffers:
 class ReaderOffers:
     """``uneven_heads``: it reads right where key heads hold different numbers of tokens. ``cuts``: where in a prompt,
     in front of its ``tail``, what is read does not depend on what follows. ``adds_up``: it remembers sums over passes,
-    so its memory is an ``AddsUp``, and no token may move."""
+    so its memory is an ``AddsUp``, and no token may move. ``alone``: rows of a batch may read different numbers of
+    tokens, so it is given generated tokens row by row."""
 
     uneven_heads: bool = False
     adds_up: bool = False
+    alone: bool = False
     cuts: Cuts = WHOLE
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from kvote import plugins
 from kvote.method import METHODS, Method
+from kvote.methods.actqkv import actqkv
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
 from kvote.methods.critic import critic
@@ -31,6 +32,7 @@ from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
+from kvote.methods.sentencekv import sentencekv
 from kvote.methods.snapkv import snapkv
 from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
@@ -40,6 +42,7 @@ from kvote.methods.tokenselect import tokenselect
 from kvote.methods.xkv import xkv
 
 __all__ = [
+    "actqkv",
     "adakv",
     "cake",
     "critic",
@@ -64,6 +67,7 @@ __all__ = [
     "random",
     "randomkeep",
     "razorattention",
+    "sentencekv",
     "snapkv",
     "sparq",
     "streamingllm",
