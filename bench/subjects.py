@@ -223,6 +223,19 @@ SUBJECTS: tuple[Subject, ...] = (
         ("dropped", "selections"),
     ),
     Subject(
+        "mpcache",
+        dial(lambda s, n: f"mpcache(budget={s})"),
+        "mpcache(budget=0.25)",
+        ("dropped", "selections"),
+    ),
+    Subject(
+        "mpcache, layers in pairs",
+        {0.5: "mpcache(budget=0.5, share=2)"},
+        "mpcache(budget=0.25, share=2)",
+        ("dropped", "selections", "reused"),
+        weights=(1 / 2, 1 / 2),
+    ),
+    Subject(
         "snapkv | tokenselect",
         dial(lambda s, n: f"snapkv(budget={s}, per_head=False) | tokenselect({selection(n // 2)}, theta=2.0)"),
         f"snapkv(budget=0.25, per_head=False) | tokenselect({_LARGE_READ})",

@@ -41,7 +41,7 @@ class Layer(LayerState):
         # What the parts of the method say of themselves is asked once.
         self._turns = self.rope if self.method.unrotated else None
         self._hears = self.method.keep.needs.echo > 0
-        self._looks_across = self.method.read.needs.equal_layers
+        self._looks_across = self.method.read.needs.other_layers
         self._shares = self.method.store.offers.shares_layers
 
     @property

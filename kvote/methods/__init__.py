@@ -25,6 +25,7 @@ from kvote.methods.knorm import knorm
 from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.mpcache import mpcache
 from kvote.methods.oracle import oracle
 from kvote.methods.prefixkv import prefixkv
 from kvote.methods.pyramidkv import pyramidkv
@@ -60,6 +61,7 @@ __all__ = [
     "kvcrush",
     "kvzip",
     "mikv",
+    "mpcache",
     "oracle",
     "prefixkv",
     "pyramidkv",
