@@ -38,7 +38,7 @@ class Layer(LayerState):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._hears = self.method.keep.needs.echo > 0
-        self._looks_across = self.method.read.needs.equal_layers
+        self._looks_across = self.method.read.needs.other_layers
 
     @property
     def parts(self) -> "list[Layer]":
@@ -120,6 +120,8 @@ class Layer(LayerState):
         groups = alike(before, step.valid, t)
         if len(groups) > 1 and self._joins(groups, step):
             groups = [(list(range(b)), None)]
+        if step.decode and self.method.read.offers.alone:
+            groups = [([row], columns) for rows, columns in groups for row in rows]
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)

@@ -10,13 +10,14 @@ from kvote.affordable import budget_of
 from kvote.heads import HeadGroups
 from kvote.hf.cache_layer import CacheLayer
 from kvote.layer import Layer
+from kvote.store.offloaded import OffloadedSegment
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One layer. ``tokens_held`` is the sum over sequences, ``tokens_read`` what the latest query read; ``budget``:
     tokens that the longest sequence may hold now (while generating, it may hold fewer for a few steps), None for no
-    limit."""
+    limit. Of tokens on a disk: the bytes that lie there, and all that were fetched so far."""
 
     layer: int
     tokens_seen: int
@@ -28,12 +29,15 @@ class LayerReport:
     calls: int
     nbytes: int
     budget: int | None
+    disk_nbytes: int = 0
+    disk_read: int = 0
 
     @classmethod
     def of(cls, index: int, parts: Sequence[Layer]) -> "LayerReport":
         """The report of a layer, or of all groups of its key heads: the largest count of tokens, the sum of what they
         did."""
         acts = [part.activity for part in parts]
+        spills = [part.segment.disk.spill for part in parts if isinstance(part.segment, OffloadedSegment)]
         budgets = [b for part in parts for row in range(part.sequences) if (b := budget_of(part, row)) is not None]
         return cls(
             layer=index,
@@ -46,6 +50,8 @@ class LayerReport:
             calls=max(act.calls for act in acts),
             nbytes=sum(part.nbytes for part in parts),
             budget=max(budgets) if budgets else None,
+            disk_nbytes=sum(spill.nbytes for spill in spills),
+            disk_read=sum(spill.read for spill in spills),
         )
 
 
@@ -75,6 +81,8 @@ class Report:
 
     def __str__(self) -> str:
         names = list(LayerReport.__dataclass_fields__)
+        if not any(layer.disk_nbytes or layer.disk_read for layer in self.layers):
+            names = [name for name in names if not name.startswith("disk_")]
         rows = [names] + [[str(getattr(layer, name)) for name in names] for layer in self.layers]
         widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
