@@ -10,8 +10,6 @@ which is the usual state: a lane then is a plain strided tensor and reading it c
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -23,6 +21,8 @@ from kvote import kernels
 from kvote.errors import InterruptedPassError
 from kvote.kernels.lanes import PAGE as PAGE
 from kvote.store.family import FORK, Family, counted
+from kvote.store.lane import NO_PAGES, stretches
+from kvote.store.lane import Lane as Lane
 
 # Room left behind a lane when the pool is laid out anew: an eighth of its pages. Growth copies a token 9 times at most.
 _ROOM = 8
@@ -30,31 +30,6 @@ _ROOM = 8
 _UNUSED = 2
 # Bytes of tables per page at most: its owners, and a run of its own.
 _TABLES = 20
-_NONE = np.empty(0, np.int64)
-
-
-@dataclass
-class Lane:
-    """Runs of pages ``(first page, pages)`` in token order, and the number of tokens in them."""
-
-    runs: list[tuple[int, int]] = field(default_factory=list)
-    length: int = 0
-
-    @property
-    def pages(self) -> int:
-        if len(self.runs) == 1:
-            return self.runs[0][1]
-        return sum(count for _, count in self.runs)
-
-    def page_ids(self) -> np.ndarray:
-        """Pages in token order, int64 [pages]."""
-        return np.concatenate([np.arange(f, f + c) for f, c in self.runs]) if self.runs else _NONE
-
-    def extend(self, first: int, count: int) -> None:
-        if self.runs and sum(self.runs[-1]) == first:
-            self.runs[-1] = (self.runs[-1][0], self.runs[-1][1] + count)
-        else:
-            self.runs.append((first, count))
 
 
 class PagePool:
@@ -224,14 +199,14 @@ class PagePool:
             targets.append(moved[fresh])
             starts.append(cursor + len(fresh))
             cursor += len(fresh) + extra + ((lane.pages + extra) // self.room if room and extra else 0)
-        old, new = np.concatenate([*sources, _NONE]), np.concatenate([*targets, _NONE])
+        old, new = np.concatenate([*sources, NO_PAGES]), np.concatenate([*targets, NO_PAGES])
         owners = np.zeros(cursor, np.int32)
         owners[new] = self.owners[old]
         runs = []
         for lane, start in zip(lanes, starts, strict=True):
             ids = moved[lane.page_ids()]
             # A lane without pages yet still has its place reserved: a run of no pages marks it.
-            runs.append([(int(t), c) for _, t, c in _runs(ids, ids)] or [(start, 0)])
+            runs.append([(int(t), c) for _, t, c in stretches(ids, ids)] or [(start, 0)])
         # One after the other, so that no more than one part exists twice. Memory is scarcest for the first, before
         # anything has changed.
         # Where others share them all exist twice, so that an interruption leaves these as they are.
@@ -254,7 +229,7 @@ class PagePool:
         """A copy with room for ``pages``, in which the pages ``old`` are ``new`` ones."""
         fresh = torch.empty(pages, *part.shape[1:], dtype=part.dtype, device=part.device)
         kernels.use_large_pages(fresh)
-        for source, target, count in _runs(old, new):
+        for source, target, count in stretches(old, new):
             fresh[target : target + count] = part[source : source + count]
         return fresh
 
@@ -392,12 +367,3 @@ class RawPool(PagePool):
     @property
     def positions(self) -> Tensor:
         return self.parts["positions"]
-
-
-def _runs(old: np.ndarray, new: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cuts two index lists where either stops being consecutive: [(old start, new start, count), ...]."""
-    if len(old) == 0:
-        return []
-    breaks = np.flatnonzero((np.diff(old) != 1) | (np.diff(new) != 1)) + 1
-    edges = np.concatenate([[0], breaks, [len(old)]])
-    return [(int(old[a]), int(new[a]), int(b - a)) for a, b in pairwise(edges)]
