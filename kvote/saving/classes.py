@@ -13,7 +13,7 @@ import torch
 from kvote.saving import checks as check
 from kvote.saving.disk import describe_disk, fill_disk
 from kvote.saving.pages import describe_pool, fill_pool
-from kvote.state import Describer, Form, Maker
+from kvote.state import FILED, Describer, Form, Maker
 from kvote.step import Step
 from kvote.store.pages import RawPool
 from kvote.store.segment import Logits
@@ -100,7 +100,7 @@ def _parts(**places: str) -> dict[str, Any]:
         for name, inner in facts.items():
             *owners, attribute = places[name].split(".")
             owner = attrgetter(".".join(owners))(made) if owners else made
-            maker.attributes(owner, {attribute: inner}, frozenset(), False)
+            maker.attributes(owner, {FILED.get(attribute, attribute): inner}, frozenset(), False)
 
     return {"describe": describe, "fill": fill}
 
