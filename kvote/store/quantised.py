@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.kernels import reference
+from kvote.kernels.contract import Tail
 from kvote.kernels.packing import PACKED, Packing
 from kvote.memory import storage_bytes
 from kvote.needs import Needs, StoreOffers
@@ -295,10 +296,40 @@ class QuantisedSegment:
         for j in range(tokens.blocks):
             own = replace(tokens, index=tokens.index[..., j : j + 1, :])
             query = self.raw.place_queries(queries.rows(j * each, (j + 1) * each), own)
-            parts.append(answers(query, *self._listed(rows, own), own, logits))
+            read = self._read_list if each == 1 and self._streams(query, own) else self._decode_list
+            parts.append(read(query, rows, own, logits))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+    def _streams(self, query: Tensor, tokens: TokenSet) -> bool:
+        """Whether a kernel reads a list for one query straight from the pages."""
+        placed = self.rope is None or tokens.positions == "contiguous"
+        groups = 1 if tokens.by_head else query.shape[1] // self.heads
+        seen = tokens.window is None or tokens.window >= len(tokens)
+        return placed and seen and self.keys.reads(groups) and self.keys.form.dim == self.values.form.dim
+
+    def _read_list(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        """Attention of ``query`` [b, heads, 1, d], each sequence or each query head reading a list of its own."""
+        assert isinstance(tokens.index, Tensor)
+        b, heads, _, d = query.shape
+        # To the kernel, a head with a list of its own is a sequence of one head.
+        each = heads // self.heads if tokens.by_head else 0
+        out, lse = self.keys.backend.packed.decode(
+            query[:, :, 0] if not tokens.by_head else query.reshape(-1, 1, d),
+            self.keys.held(rows, each),
+            self.values.held(rows, each),
+            self._tail(rows, each),
+            tokens.index[..., 0, :].reshape(-1, len(tokens)).contiguous(),
+            angles=self.raw.angles(tokens),
+            interleaved=self.rope is not None and self.rope.interleaved,
+            scale=logits.scale,
+            softcap=logits.softcap,
+        )
+        return out.to(query.dtype).view(b, heads, 1, -1), lse.view(b, heads, 1)
+
+    def _decode_list(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        return answers(query, *self._listed(rows, tokens), tokens, logits)
 
     def _listed(self, rows: list[int], tokens: TokenSet) -> tuple[Tensor, Tensor]:
         """Keys, where they stand for the queries, and values [b, h, m, c] of one list [b, 1, m] per sequence, or
@@ -395,12 +426,18 @@ class QuantisedSegment:
     def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
         if self._is_raw(rows):
             return self.raw.votes(query, rows, start, limits)
-        return kernels.votes_within(self.scores(query, rows, start, max(limits)), start, limits)
+        return self.keys.backend.packed.votes(query, self.keys.held(rows), self._tail(rows), start, limits)
 
     def winners(self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int) -> Tensor:
         if self._is_raw(rows):
             return self.raw.winners(query, rows, start, limits, k)
-        return kernels.winners_within(self.votes(query, rows, start, limits), start, limits, k)
+        return self.keys.backend.packed.select(query, self.keys.held(rows), self._tail(rows), start, limits, k)
+
+    def _tail(self, rows: list[int], each: int = 0) -> Tail:
+        """What is not packed, as kernels read it behind what is; ``each`` as in ``PackedLanes.held``."""
+        times = max(1, each * self.heads)
+        packed = [self.values.length(row) for row in rows for _ in range(times)]
+        return Tail(*self.raw.held(rows, each), packed, [self._first[row] for row in rows for _ in range(times)])
 
     def _is_raw(self, rows: list[int]) -> bool:
         """Whether nothing of these sequences is packed."""
