@@ -127,17 +127,17 @@ def test_the_comparison_notices_tokens_read_elsewhere(fault, monkeypatch):
         m.list_equals_the_law(case, 300, 8, False, None)
 
 
-def refusals() -> dict[str, Any]:
+def refusals(backend: Any) -> dict[str, Any]:
     held = m.MixedTokens(Mixed(p.PackCase(Case(n=64)), 30))
     query, tokens, rule = torch.zeros(1, 4, 1, 32), held.some_tokens(5), {"scale": 1.0, "softcap": None}
     tail, given = held.tail, {"angles": None, "interleaved": False}
 
     def vote(tail=tail, keys=held.keys, query=query, limits=(20,)):
-        return lambda: [b.packed.votes(query, keys, tail, 0, list(limits)) for b in (cpu, law)]
+        return lambda: backend.packed.votes(query, keys, tail, 0, list(limits))
 
     def read(tail=tail, tokens=tokens, keys=held.keys, **more):
         args = {**given, **rule, **more}
-        return lambda: [b.packed.decode(query[:, :, 0], keys, held.values, tail, tokens, **args) for b in (cpu, law)]
+        return lambda: backend.packed.decode(query[:, :, 0], keys, held.values, tail, tokens, **args)
 
     return {
         "end of what is packed": vote(tail._replace(packed=[64, 64])),
@@ -149,12 +149,13 @@ def refusals() -> dict[str, Any]:
         "keys must be keys and": read(keys=held.values),
         "contiguous int64": read(tokens=tokens.int()),
         "one list per sequence": read(tokens=tokens.repeat(2, 1)),
-        "as many": read(angles=held.raw.angles(3, pairs=8)),
-        "of 64 candidates": lambda: cpu.packed.select(query, held.keys, tail, 0, [64], 65),
+        "angles must fit": read(angles=held.raw.angles(3, pairs=8)),
+        "of 64 candidates": lambda: backend.packed.select(query, held.keys, tail, 0, [64], 65),
     }
 
 
-@pytest.mark.parametrize("reason", refusals() if cpu.why_not() is None else [])
-def test_what_would_be_read_wrongly_is_refused(reason):
+@pytest.mark.parametrize("backend", [law, cpu] if cpu.why_not() is None else [law])
+@pytest.mark.parametrize("reason", refusals(law))
+def test_what_would_be_read_wrongly_is_refused(backend, reason):
     with pytest.raises(ValueError, match=reason):
-        refusals()[reason]()
+        refusals(backend)[reason]()
