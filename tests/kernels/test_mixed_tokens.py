@@ -17,7 +17,7 @@ from paged import DTYPES, Case, compiled
 from kvote.kernels import cpu, law, reference
 from kvote.kernels.lanes import Lanes
 
-given_cases = settings(max_examples=40, deadline=None)
+given_cases = settings(max_examples=25, deadline=None)
 
 
 @st.composite
@@ -69,12 +69,12 @@ def test_every_instruction_set_equals_the_law(isa):
 
 
 @compiled
-@pytest.mark.parametrize("case", SHAPES[1::5], ids=str)
+@pytest.mark.parametrize("case", SHAPES[3:11:7], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(case):
-    case = replace(case, pack=replace(case.pack, case=replace(case.pack.case, n=4500, sequences=1)))
+    case = replace(case, pack=replace(case.pack, case=replace(case.pack.case, n=2300, sequences=1)))
     calls = [
-        lambda: m.votes_equal_the_law(case, 5, [4400]),
-        lambda: m.winners_win_the_vote(case, 5, [4400], 300),
+        lambda: m.votes_equal_the_law(case, 5, [2250]),
+        lambda: m.winners_win_the_vote(case, 5, [2250], 300),
         lambda: m.list_equals_the_law(case, 900, 16, False, None),
     ]
     for call in calls:
@@ -112,7 +112,7 @@ def test_the_law_reads_tokens_where_they_lie(ends):
 @compiled
 @pytest.mark.parametrize("fault", ["packed", "first", "lanes"])
 def test_the_comparison_notices_tokens_read_elsewhere(fault, monkeypatch):
-    case, whole = Mixed(p.PackCase(Case(n=300, d=64)), 70), m.MixedTokens.tail
+    case, whole = Mixed(p.PackCase(Case(n=300, d=64, seed=5)), 70), m.MixedTokens.tail
 
     def spoiled(self):
         tail = whole.fget(self)
