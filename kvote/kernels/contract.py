@@ -31,6 +31,20 @@ PackedPool = tuple[Tensor, Packing, Lanes]
 Recent = tuple[Tensor, Tensor, Lanes, range]
 
 
+class Tail(NamedTuple):
+    """Raw tokens behind packed ones: their pools of ``keys`` and ``values``, and where the lanes lie in those.
+
+    Of sequence i, tokens before ``packed[i]`` are read from their codes and all others from the raw pools, whose lanes
+    hold them from token ``first[i]`` on, which is at most ``packed[i]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lanes: Lanes
+    packed: list[int]
+    first: list[int]
+
+
 # Cosines and sines [n, r], and the row at which they are read.
 Row = tuple[Tensor, Tensor, int]
 
@@ -83,6 +97,28 @@ class PackedKernels(Protocol):
 
     def scores(self, query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
         """q.k [b, heads, r, n] of ``query`` [b, heads, r, d] with a range of packed keys."""
+
+    def votes(self, query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int]) -> Tensor:
+        """``Backend.votes`` [b, r, n] of ``query`` [b, heads, r, d] on packed keys and on those of ``tail``."""
+
+    def select(self, query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int) -> Tensor:
+        """The ``k`` tokens [b, r, k] with the most ``votes``, ascending."""
+
+    def decode(
+        self,
+        query: Tensor,
+        keys: PackedPool,
+        values: PackedPool,
+        tail: Tail,
+        tokens: Tensor,
+        *,
+        angles: Angles | None,
+        interleaved: bool,
+        scale: float,
+        softcap: float | None,
+    ) -> Answer:
+        """``Backend.decode`` over a list ``tokens`` [b, m] of packed tokens and of those of ``tail``. Keys are rounded
+        to the model's dtype before they are rotated, and again then."""
 
 
 class Backend(Protocol):

@@ -178,7 +178,7 @@ template <class T>
 void select(const SelectArgs& a) {
     Winners<T> winners{a};
     const auto& v = a.votes;
-    if (!v.sketch) return votes_of<T, 0>(v, winners.bytes(), winners);
-    if (v.sketch_bits == 8) return votes_of<T, 8>(v, winners.bytes(), winners);
-    votes_of<T, 4>(v, winners.bytes(), winners);
+    if (!v.sketch) return votes_of(v, ByKeys<T>{v}, winners.bytes(), winners);
+    if (v.sketch_bits == 8) return votes_of(v, BySketch<8>{v}, winners.bytes(), winners);
+    votes_of(v, BySketch<4>{v}, winners.bytes(), winners);
 }
