@@ -182,10 +182,9 @@ void try_all(const Kernels& kernels) {
         if (wild && any(0, 99) == 0) x = one_of({INFINITY, NAN, 1e-42f, 3e38f});
     const auto cos = floats(std::max(count, n) * pairs * sequences), sin = floats(std::max(count, n) * pairs * sequences);
 
-    std::vector<int64_t> slots = ascending(pages.slots(), pages.slots());
     Bytes sketches(sketch_bytes(pages.slots(), dim, bits));
     try_threads(kernels, "sketch", [&](int threads) {
-        kernels.sketch({keys.data(), type, sketches.data(), bits, dim, slots.data(), int64_t(slots.size()), threads});
+        kernels.sketch({keys.data(), type, sketches.data(), bits, dim, pages.lanes.data(), lanes, start, n, threads});
         return sketches;
     });
     for (const uint8_t* sketch : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(sketches.data())}) {
