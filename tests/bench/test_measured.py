@@ -106,6 +106,14 @@ def test_prefill_and_decode_beside_transformers():
         assert row[6] == point["answer"]
 
 
+def test_perplexity_of_prose_and_where_its_attention_lies():
+    from why_perplexity import render
+
+    perplexity, attention = render(results("why_perplexity")).split("\n\n")
+    assert perplexity in PAGE
+    assert attention in PAGE
+
+
 def test_the_embedded_model_by_task():
     found = {(row["task"], row["length"]): row["exact"] for row in results("embedded")["rows"]}
     for task, *cells in rows("| task | 512 tokens"):
