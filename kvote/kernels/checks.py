@@ -101,10 +101,10 @@ def scoring(query: Tensor, pool: Tensor, channels: int, lanes: Lanes, start: int
     return rows
 
 
-def sketching(keys: Tensor, slots: Tensor) -> None:
-    """Tokens at pool ``slots`` can be sketched."""
-    check(keys.is_contiguous() and slots.is_contiguous(), "keys and slots must be contiguous")
-    check(slots.dtype == torch.int64, "slots must be int64")
+def sketching(keys: Tensor, sketch: Tensor, start: int, stop: int) -> None:
+    """Tokens of a pool of ``keys`` can be sketched."""
+    check(keys.is_contiguous() and sketch.is_contiguous(), "keys and sketches must be contiguous")
+    check(0 <= start <= stop, "there must be tokens")
 
 
 def appending(

@@ -180,7 +180,8 @@ class Backend(Protocol):
         bits: int,
     ) -> None:
         """Writes tokens ``key`` [b, h, t, d], ``value`` [b, h, t, dv] and ``positions`` int64 [b, t] to the pools
-        (keys, values, positions) behind the first ``first[lane]`` tokens of each lane, and sketches them."""
+        (keys, values, positions) behind the first ``first[lane]`` tokens of each lane, and sketches them; lanes of
+        less than a page are sketched anew."""
 
     def gather(
         self,
@@ -263,14 +264,16 @@ class Backend(Protocol):
         skip: Tensor | None = None,
     ) -> Tensor:
         """The ``k`` tokens [b, r, k] with the most ``votes``, ascending; arguments as there. With ``nominate``, votes
-        from the sketch nominate that many, which are scored again with their keys. ``skip`` bool [b]: sequences whose
+        from the sketch nominate that many, which are scored again with their keys; ``max(limits)`` must then be a page
+        at least where lanes hold one, or the centre of sketches would not be known. ``skip`` bool [b]: sequences whose
         answer is not used; they may be answered all the same."""
 
     def sketch_bytes(self, dim: int, bits: int) -> int:
         """Bytes of the sketch of ``SKETCH_TOKENS`` tokens; 0 where the backend keeps none."""
 
-    def sketch(self, keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
-        """Encodes the tokens at pool ``slots`` (page * PAGE + place) of ``keys`` into ``sketch`` [pages, bytes]."""
+    def sketch(self, keys: Tensor, sketch: Tensor, bits: int, lanes: Lanes, start: int, stop: int) -> None:
+        """Encodes tokens ``start`` to ``stop`` of ``keys`` into ``sketch`` [pages, bytes], each less the centre of its
+        lane: the mean of the lane's first page, or 0 where ``stop``, the tokens held, is less than a page."""
 
     # Keys with fewer channels.
 

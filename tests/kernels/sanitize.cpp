@@ -118,10 +118,7 @@ void try_step(const Kernels& kernels) {
     const Bytes value = elements(heads * dim, type, false), keys = elements(pages.slots() * dim, type, false);
     const Bytes values = elements(pages.slots() * dim, type, false);
     Bytes sketch(bits ? sketch_bytes(pages.slots(), dim, bits) : 0);
-    if (bits) {
-        const std::vector<int64_t> slots = ascending(pages.slots(), pages.slots());
-        kernels.sketch({keys.data(), type, sketch.data(), bits, dim, slots.data(), int64_t(slots.size()), 1});
-    }
+    if (bits) kernels.sketch({keys.data(), type, sketch.data(), bits, dim, pages.lanes.data(), heads, 0, length, 1});
     const int64_t sinks = any(0, length), edge = any(sinks, length), top_k = pairs && edge > sinks ? any(1, edge - sinks) : 0;
     const int64_t asked_at = any(0, 9), most = std::max(length, asked_at) + 1, nominate = bits == 4 ? any(0, length) : 0;
     const auto back_cos = floats(pairs), back_sin = floats(pairs), cos = floats(most * pairs), sin = floats(most * pairs);
@@ -174,10 +171,9 @@ void try_all(const Kernels& kernels) {
         if (wild && any(0, 99) == 0) x = one_of({INFINITY, NAN, 1e-42f, 3e38f});
     const auto cos = floats(std::max(count, n) * pairs * sequences), sin = floats(std::max(count, n) * pairs * sequences);
 
-    std::vector<int64_t> slots = ascending(pages.slots(), pages.slots());
     Bytes sketches(sketch_bytes(pages.slots(), dim, bits));
     try_threads(kernels, "sketch", [&](int threads) {
-        kernels.sketch({keys.data(), type, sketches.data(), bits, dim, slots.data(), int64_t(slots.size()), threads});
+        kernels.sketch({keys.data(), type, sketches.data(), bits, dim, pages.lanes.data(), lanes, start, n, threads});
         return sketches;
     });
     for (const uint8_t* sketch : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(sketches.data())}) {

@@ -96,8 +96,8 @@ struct SketchArgs {
     Type type;
     std::uint8_t* sketch;  // pool
     std::int64_t bits, dim;
-    const std::int64_t* slots;  // [count]: pool slots to encode
-    std::int64_t count;
+    const Lane* lanes;  // of `stop` tokens each, of which those from `start` on are encoded
+    std::int64_t lanes_count, start, stop;
     int threads;
 };
 

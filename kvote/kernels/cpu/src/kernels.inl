@@ -58,7 +58,7 @@ inline int64_t read_all(const char* memory, int64_t bytes, int threads) {
 KVOTE_BY_TYPE(run_votes, votes, VotesArgs, type)
 KVOTE_BY_TYPE(run_select, select, SelectArgs, votes.type)
 KVOTE_BY_TYPE(run_gather, gather, GatherArgs, type)
-KVOTE_BY_TYPE(run_sketch, sketch_slots, SketchArgs, type)
+KVOTE_BY_TYPE(run_sketch, sketch_lanes, SketchArgs, type)
 KVOTE_BY_TYPE(run_decode, decode, DecodeArgs, type)
 KVOTE_BY_TYPE(run_turn, turn, TurnArgs, type)
 KVOTE_BY_TYPE(run_append, append, AppendArgs, type)

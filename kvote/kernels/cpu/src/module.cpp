@@ -169,11 +169,12 @@ NB_MODULE(_cpu, m) {
                         at<void>(keys), at<void>(values), at<std::int32_t>(slot_positions), at<std::uint8_t>(sketch),
                         sketch_bits, threads});
     });
-    m.def("sketch", [](Address keys, int type, Address sketch, std::int64_t bits, std::int64_t dim, Address slots,
-                       std::int64_t count, int threads) {
+    m.def("sketch", [](Address keys, int type, Address sketch, std::int64_t bits, std::int64_t dim, Address runs,
+                       Address begins, std::int64_t lanes, std::int64_t start, std::int64_t stop, int threads) {
         nb::gil_scoped_release release;
-        active->sketch({at<const void>(keys), Type(type), at<std::uint8_t>(sketch), bits, dim,
-                        at<const std::int64_t>(slots), count, threads});
+        LaneTable table(runs, begins, lanes);
+        active->sketch({at<const void>(keys), Type(type), at<std::uint8_t>(sketch), bits, dim, table.lanes.data(),
+                        lanes, start, stop, threads});
     });
     m.def("attention_mass", [](Address query, Address lse, Address keys, int type, Address runs, Address begins,
                                std::int64_t lanes, std::int64_t rows, std::int64_t dim, std::int64_t start,
