@@ -1,7 +1,8 @@
 """What does a step of the server cost with many clients, and what does a shared prefix save?
 
-One run, one server: clients that ask at once, with prompts of some lengths, in tokens per second and time to the first
-token; then questions about a document that was read once, against the same texts sent whole.
+One run: clients that ask at once, with prompts of some lengths, in tokens per second and time to the first token; then
+questions about a document that was read once, against the same texts sent whole; then, of a server that holds prompts,
+the time to the first token of a prompt whose beginning it has read, against one whose beginning is new.
 
     python bench/serve.py --model model.gguf --clients 1 4 8 16 --prompts 200 --generate 64
 """
@@ -21,18 +22,21 @@ import torch
 import uvicorn
 from common import save, table
 
+from kvote import Library
 from kvote.cli.load import load
 from kvote.models import world
 from kvote.serve.app import application
 from kvote.serve.engine import Limits
+from kvote.serve.prefixes import Prefixes
 from kvote.serve.service import Service
 
 
 @contextlib.contextmanager
-def served(model: str | None, method: str) -> Any:
+def served(loaded: Any, method: str, library: Library | None = None) -> Any:
     """A service on a port of its own."""
-    loaded = load(model)
-    service = Service("model", loaded.model, loaded.tokenizer, method, Limits(rows=32, nbytes=2**33))
+    limits = Limits(rows=32, nbytes=2**33)
+    kept = library and Prefixes(loaded.model, library, chunk=limits.chunk, shares=False)
+    service = Service("model", loaded.model, loaded.tokenizer, method, limits, prefixes=kept)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(application(service), log_level="error"))
@@ -90,8 +94,8 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--prefix", type=int, default=3000)
     args = parser.parse_args()
-    rows = []
-    with served(args.model, args.method) as (service, url):
+    rows, loaded = [], load(args.model)
+    with served(loaded, args.method) as (service, url):
         never = dict.fromkeys(map(str, service.engine.ends), -100)
 
         def body(prompt: list[int], tokens: int) -> dict[str, Any]:
@@ -113,7 +117,21 @@ def main() -> None:
         for _ in range(3):
             for name, asked in (("whole", whole), ("document", behind)):
                 firsts[name].append(asyncio.run(many(url, [asked], "/v1/chat/completions"))["first_median_s"])
+    held: dict[int, dict[str, list[float]]] = {}
+    with served(loaded, args.method, Library()) as (service, url):
+        asyncio.run(many(url, [body(ids(service, 50, 0), 8)]))
+        for own in (200, 1000):
+            held[own] = {"new": [], "held": []}
+            for seed in range(3):
+                begun = ids(service, args.prefix, 100 * own + seed)
+                for name, ending in (("new", 7), ("held", 8)):
+                    asked = body(begun + ids(service, own, ending), 2)
+                    held[own][name].append(asyncio.run(many(url, [asked]))["first_median_s"])
     shared = {name: median(seconds) for name, seconds in firsts.items()}
+    prefixes = [
+        {"prefix": args.prefix, "own": own, **{name: median(each) for name, each in times.items()}}
+        for own, times in held.items()
+    ]
     print(
         table(
             ["prompt", "clients", "tokens/s", "of one client", "first token, median", "slowest"],
@@ -135,6 +153,11 @@ def main() -> None:
         f"first token behind {made['tokens']:,} tokens: {shared['whole']:.2f} s sent whole, {shared['document']:.2f} s "
         f"as a document, {ratio:.1f}x"
     )
+    for each in prefixes:
+        print(
+            f"first token of {each['own']:,} tokens behind {each['prefix']:,}: {each['new']:.2f} s new, "
+            f"{each['held']:.2f} s where these were read for an earlier prompt, {each['new'] / each['held']:.1f}x"
+        )
     save(
         "serve",
         {
@@ -142,6 +165,7 @@ def main() -> None:
             "method": args.method,
             "rows": rows,
             "document": {"tokens": made["tokens"], **shared, "ratio": ratio},
+            "prefixes": prefixes,
         },
     )
 

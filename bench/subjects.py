@@ -157,6 +157,16 @@ SUBJECTS: tuple[Subject, ...] = (
         ("selections",),
         "read",
     ),
+    Subject(
+        "actqkv",
+        {
+            0.25: "actqkv(block=16, sinks=4, window=62, top_k=11, chunk=31, least=8)",
+            0.125: "actqkv(block=16, sinks=4, window=31, top_k=5, chunk=16, least=4)",
+        },
+        "actqkv(top_k=64)",
+        ("selections",),
+        "read",
+    ),
     Subject("tokenselect, 8-bit sketch", {}, f"tokenselect({_LARGE_READ}, sketch='int8')", ("selections",), "read"),
     Subject(
         "tidaldecode",
@@ -204,6 +214,26 @@ SUBJECTS: tuple[Subject, ...] = (
         "read",
         stepwise=True,
         whole=0,
+    ),
+    Subject(
+        "sentencekv",
+        # Of what is kept, half is read, besides the ends of sentences and what follows them.
+        dial(lambda s, n: f"sentencekv(ends=(2504, 2508), tokens={n // 2}, factor=2.0, first=4, last={n // 8})"),
+        "sentencekv(ends=(13,))",
+        ("dropped", "selections"),
+    ),
+    Subject(
+        "mpcache",
+        dial(lambda s, n: f"mpcache(budget={s})"),
+        "mpcache(budget=0.25)",
+        ("dropped", "selections"),
+    ),
+    Subject(
+        "mpcache, layers in pairs",
+        {0.5: "mpcache(budget=0.5, share=2)"},
+        "mpcache(budget=0.25, share=2)",
+        ("dropped", "selections", "reused"),
+        weights=(1 / 2, 1 / 2),
     ),
     Subject(
         "snapkv | tokenselect",

@@ -13,6 +13,7 @@ import torch
 from kvote.layer import Layer, Step
 from kvote.measure.clock import once
 from kvote.read.tokens import Queries
+from kvote.settling import seal
 from kvote.spec import parse
 from kvote.store.segment import Logits
 
@@ -34,7 +35,7 @@ def filled(method: str, tokens: int) -> Layer:
     segment.append([0], made.key, made.value, made.positions)
     segment.watch(Queries(made.query), [0], 0)
     layer.seen = tokens
-    layer.seal()
+    seal(layer)
     return layer
 
 

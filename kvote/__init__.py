@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
         MethodError,
         NotFiniteError,
         OutOfMemoryError,
+        StorageError,
         UnsupportedModelError,
     )
     from kvote.hf.facts import detach
@@ -54,6 +55,7 @@ _HOME = {
     "OutOfMemoryError": "errors",
     "Report": "report",
     "Rows": "rows",
+    "StorageError": "errors",
     "Stream": "stream",
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
@@ -82,6 +84,7 @@ __all__ = [
     "OutOfMemoryError",
     "Report",
     "Rows",
+    "StorageError",
     "Stream",
     "UnsupportedModelError",
     "detach",

@@ -15,21 +15,22 @@ from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
 from kvote.beside import MARKS
-from kvote.errors import CropError, InactiveCacheError, InputError, InterruptedPassError, MethodError
+from kvote.errors import InactiveCacheError, InputError
 from kvote.heads import HeadGroups, in_groups
 from kvote.hf.beside import watch
-from kvote.hf.cache_layer import CacheLayer, Turn, check_native_crop, columns_of, forget_states, has_states
+from kvote.hf.cache_layer import CacheLayer, Turn, columns_of, forget_states, has_states
 from kvote.hf.compiling import uncompiled
 from kvote.hf.facts import facts_of, ropes_of
 from kvote.hf.model import native_layers
 from kvote.layer import Crew, Layer
+from kvote.made_for import checked
 from kvote.marked import Marked
 from kvote.method import Method
 from kvote.numbers import is_whole
 from kvote.passes import Passes
 from kvote.reads import Reads
-from kvote.report import LayerReport, Report
-from kvote.spec import parse
+from kvote.report import Report, nbytes_of, report_of
+from kvote.standing import agree, check_agreement, check_crop, fewest, holds
 from kvote.store.family import FORK
 
 # Positions are counted in 32 bits.
@@ -50,7 +51,7 @@ class Cache(TransformersCache):
     """
 
     def __init__(self, model: PreTrainedModel, method: Method | str = "dense") -> None:
-        self.method, self._model = _checked(model, method), ref(model)
+        self.method, self._model = checked(model, method), ref(model)
         for calibration in self.method.calibrations:
             calibration.check(model)
         self.turn, self.passes = Turn(), Passes()
@@ -76,11 +77,11 @@ class Cache(TransformersCache):
         super().__init__(layers=layers)
         # Held, not used.
         self._watch = watch(model) if self.method.needs.beside - {MARKS} else None
-        # Where a pass begins and ends: of the layers that count columns, and of all that take part.
+        # Where a pass begins and ends: of kvote's layers, of those that count columns, and of those that do not.
         self._ends = (min(ours), max(ours))
-        self._counting = [index for index, layer in enumerate(layers) if columns_of(layer) is not None]
-        self._states = [index for index, layer in enumerate(layers) if has_states(layer)]
-        self.passes.unmarked = bool(self._states)
+        self.counting = [index for index, layer in enumerate(layers) if columns_of(layer) is not None]
+        self.states = [index for index, layer in enumerate(layers) if has_states(layer)]
+        self.passes.unmarked = bool(self.states)
 
     @property
     def managed(self) -> list[Layer]:
@@ -136,9 +137,9 @@ class Cache(TransformersCache):
         """Cuts every layer to its first ``columns``. Raises as ``crop``."""
         self.passes.claim(self)
         self.passes.check()
-        self._check_crop(columns)
+        check_crop(self, columns)
         # Layers that do not count have seen what the first one has, if no pass was interrupted.
-        remove, interrupted = columns - self.get_seq_length(), columns == self._fewest and not self._agree()
+        remove, interrupted = columns - self.get_seq_length(), columns == fewest(self) and not agree(self)
         with self._changing():
             for layer in self.layers:
                 own = columns_of(layer)
@@ -168,61 +169,12 @@ class Cache(TransformersCache):
 
     def holds(self, columns: int) -> bool:
         """Whether every layer holds ``columns`` columns, as after a pass that was not interrupted."""
-        whole = self._ended and not self.passes.torn and all(part.seen == columns for part in self.managed)
-        return whole and all(columns_of(self.layers[i]) == columns for i in self._counting)
-
-    @property
-    def _ended(self) -> bool:
-        """Whether the last pass has reached the last layer, as far as layers that do not count can tell."""
-        return not self._states or self.passes.reached in (None, max(*self._states, *self._counting))
-
-    def _check_crop(self, columns: int) -> None:
-        if not self._ended:
-            raise InterruptedPassError(
-                "An interrupted pass has left native layers with states that cannot be taken back; call cache.reset() "
-                "and feed the text again."
-            )
-        for layer in self.layers:
-            own = columns_of(layer)
-            if own is not None and own < columns:
-                raise InterruptedPassError(
-                    f"An interrupted pass has left layers with {self._fewest} to {self.get_seq_length()} columns, so "
-                    f"none can be cut to {columns}; {self._way_back()}."
-                )
-            if isinstance(layer, CacheLayer):
-                for part in layer.layer.parts:
-                    part.check_crop(part.seen - columns)
-            else:
-                check_native_crop(layer, columns - (self.get_seq_length() if own is None else own))
-
-    def _agree(self) -> bool:
-        """Whether all layers between which a pass may have ended hold equally many columns."""
-        first, last = self._counting[0], self._counting[-1]
-        return first == last or bool(self.layers[first].get_seq_length() == self.layers[last].get_seq_length())
-
-    @property
-    def _fewest(self) -> int:
-        return min(columns_of(self.layers[index]) or 0 for index in self._counting)
-
-    def _way_back(self) -> str:
-        """How to go on after an interruption."""
-        fewest, encoded = self._fewest, max(max(part.encoded, part.shown) for part in self.managed)
-        try:
-            self._check_crop(fewest)
-        except (CropError, InterruptedPassError):
-            encoded = fewest + 1
-        if self._states or encoded > fewest:
-            return "call cache.reset() and feed the text again"
-        return f"call cache.crop({fewest - self.get_seq_length()}) to go back to {fewest}, or cache.reset()"
+        return holds(self, columns)
 
     def check(self) -> None:
         """Raises InterruptedPassError if the last pass has not gone through all layers."""
         self.passes.check()
-        if not self._agree():
-            first, last = (columns_of(self.layers[self._counting[i]]) for i in (0, -1))
-            raise InterruptedPassError(
-                f"The last pass was interrupted and has left layers with {last} to {first} columns; {self._way_back()}."
-            )
+        check_agreement(self)
 
     @property
     def _turn_taken(self) -> AbstractContextManager[Any]:
@@ -243,9 +195,9 @@ class Cache(TransformersCache):
     ) -> tuple[Tensor, Tensor]:
         """As transformers' ``Cache``. Raises InterruptedPassError and BusyCacheError."""
         self.passes.claim(self)
-        if layer_idx == self._counting[0]:
+        if layer_idx == self.counting[0]:
             self.check()
-        if self._states:
+        if self.states:
             self._reach(layer_idx, "attention")
         layer = self.layers[layer_idx]
         if isinstance(layer, CacheLayer) and not self.offloading:
@@ -282,7 +234,7 @@ class Cache(TransformersCache):
         """Notes how far a pass has come, for native layers whose states cannot be taken back and tell no length."""
         self.passes.claim(self)
         self.passes.check()
-        ends = sorted({*self._counting, *self._states})
+        ends = sorted({*self.counting, *self.states})
         if not self.passes.reach(layer_idx, state, ends[0], ends[-1]):
             self.passes.torn = True
             self.passes.check()
@@ -301,7 +253,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self._select_marked(beam_idx)
+            self.turn.marked.select(beam_idx, self._rows)
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -309,7 +261,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self._select_marked(torch.arange(self._rows).repeat_interleave(repeats))
+            self.turn.marked.select(torch.arange(self._rows).repeat_interleave(repeats), self._rows)
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -317,24 +269,18 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self._select_marked(indices)
+            self.turn.marked.select(indices, self._rows)
             super().batch_select_indices(indices)
 
     @property
     def _rows(self) -> int:
         return max(part.sequences for part in self.managed)
 
-    def _select_marked(self, index: Tensor) -> None:
-        # Most texts have no marks, and looking at numbers on a device would wait for it.
-        if self.turn.marked:
-            rows = torch.arange(self._rows)[torch.as_tensor(index).cpu()]
-            self.turn.marked.select(rows.tolist(), self._rows)
-
     def reset(self) -> None:
         """Back to the state before the first token; memory is given back."""
         self.passes.claim(self)
         with self._changing():
-            for index in self._states:
+            for index in self.states:
                 forget_states(self.layers[index])
             super().reset()
             self.passes.begin_anew()
@@ -343,8 +289,7 @@ class Cache(TransformersCache):
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, indexes, tables and what readers remember, in every layer."""
         self._check_active()
-        ropes = {id(layer.rope): layer.rope.nbytes for layer in self.managed if layer.rope is not None}
-        return sum(_layer_nbytes(layer) for layer in self.layers) + sum(ropes.values())
+        return nbytes_of(self.layers)
 
     def positions(self, layer: int) -> list[list[Tensor]]:
         """Original positions of the tokens that ``layer`` holds: int32 [tokens] for each sequence and key head.
@@ -365,11 +310,7 @@ class Cache(TransformersCache):
         self._check_active()
         if self.get_seq_length() == 0:
             raise InactiveCacheError("Nothing to report: no token has gone through this cache yet.")
-        layers = [LayerReport.of(layer.index, layer.parts) for layer in self._own]
-        nbytes, own = self.nbytes(), sum(layer.nbytes for layer in layers)
-        return Report(
-            self.method.spec, layers, nbytes, max(nbytes, self.passes.peak + nbytes - own), self.trial_seconds
-        )
+        return report_of(self.method.spec, self._own, self.nbytes(), self.passes.peak, self.trial_seconds)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -454,37 +395,3 @@ class Cache(TransformersCache):
             raise InactiveCacheError(
                 "The model ran without kvote's attention, so this cache holds nothing. Build a new one."
             )
-
-
-def _checked(model: Any, method: Any) -> Method:
-    """The method itself. Raises InputError for what is no loaded model, and MethodError for what is no method."""
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        name = repr(model) if isinstance(model, str) else "'...'"
-        raise InputError(
-            f"A cache is made for a loaded model, such as AutoModelForCausalLM.from_pretrained({name}); got "
-            f"{_short(model)}."
-        )
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise InputError(
-            "The model is in training with gradient checkpointing, where transformers takes its cache away; call "
-            "model.eval() first."
-        )
-    method = parse(method) if isinstance(method, str) else method
-    if not isinstance(method, Method):
-        call = f"; call it: {method.__name__}()" if callable(method) and hasattr(method, "__name__") else ""
-        raise MethodError(
-            f"method is a spec such as 'tokenselect(top_k=512)', or what a function of kvote.methods returns{call}; "
-            f"got {_short(method)}."
-        )
-    return method
-
-
-def _short(value: Any) -> str:
-    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
-
-
-def _layer_nbytes(layer: Any) -> int:
-    if isinstance(layer, CacheLayer):
-        return layer.layer.nbytes
-    held = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in held)

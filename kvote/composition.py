@@ -106,7 +106,10 @@ RULES = (
         "the reader adds up the attention that every token receives, and would lose count of tokens that move",
     ),
     Rule(
-        lambda of: of.read.needs.equal_layers and not of.keep.offers.equal_layers,
+        lambda of: (
+            not of.keep.offers.equal_layers
+            and (of.read.needs.equal_layers or of.keep.offers.layers_alike % of.read.needs.layers_alike > 0)
+        ),
         "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens",
     ),
     Rule(

@@ -37,5 +37,9 @@ class OutOfMemoryError(KvoteError, MemoryError):
     """Memory ran out; what was held before is as it was."""
 
 
+class StorageError(KvoteError, OSError):
+    """A disk on which tokens lie is full, or does not give back what was written."""
+
+
 class InputError(KvoteError, ValueError):
     """A document, question or file that cannot be used as given."""

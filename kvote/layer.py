@@ -1,26 +1,25 @@
-"""One layer's life: append the new tokens, read, attend, keep, seal. Knows no transformers and no paper."""
+"""One layer's life: append the new tokens, read, attend, settle what stays. Knows no transformers and no paper."""
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
 from torch import Tensor
 
-from kvote.affordable import affordable, check_budget
+from kvote.affordable import check_budget
 from kvote.asking import answers_of, asides_of
 from kvote.columns import pad_past, remember_columns
 from kvote.crew import Crew as Crew
-from kvote.errors import CropError, InputError
+from kvote.errors import InputError
 from kvote.groups import Group, alike, answer_pads
 from kvote.inference import outside_inference
-from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
 from kvote.layer_state import LayerState
-from kvote.marks import mark_of, restore, take_back
 from kvote.passes import Mark, unheard
-from kvote.read.tokens import Activity, AddsUp, Everything, Queries, Reading, Token
+from kvote.read.tokens import Activity, Everything, Queries, Reading, Token
+from kvote.rollback import check_crop, crop, forget_shown, mark_of, restore
+from kvote.settling import finish
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
@@ -38,11 +37,8 @@ class Layer(LayerState):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What the parts of the method say of themselves is asked once.
-        self._turns = self.rope if self.method.unrotated else None
         self._hears = self.method.keep.needs.echo > 0
-        self._looks_across = self.method.read.needs.equal_layers
-        self._shares = self.method.store.offers.shares_layers
+        self._looks_across = self.method.read.needs.other_layers
 
     @property
     def parts(self) -> "list[Layer]":
@@ -53,7 +49,7 @@ class Layer(LayerState):
         """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
         if self.segment is None:
             heads, value_dim = step.key.shape[1], step.value.shape[3]
-            self.segment = self.method.store.new_segment(heads, step.key, value_dim, self._turns)
+            self.segment = self.method.store.new_segment(heads, step.key, value_dim, self.turns)
             self.segment.add_sequences(step.key.shape[0])
             if isinstance(self.segment, Indexed) and self.method.store.offers.as_made:
                 for index in self.method.read.needs.indexes:
@@ -66,19 +62,6 @@ class Layer(LayerState):
             offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
             self.steps = offered and type(self.method.keep) is KeepAll and not self.method.needs.beside
         return self.segment
-
-    def budget(self, row: int) -> int | None:
-        """How many tokens a sequence may hold now, at least one, or None for no limit."""
-        dial = self.method.keep.budget
-        if dial is None or self.segment is None:
-            return None
-        if dial.unit != "bytes":
-            return dial.tokens(self.tokens_seen(row))
-        # Once there are tokens, a budget that no longer suffices (copies were made) must not end a pass half way.
-        return max(1, affordable(self, dial))
-
-    def tokens_seen(self, row: int) -> int:
-        return self.seen if self.columns is None else int(self.columns[row].sum())
 
     def expect(self, tokens: int) -> None:
         """Announces ``tokens`` columns."""
@@ -128,7 +111,7 @@ class Layer(LayerState):
             pad_past(self, step.past)
         remember_columns(self, step.valid, b, t)
         raw_key, raw_query = step.key, None
-        rope = self._turns
+        rope = self.turns
         if rope is not None:
             angles = rope.angles(step.positions, step.key.dtype)
             raw_key, raw_query = rope.undo(step.key, angles), rope.undo(step.query, angles)
@@ -137,6 +120,8 @@ class Layer(LayerState):
         groups = alike(before, step.valid, t)
         if len(groups) > 1 and self._joins(groups, step):
             groups = [(list(range(b)), None)]
+        if step.decode and self.method.read.offers.alone:
+            groups = [([row], columns) for rows, columns in groups for row in rows]
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)
@@ -188,7 +173,7 @@ class Layer(LayerState):
         if counts:
             self.count()
         if not self.record_past:
-            self.finish()
+            finish(self)
             if counts:
                 for layer in self.crew.layers if self.method.spans_layers else [self]:
                     layer.count()
@@ -216,7 +201,7 @@ class Layer(LayerState):
         if self.columns is not None or self.holes or step.query.shape[0] != 1 or self.sequences != 1:
             return None
         token = Token(step.query, step.key, step.value, int(step.positions), step.logits)
-        answer = self.method.read.step(token, self.segment, self._turns, self.memory, self.activity)  # type: ignore[attr-defined]
+        answer = self.method.read.step(token, self.segment, self.turns, self.memory, self.activity)  # type: ignore[attr-defined]
         if answer is None:
             return None
         self.activity.calls += 1
@@ -227,152 +212,20 @@ class Layer(LayerState):
         out: Tensor = answer.to(step.query.dtype)
         return out
 
-    def count(self) -> None:
-        """Counts the bytes held, for ``Passes.peak``."""
-        before, self.counted = self.counted, self.nbytes - self.record.waiting_nbytes
-        self.passes.hold(self.counted - before)
-
-    def finish(self) -> None:
-        """Drops and encodes what is due."""
-        # What interrupts this may have been interrupted in the middle of it.
-        self.changes += 1
-        dropped, encoded = self.drop(), self.seal_all()
-        if self.method.read.offers.adds_up:
-            self.settled = self.seen
-        if not dropped and not encoded:
-            self.changes -= 1
-
-    @outside_inference
-    def drop(self) -> bool:
-        """Shows the keeper what it has not seen yet, and lets go of the tokens that it does not keep, here and in the
-        layers before whose share of a budget that has changed. Says whether it saw or dropped anything."""
-        keeps = self.keeps
-        if self.segment is None or not keeps.drops:
-            return False
-        shown = self.record.settle([self.segment.length(row) for row in range(self.sequences)])
-        if shown:
-            self.shown = self.seen
-        if shown and keeps.adds_up:
-            self.settled = self.seen
-        if keeps.waits and self.ahead:
-            return shown
-        prompted, self.prompted = self.prompted, False
-        # Generated tokens change nothing in other layers.
-        first = 0 if keeps.cascades and prompted else self.number
-        asked = self.crew.layers[first : self.number + 1]
-        dropped = [layer.drop_own(self.number + 1, generated=not prompted) for layer in asked]
-        return shown or any(dropped)
-
-    def drop_own(self, observed: int, *, generated: bool) -> bool:
-        """Lets go of the tokens of this layer that the keeper does not keep, by what it has been shown of the first
-        ``observed`` layers. ``generated``: all that came since it was last asked was generated. Says whether any went,
-        or the keeper noted something."""
-        if self.segment is None:
-            return False
-        before = self.activity.dropped
-        memories = [layer.record.memory for layer in self.crew.layers] if self.keeps.cascades else ()
-        rope = self.rope if self._turns is None else None
-        uneven = self.method.keep.needs.uneven_heads
-        for row in range(self.sequences):
-            length, budget = self.segment.length(row), self.budget(row)
-            budget = length if budget is None else budget
-            place = (self.number, observed, rope, generated, len(self.crew))
-            lanes = self.segment.lengths(row) if uneven and isinstance(self.segment, UnevenSegment) else ()
-            held = Held(row, length, budget, self.segment, memories, *place, self.tokens_seen(row), self.rope, lanes)
-            kept = self.method.keep.survivors(held, self.record.memory)
-            if kept is not None:
-                had = self._held(row)
-                self.segment.keep(row, kept.slots, kept.content)
-                if self.record.memory is not None:
-                    self.record.memory.keep(row, kept.slots)
-                self.activity.dropped += had - self._held(row) or int(uneven)
-                self.settled = self.seen
-        if self.memory is not None and self.activity.dropped > before:
-            # What a reader remembers are slots, and other tokens stand there now.
-            self.memory.forget()
-        return self.record.memory is not None or self.activity.dropped > before
-
-    def seal_all(self) -> bool:
-        """Seals, unless later layers may still take tokens from this one: then all are sealed after the last. Says
-        whether anything was encoded."""
-        if not self.keeps.cascades:
-            return self.seal()
-        if self.number == len(self.crew.layers) - 1:
-            return sum(layer.seal() for layer in self.crew.layers) > 0
-        return False
-
-    @outside_inference
-    def seal(self) -> bool:
-        """Lets the store encode what is old enough. Says whether it did."""
-        if self.segment is None:
-            return False
-        encoded = self.segment.seal(self.ahead)
-        if self._shares:
-            segments = [layer.segment for layer in self.crew.layers]
-            encoded |= self.method.store.after_layer(segments, self.number, self.ahead)
-        if encoded:
-            self.encoded = self.seen
-        return encoded
-
     def check_crop(self, columns: int) -> None:
         """Raises CropError if the last ``columns`` columns cannot be forgotten: if that needs tokens back that are
         dropped."""
-        columns = min(columns, self.seen)
-        if columns and self.seen - columns < self.settled:
-            what = "dropped tokens" if self.activity.dropped else "added up attention"
-            raise CropError(
-                f"{self.method.spec} has {what} that a rollback of {columns} would need back; call "
-                "cache.activate_past_recording() before the tokens that may be rolled back, or use a method that "
-                "keeps everything."
-            )
+        check_crop(self, columns)
 
-    @outside_inference
     def crop(self, columns: int, ahead: int | None = None) -> None:
         """Forgets the last ``columns`` columns. ``ahead``: what follows is the rest of the same announced prompt, of
         which so many tokens are to come; None: it is another. Raises CropError as ``check_crop``."""
-        if self.segment is None:
-            return
-        columns = min(columns, self.seen)
-        self.check_crop(columns)
-        lengths = []
-        for row in range(self.sequences):
-            gone = columns if self.columns is None else int(self.columns[row, self.seen - columns :].sum())
-            lengths.append(self.segment.length(row) - gone)
-        if columns:
-            take_back(self, lengths, ahead)
-        self.seen -= columns
-        if self.columns is not None:
-            self.columns = self.columns[:, : self.seen].clone()
-        if columns and self.memory is not None:
-            if self.method.read.offers.adds_up:
-                cast(AddsUp, self.memory).take_back(self.segment, lengths)
-                self.settled = self.seen
-            else:
-                self.memory.forget()
-        self.segment.trim()
-        self.drop()
-        self.seal_all()
+        crop(self, columns, ahead)
 
-    @outside_inference
     def forget_shown(self, columns: int) -> None:
         """Forgets the last ``columns`` columns, which were recorded as what may be rolled back, once the keeper has
         been shown them: they decide what stays of the rest."""
-        if self.segment is None:
-            return
-        lengths = [self.segment.length(row) for row in range(self.sequences)]
-        self.record.settle(lengths)
-        lengths = [length - columns for length in lengths]
-        self.record.truncate(lengths)
-        for row, length in enumerate(lengths):
-            self.segment.truncate(row, length)
-        self.seen -= columns
-        self.settled = self.shown = self.seen
-        if self.memory is not None:
-            self.memory.forget()
-        self.segment.trim()
-        self.ahead, self.record_past = 0, False
-        self.finish()
-        self.count()
+        forget_shown(self, columns)
 
     @outside_inference
     def select(self, index: list[int]) -> None:

@@ -64,7 +64,10 @@ class LayerState:
 
     def __post_init__(self) -> None:
         self.record = Record(self.method.keep)
+        # What the parts of the method say of themselves is asked once.
         self.keeps = self.method.keep.offers
+        self.turns = self.rope if self.method.unrotated else None
+        self.shares_layers = self.method.store.offers.shares_layers
         self.number = self.crew.add(self)
 
     @property
@@ -74,9 +77,9 @@ class LayerState:
     @property
     def held(self) -> int:
         """Tokens held, of all sequences together."""
-        return 0 if self.segment is None else sum(self._held(row) for row in range(self.sequences))
+        return 0 if self.segment is None else sum(self.held_of(row) for row in range(self.sequences))
 
-    def _held(self, row: int) -> int:
+    def held_of(self, row: int) -> int:
         """Tokens of a sequence, the mean of its key heads where they differ."""
         assert self.segment is not None
         if isinstance(self.segment, UnevenSegment) and self.segment.by_head:
@@ -92,3 +95,12 @@ class LayerState:
     def positions(self, row: int) -> list[Tensor]:
         """Original positions of the tokens held, one int32 tensor per key head."""
         return [] if self.segment is None else self.segment.positions(row)
+
+    def tokens_seen(self, row: int) -> int:
+        """Tokens of a sequence that have come, also those that were dropped."""
+        return self.seen if self.columns is None else int(self.columns[row].sum())
+
+    def count(self) -> None:
+        """Counts the bytes held, for ``Passes.peak``."""
+        before, self.counted = self.counted, self.nbytes - self.record.waiting_nbytes
+        self.passes.hold(self.counted - before)

@@ -54,12 +54,16 @@ class Marked:
             found[name] = marked.to(device).repeat_interleave(rows // len(spans), dim=0)
         return found
 
-    def select(self, index: Sequence[int], rows: int) -> None:
+    def select(self, index: Tensor, rows: int) -> None:
         """Row i of ``rows`` is now a copy of the former row ``index[i]``."""
+        # Most texts have no marks, and looking at numbers on a device would wait for it.
+        if not self.spans:
+            return
+        chosen = torch.arange(rows)[torch.as_tensor(index).cpu()].tolist()
         for name, spans in self.spans.items():
             if len(spans) > 1 and rows:
                 every = _of_rows(spans, rows)
-                self.spans[name] = [list(every[i]) for i in index]
+                self.spans[name] = [list(every[i]) for i in chosen]
 
     def until(self, columns: int) -> "Marked":
         """The same without what is marked from ``columns`` on."""

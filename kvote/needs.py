@@ -47,6 +47,7 @@ class Needs:
 
     Of what is held: ``keys``; ``lists``: single tokens can be read; ``indexes``: columns derived from keys, which are
     held beside them. ``equal_heads``, ``equal_layers``: all key heads of a layer, or all layers, hold the same tokens;
+    ``layers_alike``: layers do in groups of so many neighbours, counted from the first;
     ``whole_layers``: the key heads of a layer are held together. ``uneven_heads``: key heads may hold different numbers
     of tokens. ``lasting``: no token is dropped while generating. ``echo``: a prompt is read again once it has ended,
     so many tokens at a time (``kvote.echo``), and stays as the model made it until then; 0: it is not.
@@ -66,6 +67,12 @@ class Needs:
     echo: int = 0
     rotation: bool = False
     beside: frozenset[str] = frozenset()
+    layers_alike: int = 1
+
+    @property
+    def other_layers(self) -> bool:
+        """Whether the part takes over what another layer has decided."""
+        return self.equal_layers or self.layers_alike > 1
 
     def __or__(self, other: "Needs") -> "Needs":
         """What both need together."""
@@ -81,6 +88,7 @@ class Needs:
             max(self.echo, other.echo),
             self.rotation or other.rotation,
             self.beside | other.beside,
+            math.lcm(self.layers_alike, other.layers_alike),
         )
 
 
@@ -88,9 +96,9 @@ class Needs:
 class KeeperOffers:
     """What becomes of tokens. ``drops``: some are let go of; ``drops_generated``: while generating, too; ``waits``: not
     before the end of an announced prompt. ``equal_heads``, ``equal_layers``: key heads of a layer, or layers, hold the
-    same tokens; ``whole_layers``: no key heads are kept apart by keepers of their own. ``adds_up``: what was observed
-    cannot be taken back, so a rollback must have been announced even where nothing was dropped. ``cascades``: what is
-    observed in a layer changes what earlier layers may hold."""
+    same tokens; ``layers_alike``: layers do in groups of so many; ``whole_layers``: no key heads are kept apart by
+    keepers of their own. ``adds_up``: what was observed cannot be taken back, so a rollback must have been announced
+    even where nothing was dropped. ``cascades``: what is observed in a layer changes what others may hold."""
 
     drops: bool = True
     drops_generated: bool = True
@@ -100,6 +108,7 @@ class KeeperOffers:
     whole_layers: bool = True
     adds_up: bool = False
     cascades: bool = False
+    layers_alike: int = 1
     cuts: Cuts = WHOLE
 
 
@@ -121,10 +130,12 @@ class StoreOffers:
 class ReaderOffers:
     """``uneven_heads``: it reads right where key heads hold different numbers of tokens. ``cuts``: where in a prompt,
     in front of its ``tail``, what is read does not depend on what follows. ``adds_up``: it remembers sums over passes,
-    so its memory is an ``AddsUp``, and no token may move."""
+    so its memory is an ``AddsUp``, and no token may move. ``alone``: rows of a batch may read different numbers of
+    tokens, so it is given generated tokens row by row."""
 
     uneven_heads: bool = False
     adds_up: bool = False
+    alone: bool = False
     cuts: Cuts = WHOLE
 
 

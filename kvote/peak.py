@@ -7,8 +7,12 @@ import torch
 
 from kvote.method import Method
 from kvote.store.low_rank import SharedLowRank
+from kvote.store.offloaded import Offloaded
 from kvote.store.pages import PAGE
 from kvote.store.raw_tokens import ROOM, token_bytes
+
+# Bytes of a position.
+_POSITION = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ def peak_bytes(method: Method, shape: Shape, tokens: int, *, tokens_per_pass: in
     that comes in several, all layers do until its end, unless the method drops after every pass. What attention
     computes on the way is not counted, nor are tables of rotations, which layers share.
     """
+    if isinstance(method.store, Offloaded) and not method.keep.offers.waits:
+        here = min(tokens, method.store.recent + PAGE + tokens_per_pass)
+        return int(shape.layers * (_raw(method, shape, here) * 9 / 8 + _POSITION * tokens * shape.heads))
     whole = _raw(method, shape, _held(method, tokens, tokens_per_pass) + ROOM)
     later = min(whole, _later(method, shape, tokens))
     # Layers that are encoded together.

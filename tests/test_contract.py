@@ -19,7 +19,10 @@ from transformers import PreTrainedModel
 
 import kvote
 from kvote import CropError, Method
+from kvote.settling import drop
 from kvote.spec import parse
+from kvote.store import disk_region
+from kvote.store.offloaded import OffloadedSegment
 
 _ALL = "top_k=500, sinks=2, window=6, chunk=4"
 _FEW = "top_k=5, sinks=2, window=6"
@@ -75,6 +78,13 @@ METHODS = {
     "kivi-delta": "kivi(residual=32) | delta(full=(0,), pages=3, recent=1, page=4)",
     "infllm-all": "infllm(window=500)",
     "infllm": "infllm(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1)",
+    "actqkv-all": "actqkv(window=500)",
+    "actqkv": "actqkv(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1, least=1, ramp=8, warm=2)",
+    "sentencekv-all": "sentencekv(ends=(7, 9), tokens=500)",
+    "sentencekv": "sentencekv(ends=(7, 9, 20, 33), tokens=16, factor=2.0, window=6, first=2, last=4)",
+    "mpcache-all": "mpcache(budget=500, coarse=1.0, fine=1.0)",
+    "mpcache": "mpcache(budget=40, cluster=2, coarse=0.5, fine=0.3)",
+    "mpcache-pairs": "mpcache(budget=40, cluster=2, share=2)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "cake-all": "cake(budget=500, window=6)",
@@ -113,6 +123,9 @@ METHODS = {
     "think-tidaldecode": "think(ratio=0.5, window=6, recent=5) | tidaldecode(top_k=5, first=0)",
     "razorattention-think": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1) | "
     "think(ratio=0.5, window=6, recent=5)",
+    "offload": "offload(recent=3)",
+    "h2o-offload": "h2o(budget=66, burst=1) | offload(recent=1)",
+    "offload-tokenselect": f"offload(recent=3) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "xkv-all": "xkv(group=2, key_rank=1.0, value_rank=1.0)",
     "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
     "xkv-tokenselect": f"xkv(group=2, key_rank=6, value_rank=6) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
@@ -224,7 +237,7 @@ def held(cache: Any, layer: int) -> list[list[int]]:
         # All of them: what a later layer has seen may change what an earlier one keeps.
         each.record_past = False
         for part in each.layer.parts:
-            part.drop()
+            drop(part)
     return [lane.tolist() for row in cache.positions(layer) for lane in row]
 
 
@@ -499,7 +512,10 @@ def test_nbytes_is_the_sum_of_the_buffers(net, method, batch):
     runs = sum(len(lane.runs) for pool in pools for lane in pool.lanes)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in buffers(cache)}
     arrays = sum(pool.owners.nbytes for pool in pools)
-    assert cache.nbytes() == sum(storages.values()) + arrays + 16 * runs > 0
+    segments = [part.segment for layer in cache.managed for part in layer.parts]
+    disks = [segment.disk for segment in segments if isinstance(segment, OffloadedSegment)]
+    handles = sum(disk_region.HANDLE * len(blocks) for disk in disks for blocks in disk.blocks)
+    assert cache.nbytes() == sum(storages.values()) + arrays + 16 * runs + handles > 0
     shared = {id(layer.rope): layer.rope.nbytes for layer in cache.managed if layer.rope is not None}
     assert cache.nbytes() == sum(layer.nbytes for layer in cache.report().layers) + sum(shared.values())
 

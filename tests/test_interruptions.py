@@ -16,7 +16,7 @@ from calibrated import double_sparsity
 from torch import Tensor
 
 import kvote
-from kvote import CropError, InputError, InterruptedPassError
+from kvote import CropError, InputError, InterruptedPassError, settling
 from kvote.layer import Layer
 from kvote.store.pages import PagePool
 
@@ -35,6 +35,7 @@ METHODS: dict[str, Any] = {
     "critic": "critic(budget=20)",
     "prefixkv": "prefixkv(budget=20)",
     "kvcrush": "kvcrush(budget=20, window=6)",
+    "mpcache": "mpcache(budget=20, cluster=2, share=2)",
     "expectedattention": "expectedattention(budget=20, sinks=2, future=16)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",
@@ -118,7 +119,12 @@ def fails(stage: str, index: int, *, after: bool, error: type[BaseException]) ->
             if stage in ("append", "watch", "attend", "step", "keep", "seal") and hasattr(segment, stage):
                 patch.setattr(segment, stage, stopped(getattr(segment, stage)), raising=False)
             elif stage == "drop":
-                patch.setattr(layer, "drop_own", stopped(layer.drop_own))
+                own = settling.drop_own
+
+                def dropping(each: Layer, *args: Any, **kwargs: Any) -> bool:
+                    return (stopped(own) if each is layer else own)(each, *args, **kwargs)
+
+                patch.setattr(settling, "drop_own", dropping)
             elif stage == "read":
                 reader = type(layer.method.read)
                 read = reader.read

@@ -40,7 +40,7 @@ def test_the_spec_of_a_method_tells_every_parameter_that_differs_from_its_defaul
     ("spec", "message"),
     [
         ("tokenselekt", "There is no method 'tokenselekt'; did you mean tokenselect?"),
-        ("xyz", "There is no method 'xyz'; there are adakv, cake, critic, "),
+        ("xyz", "There is no method 'xyz'; there are actqkv, adakv, cake, "),
         ("tokenselect(topk=5)", "tokenselect has no parameter 'topk'; it has top_k, sinks"),
         ("dense(x=1)", "dense has no parameter 'x'; it has none"),
         ("tokenselect(512)", "with named parameters"),

@@ -43,6 +43,9 @@ def _first(name: str, given: tuple[str, ...]):
     """The method with what it can take of ``given``."""
     from kvote.pairs import _ways
 
+    if name == "sentencekv":
+        # It must be told which tokens end a sentence.
+        return METHODS[name].build(ends=(7, 9))
     ways = dict(_ways(METHODS[name]))
     return ways[max((way for way in ways if set(way) <= set(given)), key=len)]
 

@@ -322,9 +322,7 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def _serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    serve = _command(
-        commands, "serve", "serve", "serve a model to OpenAI clients, with the cache policy in the request"
-    )
+    serve = _command(commands, "serve", "serve", "serve a model to OpenAI clients; requests name a cache policy")
     _model(serve)
     serve.add_argument("--name", metavar="NAME", help="what requests call the model (default: as --model)")
     serve.add_argument(
@@ -343,6 +341,9 @@ def _serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     number("--context", default=131_072, help="tokens of a prompt and its answer (default: 131,072)")
     number("--cache-bytes", help="of all caches in use (default: half of the memory that is free)")
     number("--documents", default=100, help="documents held at a time (default: %(default)s)")
+    serve.add_argument("--prefix-bytes", metavar="N", type=_natural, help="of prompts for later ones (default: 1/8)")
+    serve.add_argument("--library", metavar="DIR", help="a folder for prompts that no longer fit, and after the end")
+    serve.add_argument("--share-prefixes", action="store_true", help="with other keys too: answers come sooner then")
 
 
 def _port(text: str) -> int:

@@ -10,9 +10,10 @@ from kvote.cli.plain import warn
 from kvote.cli.subject import read_text
 from kvote.env import memory
 from kvote.errors import InputError
+from kvote.library.library import Library
 
 # Of the memory that is free once the model is loaded.
-_FOR_CACHES, _FOR_DOCUMENTS = 0.5, 0.25
+_FOR_CACHES, _FOR_DOCUMENTS, _FOR_PREFIXES = 0.5, 0.25, 0.125
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
         service = importlib.import_module("kvote.serve.service")
         engine = importlib.import_module("kvote.serve.engine")
         documents = importlib.import_module("kvote.serve.documents")
+        prefixes = importlib.import_module("kvote.serve.prefixes")
     except ImportError as error:
         raise InputError(f"The server needs {error.name}; install kvote[serve].") from error
     keys = [] if args.api_key_file is None else _keys(args.api_key_file)
@@ -40,13 +42,18 @@ def run(args: argparse.Namespace) -> None:
     )
     held = documents.Documents(int(free * _FOR_DOCUMENTS), args.documents)
     name = args.name or loaded.name
+    size = int(free * _FOR_PREFIXES) if args.prefix_bytes is None else args.prefix_bytes
+    library = Library(args.library, memory=size) if size or args.library is not None else None
     with quiet(bars=False):
-        made = service.Service(name, loaded.model, loaded.tokenizer, args.method, limits, held, keys)
+        kept = library and prefixes.Prefixes(loaded.model, library, chunk=args.chunk, shares=args.share_prefixes)
+        made = service.Service(name, loaded.model, loaded.tokenizer, args.method, limits, held, keys, kept)
     hosts = [*app.LOOPBACK, args.host, *args.allow_host]
     port = listening.getsockname()[1]
     warn(f"serving {name} on http://{args.host}:{port} (page at /, OpenAI interface at /v1)")
     config = uvicorn.Config(app.application(made, hosts=hosts), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listening])
+    if library is not None:
+        library.close()
 
 
 def _keys(path: str) -> Sequence[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from kvote.errors import UnsupportedModelError
+from kvote.hf.guard import switches_at
 
 
 def generate(
@@ -40,19 +41,11 @@ def generate(
 def passes(ids: Tensor, model: PreTrainedModel, size: int) -> tuple[Tensor, ...]:
     """``ids`` [1, n] in passes of ``size`` tokens. Where a longer text is rotated in another way (LongRoPE), the first
     pass is long enough for that, so that all of the text is rotated alike."""
-    limit = _switches_at(model)
+    limit = switches_at(model)
     if limit is None or not size <= limit < ids.shape[1]:
         return torch.split(ids, size, dim=1)
     first, rest = ids[:, : limit + 1], ids[:, limit + 1 :]
     return (first, *torch.split(rest, size, dim=1)) if rest.shape[1] else (first,)
-
-
-def _switches_at(model: PreTrainedModel) -> int | None:
-    """Tokens up to which a model with LongRoPE uses its short factors."""
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    return int(limit) if limit and rope.get("rope_type") == "longrope" else None
 
 
 class _Watch(LogitsProcessor):
@@ -92,7 +85,7 @@ def finite(logits: Tensor) -> bool:
 
 
 def _threw_away(model: PreTrainedModel) -> UnsupportedModelError:
-    limit = _switches_at(model)
+    limit = switches_at(model)
     where, advice = "", "run the model with a cache of its own, or use another model."
     if limit:
         where = f" when the text passed its original_max_position_embeddings of {limit:,} tokens"

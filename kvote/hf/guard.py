@@ -15,13 +15,13 @@ from kvote.hf.cache_layer import CacheLayer
 from kvote.hf.model import innermost, name_of
 from kvote.hf.watch import WatchedCache
 
-_NAME = "prepare_inputs_for_generation"
+_NAME, _TRAINED = "prepare_inputs_for_generation", "original_max_position_embeddings"
 
 
 def throws_away(model: Any) -> int | None:
     """The length of text behind which ``model`` leaves its cache out; None if it keeps it. Found out by asking it."""
     prepare: Any = getattr(model, _NAME, None)
-    for length in _lengths(model.config) if prepare is not None else ():
+    for length in _lengths(model.config.get_text_config(decoder=True)) if prepare is not None else ():
         ids = torch.zeros(1, length + 1, dtype=torch.int64)
         cache = WatchedCache(config=model.config)
         try:
@@ -33,13 +33,24 @@ def throws_away(model: Any) -> int | None:
     return None
 
 
+def switches_at(model: Any) -> int | None:
+    """Tokens up to which a model with LongRoPE uses its short factors; None for a model without it."""
+    config = model.config.get_text_config(decoder=True)
+    lengths = _lengths(config)
+    longrope = any(rotation.get("rope_type") == "longrope" for rotation in _rotations(config))
+    return lengths[0] if lengths and longrope else None
+
+
 def _lengths(config: Any) -> list[int]:
     """Lengths up to which a config says that a model was first trained."""
-    config = config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    named = [getattr(config, "original_max_position_embeddings", None)]
-    named += [x.get("original_max_position_embeddings") for x in (rope, *rope.values()) if isinstance(x, dict)]
+    named = [getattr(config, _TRAINED, None), *(rotation.get(_TRAINED) for rotation in _rotations(config))]
     return sorted({n for n in named if isinstance(n, int) and 0 < n < 1 << 24})
+
+
+def _rotations(config: Any) -> list[dict[str, Any]]:
+    """The rotation that a config tells, or those of each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
 class Guard:

@@ -49,12 +49,18 @@ class Bounds:
         at = slots[:, :: self.page] // self.page
         pool.parts[NAME].view(-1, 2, d)[at] = torch.stack([held.amin(2), held.amax(2)], dim=2)
 
+    def of(self, rows: list[int], stop: int) -> tuple[Tensor, Tensor]:
+        """The bounds of each page of tokens before ``stop``, the lower and the upper ones [b, h, pages, d]."""
+        d = self.keys.pool.keys.shape[-1]
+        held = self.keys.pool.parts[NAME][self.keys.pages(rows)].reshape(len(rows), self.keys.heads, -1, 2, d)
+        low, high = held[:, :, : -(-stop // self.page)].unbind(3)
+        return low, high
+
     def scores(self, query: Tensor, rows: list[int], stop: int) -> Tensor:
         """The most [b, heads, r, pages] that q.k of ``query`` [b, heads, r, d] can be in each page of tokens before
         ``stop``, float32."""
         b, heads, r, d = query.shape
-        held = self.keys.pool.parts[NAME][self.keys.pages(rows)].reshape(b, self.keys.heads, -1, 2, d)
-        low, high = held[:, :, : -(-stop // self.page)].float().unbind(3)
+        low, high = (each.float() for each in self.of(rows, stop))
         grouped = query.float().reshape(b, self.keys.heads, -1, d)
         # Each channel of a query meets the bound with which its product is larger.
         return (grouped.clamp(min=0) @ high.mT + grouped.clamp(max=0) @ low.mT).reshape(b, heads, r, -1)

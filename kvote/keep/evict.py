@@ -135,6 +135,7 @@ class Evict:
             equal_layers=not (self.score.per_layer or self.allocate.per_layer),
             adds_up=self.score.adds_up or (self.merge is not None and self.merge.adds_up),
             cascades=self.allocate.cascades,
+            layers_alike=self.score.layers_alike,
         )
 
     @property

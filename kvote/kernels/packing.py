@@ -154,6 +154,28 @@ def pack(x: Tensor, pages: Tensor, form: Packing, slots: Tensor) -> None:
         words[where] = _as_words((words[where].long() & ~(mask << int(shifts[step]))) | code)
 
 
+def erase(form: Packing, page: Tensor, first: int) -> None:
+    """Makes zeros of what a page uint8 [bytes] holds of tokens from ``first`` on. Scales and minima of groups of keys
+    that begin before ``first`` stay."""
+    words, *params = (part[0] for part in _parts(page[None], form))
+    if form.are_keys:
+        tile = first // _LANES
+        by_tile = words.view(PACKED // _LANES, -1, _LANES)
+        by_tile[tile, :, first % _LANES :] = 0
+        by_tile[tile + 1 :] = 0
+    else:
+        by_word = words.view(-1, PACKED // form.steps, _LANES)
+        word, step = divmod(first, form.steps)
+        kept = ((1 << form.bits) - 1) << _shifts(form)[:step]
+        by_word[:, word] &= int(_as_words(kept.sum()))
+        by_word[:, word + 1 :] = 0
+    for part in params:
+        if form.are_keys and not form.by_token:
+            part[-(-first // form.group) :] = 0
+        else:
+            part[:, first:] = 0
+
+
 def _as_words(bits: Tensor) -> Tensor:
     """The lowest 32 bits of int64 as int32."""
     low = bits & 0xFFFFFFFF

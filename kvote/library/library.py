@@ -105,6 +105,23 @@ class Library:
         self._spill(gone)
         return cache, reused
 
+    def lend(self, scope: str, fresh: Cache, ids: Tensor, reading: Reading) -> tuple[Cache, int, float]:
+        """For a caller that reads prompts itself and wants the logits behind them: a cache that has read the beginning
+        of ``ids`` [1, n], not all of it, how many tokens that is, and the seconds it spares. ``fresh``: the cache if
+        nothing serves. ``scope``: what prompts must have in common to share.
+        """
+        cache, reused, spared = self._find(scope, fresh, ids, reading, short=1)
+        with self._lock:
+            self._count(prompts=1, hits=int(reused > 0), tokens=ids.shape[1], tokens_reused=reused)
+            self._counted = replace(self._counted, seconds_saved=self._counted.seconds_saved + spared)
+        return cache, reused, spared
+
+    def keep(self, scope: str, cache: Cache, ids: Tensor, seconds: float) -> None:
+        """Holds what a ``cache`` has read of ``ids`` [1, n], all of it, in so many ``seconds``."""
+        with self._lock:
+            gone = self._remember(scope, cache, ids, seconds)
+        self._spill(gone)
+
     def read(self, document: Any) -> Cache:
         """A cache that has read a ``kvote.Document``."""
         return self.cache(
@@ -164,14 +181,17 @@ class Library:
         with counted_once():
             return sum(prefix.cache.nbytes() for prefix in self._held)
 
-    def _find(self, scope: str, fresh: Cache, ids: Tensor, reading: Reading) -> tuple[Cache, int, float]:
-        """A cache with the longest prefix that can be reused, its tokens, and the seconds that this spares."""
+    def _find(
+        self, scope: str, fresh: Cache, ids: Tensor, reading: Reading, short: int = 0
+    ) -> tuple[Cache, int, float]:
+        """A cache with the longest prefix that can be reused, its tokens, and the seconds that this spares. ``short``:
+        how many tokens of the prompt are to be left at least."""
         row, step = _row(ids), grain(fresh.method, fresh.model)
         tail = 0 if reading.question_follows else fresh.method.read.tail
         model, best = fresh.model, (fresh, 0, 0.0)
         with self._lock:
             own = [prefix for prefix in self._held if prefix.scope == scope and prefix.model() is model]
-            counts = [_count(prefix.ids, row, step, tail) for prefix in own]
+            counts = [_count(prefix.ids, row, step, tail, short) for prefix in own]
             for count, prefix in sorted(zip(counts, own, strict=True), key=lambda pair: -pair[0]):
                 if count and (cut := _cut(prefix.cache, count)) is not None:
                     prefix.used = self._clock()
@@ -179,7 +199,7 @@ class Library:
                     break
         if self._folder is None or best[1] == len(row):
             return best
-        filed = [(_count(each.ids, row, step, tail), each) for each in self._folder.prefixes(scope)]
+        filed = [(_count(each.ids, row, step, tail, short), each) for each in self._folder.prefixes(scope)]
         for count, each in sorted(filed, key=lambda pair: -pair[0]):
             # The whole file is read, whatever it serves.
             if count <= best[1] or count * _AT_LEAST < len(each.ids):
@@ -254,12 +274,12 @@ def _row(ids: Tensor) -> Tensor:
     return ids[0].detach().cpu().to(torch.int64).clone()
 
 
-def _count(held: Tensor, row: Tensor, step: int | None, tail: int) -> int:
-    """How many tokens of the prompt ``row`` a prefix may serve."""
+def _count(held: Tensor, row: Tensor, step: int | None, tail: int, short: int) -> int:
+    """How many tokens of the prompt ``row``, but for the last ``short``, a prefix may serve."""
     same = shared(held, row)
-    if same == len(held) == len(row):
+    if same == len(held) == len(row) and not short:
         return same
-    return 0 if step is None else reusable(same, (len(held), len(row)), tail, step)
+    return 0 if step is None else reusable(same, (len(held) + short, len(row)), max(tail, short), step)
 
 
 def _cut(held: Cache, count: int) -> Cache | None:

@@ -141,7 +141,7 @@ def refuse(model: Shape, method: Method) -> None:
     """Raises UnsupportedModelError for a method that the model cannot be used with."""
     if method.read.needs.keys is Keys.UNROTATED and not model.rotary:
         raise UnsupportedModelError(f"{model.name} has no rotary positions that kvote can undo; use method 'dense'.")
-    if method.read.needs.equal_layers or method.calibrations:
+    if method.read.needs.other_layers or method.calibrations:
         raise UnsupportedModelError(
             f"{method.spec} cannot be predicted: one layer is measured for all, without weights to calibrate with; "
             "measure it on the model itself."

@@ -11,6 +11,7 @@ from kvote.heads import HeadGroups, in_groups
 from kvote.layer import Crew, Layer, Step
 from kvote.method import Method
 from kvote.rope import Rope
+from kvote.settling import drop, seal_all
 from kvote.store.segment import Logits
 
 _BASE = 500_000.0
@@ -72,7 +73,7 @@ class Geometry:
             positions = torch.arange(start, stop).expand(batch, -1)
             segment.append(list(range(batch)), key[:, :, start:stop], value[:, :, start:stop], positions)
             layer.seen, layer.prompted = stop, True
-            layer.drop()
+            drop(layer)
 
     def prefilled(self, method: Method, key: Tensor, value: Tensor, layers: int = 1) -> list[Layer | HeadGroups]:
         """Neighbouring layers of ``method``, each with ``key`` and ``value`` [1, kv_heads, n, dim] as after a prompt:
@@ -113,8 +114,8 @@ class Geometry:
                 own = key[:, heads, start:stop], value[:, heads, start:stop]
                 segment.append(rows, *own, torch.arange(start, stop).expand(len(rows), -1))
                 part.seen, part.ahead, part.prompted = stop, announced - stop, True
-                part.drop()
-                part.seal_all()
+                drop(part)
+                seal_all(part)
 
     def step(self, position: int, batch: int = 1) -> Step:
         """A decode step of a random token at ``position``."""

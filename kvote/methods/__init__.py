@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from kvote import plugins
 from kvote.method import METHODS, Method
+from kvote.methods.actqkv import actqkv
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
 from kvote.methods.critic import critic
@@ -24,6 +25,8 @@ from kvote.methods.knorm import knorm
 from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.mpcache import mpcache
+from kvote.methods.offload import offload
 from kvote.methods.oracle import oracle
 from kvote.methods.prefixkv import prefixkv
 from kvote.methods.pyramidkv import pyramidkv
@@ -31,6 +34,7 @@ from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
+from kvote.methods.sentencekv import sentencekv
 from kvote.methods.snapkv import snapkv
 from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
@@ -40,6 +44,7 @@ from kvote.methods.tokenselect import tokenselect
 from kvote.methods.xkv import xkv
 
 __all__ = [
+    "actqkv",
     "adakv",
     "cake",
     "critic",
@@ -57,6 +62,8 @@ __all__ = [
     "kvcrush",
     "kvzip",
     "mikv",
+    "mpcache",
+    "offload",
     "oracle",
     "prefixkv",
     "pyramidkv",
@@ -64,6 +71,7 @@ __all__ = [
     "random",
     "randomkeep",
     "razorattention",
+    "sentencekv",
     "snapkv",
     "sparq",
     "streamingllm",

@@ -85,21 +85,29 @@ class FarBlocks(PlainReader):
         sets = [each for each in (first, rest) if len(each)]
         if blocks:
             reading.activity.selections += len(reading.rows)
-            scores = self._scores(reading, memory, row, stop)
-            best = kernels.top_k(scores, min(self.top_k, blocks))[..., None] * self.block + self.sinks
+            best = self._best(reading, memory, row, stop)[..., None] * self.block + self.sinks
             index = (best + torch.arange(self.block, device=best.device)).flatten(1)[:, None]
             sets.append(TokenSet(index, False, None, "together", self.window))
         return sets
 
-    def _scores(self, reading: Reading, memory: LocalMass, row: int, stop: int) -> Tensor:
-        """Products [b, blocks] of representatives with the mean of the queries, all at the one distance."""
+    def _best(self, reading: Reading, memory: LocalMass, row: int, stop: int) -> Tensor:
+        """The blocks [b, k] that queries ``row`` to ``stop`` read, ascending: those with the largest product of what
+        represents them with the mean of the queries."""
+        query, keys = self._far_queries(reading, row, stop).mean(2), self._represented(reading, memory)
+        scores = torch.einsum("bhd,bnhd->bn", query, keys)
+        return kernels.top_k(scores, min(self.top_k, scores.shape[1]))
+
+    def _far_queries(self, reading: Reading, row: int, stop: int) -> Tensor:
+        """The queries [b, heads, t, d] at the one distance, float32."""
         rope, raw = reading.rope, reading.queries.raw
         assert rope is not None
         assert raw is not None
         angles = rope.contiguous(self.window + 1, raw.device, start=self.window)
-        query = rope.apply(raw[:, :, row:stop].float().mean(2, keepdim=True), angles)[:, :, 0]
-        keys = torch.stack([memory.held[each].keys for each in reading.rows])
-        return torch.einsum("bhd,bnhd->bn", query, keys.float())
+        return rope.apply(raw[:, :, row:stop].float(), angles)
+
+    def _represented(self, reading: Reading, memory: LocalMass) -> Tensor:
+        """What blocks are represented by [b, blocks, heads, d], float32."""
+        return torch.stack([memory.held[each].keys for each in reading.rows]).float()
 
     def _count(self, reading: Reading, memory: LocalMass, row: int, stop: int, near: TokenSet) -> None:
         """Adds up what the queries gave to the tokens in their windows."""

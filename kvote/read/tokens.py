@@ -47,7 +47,7 @@ class Reading:
     The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
     a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
-    unless the reader needs ``equal_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
+    unless the reader needs ``other_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
     ``beside``: token ids and hidden states of the query rows, where the reader's needs name them. ``recording``: a
     caller may still roll this pass back. ``answered`` [b, heads, r]: once a span was read, the log-sum-exp of all that
     its queries read.

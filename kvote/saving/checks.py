@@ -85,6 +85,12 @@ def quantised(made: Any) -> None:
             raise ValueError("packed and raw tokens of a sequence do not meet")
 
 
+def offloaded(made: Any) -> None:
+    """What lies on the disk and what is in memory are of the same sequences."""
+    if len(made.disk.blocks) != made.raw.sequences:
+        raise ValueError("tokens on a disk are those of other sequences than there are")
+
+
 def prompt(made: Any) -> None:
     """Each encoded prompt has the heads and channels of what comes behind it."""
     if not len(made.bodies) == len(made.waiting) == made.raw.sequences:

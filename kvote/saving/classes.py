@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvote.saving import checks as check
+from kvote.saving.disk import describe_disk, fill_disk
 from kvote.saving.pages import describe_pool, fill_pool
 from kvote.state import Describer, Form, Maker
 from kvote.step import Step
@@ -40,8 +41,8 @@ def forms() -> Mapping[type, tuple[str, Form]]:
 
 
 _LAYER = (
-    "index method rope layers crew others_drop passes number counted steps reads keeps "
-    "_turns _hears _looks_across _shares"
+    "index method rope layers crew others_drop passes number counted steps reads keeps turns shares_layers "
+    "_hears _looks_across"
 )
 
 
@@ -180,6 +181,8 @@ register("waiting", "kvote.store.prompt:Waiting")
 register("thin body", "kvote.store.thin:ThinBody", check=check.thin)
 register("basis", "kvote.store.low_rank:Basis", "_last", check=check.basis)
 register("low-rank body", "kvote.store.low_rank:LowRankBody", check=check.low_rank)
+register("offloaded", "kvote.store.offloaded:OffloadedSegment", "heads rope regions recent", check=check.offloaded)
+register("disk region", "kvote.store.disk_region:DiskRegion", describe=describe_disk, fill=fill_disk)
 _TWO = "kvote.store.two_precisions:TwoPrecisionSegment"
 register("two precisions", _TWO, f"{_RAW} balanced", check=check.two_precisions)
 register("balance", "kvote.store.two_precisions:Balance")
@@ -187,10 +190,15 @@ register("balance", "kvote.store.two_precisions:Balance")
 # What readers and keepers remember.
 register("selection", "kvote.read.reuse:SelectionMemory", "in_place _known")
 register("chosen", "kvote.read.persistent:Chosen")
+register("running sentence", "kvote.read.running:Running")
+register("sentences", "kvote.read.running:Sentences", "grouped")
 register("passed", "kvote.read.local_mass:Passed")
 register("blocks", "kvote.read.local_mass:Blocks")
 register("local mass", "kvote.read.local_mass:LocalMass", "sinks block")
+register("habit", "kvote.read.probed:Habit")
+register("probed", "kvote.read.probed:Probed", "sinks block")
 register("mass", "kvote.keep.score.mass:Mass")
+register("most attention", "kvote.keep.score.any_query:Most")
 register("noised mass", "kvote.keep.score.noised:NoisedMass")
 register("signs", "kvote.keep.score.signs:Signs")
 register("prompt mass", "kvote.keep.score.prompt_mass:PromptMass")

@@ -30,7 +30,7 @@ def describe_pool(pool: PagePool, describer: Describer, path: str) -> dict[str, 
     pages, ends = torch.tensor(order, dtype=torch.int64, device=pool.device), _ends(pool, fresh)
     parts = {}
     for name, part in pool.parts.items():
-        taken = partial(_taken, part, pages, ends, pool.page)
+        taken = partial(_taken, pool, name, pages, ends)
         block = Block((len(order), *part.shape[1:]), part.dtype, taken)
         parts[name] = describer.block(f"{path}.{name}", block)
     return {"lanes": lanes, "parts": parts}
@@ -103,10 +103,9 @@ def _ends(pool: PagePool, fresh: np.ndarray) -> list[tuple[int, int]]:
     return list(ends.items())
 
 
-def _taken(part: Tensor, pages: Tensor, ends: list[tuple[int, int]], page: int) -> Tensor:
-    """Some pages. Where tokens lie one after the other, nothing is left of what stood behind the last."""
-    taken = part[pages]
-    if part.dim() > 1 and part.shape[1] == page:
-        for at, used in ends:
-            taken[at, used:] = 0
+def _taken(pool: PagePool, name: str, pages: Tensor, ends: list[tuple[int, int]]) -> Tensor:
+    """Some pages of a part; nothing is left of what stood behind the last token."""
+    taken = pool.parts[name][pages]
+    for at, used in ends:
+        pool.erase(name, taken[at], used)
     return taken

@@ -15,6 +15,7 @@ from kvote.calibration.file import facts as facts_of
 from kvote.errors import KvoteError, MethodError
 from kvote.method import Method
 from kvote.spec import find
+from kvote.store.offloaded import Offloaded
 
 _LONGEST = 10_000
 
@@ -38,10 +39,14 @@ def describe(method: Method) -> dict[str, Any]:
 
 
 def spec_of(method: Method) -> str:
-    """The spec of a method without paths: a calibration is named as one that was given without a file."""
+    """The spec of a method without paths: a calibration is named as one that was given without a file, a folder not at
+    all."""
     spec = method.spec
     for calibration in method.calibrations:
         spec = spec.replace(repr(calibration.name), repr(calibration), 1)
+    if isinstance(method.store, Offloaded):
+        told = f"folder={method.store.folder!r}"
+        spec = spec.replace(f"{told}, ", "").replace(told, "").replace("offload()", "offload")
     return spec
 
 
@@ -90,6 +95,8 @@ def _call(name: str, parameters: dict[str, Any], calibrations: list[Calibration]
     published = find(name)
     if not published.build.__module__.startswith("kvote.methods."):
         raise MethodError(f"{name} is a method of another package; give method=.")
+    if "folder" in parameters:
+        raise MethodError(f"The file names a folder for {name}, and no path from a file is followed; give method=.")
     for parameter, held in inspect.signature(published.build).parameters.items():
         if Calibration in get_args(held.annotation) and parameter in parameters:
             if not calibrations:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from kvote.prompt import ends_of
 from kvote.serve.errors import ApiError
 from kvote.serve.job import Done, Job, Piece, Row, Usage
 from kvote.serve.metrics import Metrics
+from kvote.serve.prefixes import Prefixes
 from kvote.serve.sampling import Sampler
 from kvote.serve.text import TextStream
 
@@ -36,12 +38,19 @@ class Limits:
 
 
 class Engine:
-    """Runs ``model`` in a thread of its own. Jobs join and leave between two passes."""
+    """Runs ``model`` in a thread of its own. Jobs join and leave between two passes. ``prefixes``: where what was read
+    is looked for and left."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits, metrics: Metrics
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        metrics: Metrics,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.model, self.tokenizer, self.limits, self.metrics = model, tokenizer, limits, metrics
+        self._prefixes = prefixes
         self.shape = shape_of(model)
         self.ends = ends_of(model, tokenizer)
         # Passes of the model in which answers got their next token, and tokens they got.
@@ -166,21 +175,38 @@ class Engine:
         job = self._reading.popleft()
         try:
             if job.cache is None:
-                job.cache = Cache(self.model, job.method) if job.prefix is None else job.prefix.fork()
-                job.cache.expect(len(job.ids), question_follows=job.question_follows)
-            chunk = job.ids[job.read : job.read + self.limits.chunk]
+                job.cache = self._opened(job)
+            started = time.perf_counter()
+            # Passes end where they do for a prompt of which nothing was known.
+            chunk = job.ids[job.read : job.read + self.limits.chunk - job.read % self.limits.chunk]
             ids = torch.tensor([list(chunk)], device=self.model.device)
             logits = self._forward(input_ids=ids, past_key_values=job.cache, use_cache=True)[0]
             job.read += len(chunk)
+            job.reading_seconds += time.perf_counter() - started
             self.metrics.prompt_tokens.inc(len(chunk))
             if job.read < len(job.ids):
                 self._reading.append(job)
-            elif job.max_tokens == 0:
+                return
+            if self._prefixes is not None:
+                self._prefixes.keep(job, job.cache, job.reading_seconds)
+            if job.max_tokens == 0:
                 job.emit(Done(self._usage(job, job.cache, 0)))
             else:
                 self._begin(job, logits)
         except Exception as error:
             self._fail([job], error)
+
+    def _opened(self, job: Job) -> Cache:
+        """The cache of a job that begins, behind its document or what was read for an earlier request."""
+        if job.prefix is not None:
+            cache = job.prefix.fork()
+        else:
+            cache = Cache(self.model, job.method)
+            if self._prefixes is not None:
+                cache, job.reused = self._prefixes.find(job, cache)
+                job.read = job.reused
+        cache.expect(len(job.ids) - job.read, question_follows=job.question_follows)
+        return cache
 
     def _begin(self, job: Job, logits: Tensor) -> None:
         """The prompt has been read: every answer gets its first token and joins the others."""
@@ -264,14 +290,15 @@ class Engine:
         report = cache.report()
         self.metrics.nbytes.set(sum(row.cache.nbytes() for row in self._rows) + report.nbytes)
         self.metrics.peak.set(max(self.metrics.peak_bytes, report.peak_nbytes))
-        self.metrics.reused_tokens.inc(job.prefix_tokens)
+        reused = job.prefix_tokens + job.reused
+        self.metrics.reused_tokens.inc(reused)
         read = max(layer.tokens_read for layer in report.layers)
         self.metrics.tokens_read.observe(read)
         return Usage(
             method=report.method,
             prompt_tokens=job.prompt_tokens,
             completion_tokens=generated,
-            reused_tokens=job.prefix_tokens,
+            reused_tokens=reused,
             nbytes=report.nbytes,
             tokens_seen=max(layer.tokens_seen for layer in report.layers),
             tokens_held=max(layer.tokens_held for layer in report.layers),

@@ -46,8 +46,9 @@ class Done:
 
 @dataclass(eq=False)
 class Job:
-    """``ids``: the tokens to read, behind those that ``prefix`` holds. ``emit`` is called from the engine's thread.
-    With ``max_tokens`` 0 the text is only read, and ``cache`` is what became of it."""
+    """``ids``: the tokens to read, behind those that ``prefix`` holds. ``owner``: a digest of the key that it came
+    with. ``emit`` is called from the engine's thread. With ``max_tokens`` 0 the text is only read, and ``cache`` is
+    what became of it."""
 
     ids: Sequence[int]
     method: Method
@@ -60,12 +61,16 @@ class Job:
     prefix_tokens: int = 0
     question_follows: bool = False
     watched: bool = False
+    owner: str = ""
     foreseen: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
     arrived: float = field(default_factory=time.perf_counter)
     # The engine's own.
     cache: Cache | None = None
     read: int = 0
+    # Of ``ids``, those that had been read for an earlier request; and the seconds that it took to read the others.
+    reused: int = 0
+    reading_seconds: float = 0.0
     rows: "list[Row]" = field(default_factory=list)
     first_token: float | None = None
 

@@ -16,6 +16,7 @@ from kvote.serve.engine import Engine, Limits
 from kvote.serve.errors import ApiError, told
 from kvote.serve.job import Done, Job, Piece, Usage
 from kvote.serve.metrics import Metrics
+from kvote.serve.prefixes import Prefixes
 from kvote.serve.prompts import behind_document, chat_text, document_text, ids_of
 from kvote.serve.sampling import Sampling
 from kvote.serve.schema import ChatRequest, CompletionRequest, Decoded, Message, ResponsesRequest, Sampled
@@ -47,13 +48,15 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     documents: Documents = field(default_factory=lambda: Documents(2**32, 100))
     keys: Sequence[str] = ()
+    # Where prompts that begin alike share what was read; None: nowhere.
+    prefixes: Prefixes | None = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics()
         # Whoever is refused is refused now, not in the first request.
         self._default = self._checked(self.method)
         self._allowed = lru_cache(_SPECS)(self._checked)
-        self.engine = Engine(self.model, self.tokenizer, self.limits, self.metrics)
+        self.engine = Engine(self.model, self.tokenizer, self.limits, self.metrics, self.prefixes)
         self.known = self.model.get_input_embeddings().weight.shape[0]
 
     def _checked(self, spec: str) -> Method:
@@ -113,7 +116,7 @@ class Service:
         if request.document is None:
             text = chat_text(self.tokenizer, messages, tools)
             begins = not self.tokenizer.chat_template
-            return self._run(request, [self._ids(text, begins)], most, logprobs)
+            return self._run(request, [self._ids(text, begins)], owner, most, logprobs)
         document = self._asked(request.document, owner)
         if tools:
             raise ApiError(400, "Tools cannot be told of behind a document; leave one of them out.", param="tools")
@@ -124,7 +127,7 @@ class Service:
                 param="kv_method",
             )
         behind = behind_document(self.tokenizer, document.text, document.system, document.read, messages)
-        return self._run(request, [self._ids(behind, False)], most, logprobs, document)
+        return self._run(request, [self._ids(behind, False)], owner, most, logprobs, document)
 
     def complete(self, request: CompletionRequest, owner: str) -> "Running":
         self.check_model(request.model)
@@ -139,7 +142,7 @@ class Service:
         if not prompts or len(prompts) > 64:
             raise ApiError(400, "Give 1 to 64 prompts.", param="prompt")
         document = None if request.document is None else self._asked(request.document, owner)
-        return self._run(request, prompts, request.max_tokens or 16, request.logprobs, document)
+        return self._run(request, prompts, owner, request.max_tokens or 16, request.logprobs, document)
 
     def _asked(self, name: str, owner: str) -> StoredDocument:
         try:
@@ -154,6 +157,7 @@ class Service:
         self,
         request: Sampled,
         prompts: list[list[int]],
+        owner: str,
         most: int | None,
         logprobs: int | None,
         document: StoredDocument | None = None,
@@ -178,6 +182,7 @@ class Service:
                     prefix=document.cache if document else None,
                     prefix_tokens=prefix_tokens,
                     watched=request.kv_read,
+                    owner=owner,
                 )
             )
         if request.kv_read:
@@ -215,7 +220,7 @@ class Service:
         read = document_text(self.tokenizer, text, system)
         ids = self._ids(read, not self.tokenizer.chat_template)
         running = Running(self.engine)
-        job = Job(ids, method, Sampling(), running.emitter(), max_tokens=0, question_follows=True)
+        job = Job(ids, method, Sampling(), running.emitter(), max_tokens=0, question_follows=True, owner=owner)
         running.add(job)
         async for _ in running.pieces():
             pass

@@ -1,11 +1,13 @@
 """Packed lanes: keys, or values, in a few bits, in pages of their own."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.kernels import packing
 from kvote.kernels.contract import Backend, Recent
 from kvote.kernels.packing import PACKED, Packing
 from kvote.store.pages import Lane, PagePool
@@ -25,6 +27,7 @@ class PackedLanes:
         self.heads, self.form, self.backend = heads, form, backend
         pages = torch.empty(0, form.page_bytes, dtype=torch.uint8, device=device)
         self.pool = PagePool({"pages": pages}, page=PACKED, room=_ROOM)
+        self.pool.erasers["pages"] = partial(packing.erase, form)
 
     @property
     def nbytes(self) -> int:

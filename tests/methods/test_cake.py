@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 from watching import weights
 
-from kvote import MethodError
+from kvote import MethodError, settling
 from kvote.keep.allocate.shares import even, of_logs, shares
 from kvote.keep.score.dispersion import Dispersion
 from kvote.keep.score.votes import Moments
@@ -233,7 +233,7 @@ class Peak:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Any) -> None:
         self.tokens = self.nbytes = 0
-        drop = Layer.drop
+        drop = settling.drop
 
         def watch(layer: Layer) -> None:
             self.tokens = max(self.tokens, sum(each.held for each in cache.managed))
@@ -241,7 +241,7 @@ class Peak:
             self.nbytes = max(self.nbytes, sum(part.nbytes for part in parts))
             drop(layer)
 
-        monkeypatch.setattr(Layer, "drop", watch)
+        monkeypatch.setattr(settling, "drop", watch)
 
 
 def test_a_prompt_in_one_pass_never_holds_more_than_the_budget_and_a_layer(monkeypatch):
@@ -538,7 +538,9 @@ def test_a_fault_in_the_vote_shows(monkeypatch, fault):
 
 def test_without_the_cascade_layers_do_not_share(monkeypatch):
     monkeypatch.setattr(
-        Layer, "drop", lambda layer: (layer.record.settle([N] * 2), layer.drop_own(layer.number + 1, generated=False))
+        settling,
+        "drop",
+        lambda layer: (layer.record.settle([N] * 2), settling.drop_own(layer, layer.number + 1, generated=False)),
     )
     with pytest.raises(AssertionError):
         test_kept_tokens_equal_the_paper_after_every_layer(4, 2, {})

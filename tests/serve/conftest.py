@@ -1,6 +1,3 @@
-import sys
-
-sys.path.insert(0, "/tmp")
 import socket
 import threading
 import time
@@ -59,7 +56,7 @@ def start(parts):
     """Starts servers; all of them end with the tests."""
     servers = []
 
-    def one(*, limits=None, documents=None, keys=(), method="dense", **options) -> Server:
+    def one(*, limits=None, documents=None, keys=(), method="dense", prefixes=None, **options) -> Server:
         service = Service(
             "embedded",
             *parts,
@@ -67,6 +64,7 @@ def start(parts):
             limits or Limits(chunk=128),
             documents if documents is not None else Documents(2**28, 10),
             keys,
+            prefixes,
         )
         servers.append(Server(service, **options))
         return servers[-1]

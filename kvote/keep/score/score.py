@@ -16,15 +16,16 @@ class Score:
     """What a token is worth; a score that looks at no attention defines ``of`` alone.
 
     ``per_head``: every key head keeps its own tokens; False: all keep the same, by the sum over heads. ``per_layer``:
-    whether layers may differ. ``adds_up``: whether what was observed cannot be taken back. ``token_bytes``: what is
-    remembered for good, per token and key head. ``spare``: tokens that a budget must leave to it besides sinks and
-    window. ``uneven``: whether it can judge key heads that hold different numbers of tokens, which
-    are places aligned at their ends (``store.uneven``), with nothing in front of the shorter ones. ``needs``: as those
-    of a ``Keeper``.
+    whether layers may differ; ``layers_alike``: those in a group of so many neighbours do not. ``adds_up``: whether
+    what was observed cannot be taken back. ``token_bytes``: what is remembered for good, per token and key head.
+    ``spare``: tokens that a budget must leave to it besides sinks and window. ``uneven``: whether it can judge key
+    heads that hold different numbers of tokens, which are places aligned at their ends (``store.uneven``), with nothing
+    in front of the shorter ones. ``needs``: as those of a ``Keeper``.
     """
 
     per_head: bool = True
     per_layer = True
+    layers_alike = 1
     spare = 1
     uneven = False
 
