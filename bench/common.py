@@ -40,12 +40,25 @@ def command() -> str:
     return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes ``results/name.json`` in one step, so that a stopped run leaves the last whole one."""
+def save(name: str, result: dict[str, Any], by_record: bool = False) -> Path:
+    """Writes ``results/name.json`` in one step, so that a stopped run leaves the last whole one; ``by_record``: each
+    entry of a list in one line."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_whole(path, json.dumps({"command": command(), "machine": machine(), **result}, indent=1) + "\n")
+    whole = {"command": command(), "machine": machine(), **result}
+    write_whole(path, lines_of(whole) if by_record else json.dumps(whole, indent=1) + "\n")
     return path
+
+
+def lines_of(whole: dict[str, Any]) -> str:
+    """JSON in which each entry of a list has a line."""
+
+    def told(part: Any) -> str:
+        if not isinstance(part, list) or not part:
+            return json.dumps(part)
+        return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in part) + "\n ]"
+
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {told(part)}" for name, part in whole.items()) + "\n}\n"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -81,8 +81,7 @@ class Work:
         if bits and bits not in self.sketches:
             size = len(self.keys), fast.sketch_bytes(self.sizes.dim, bits)
             self.sketches[bits] = torch.empty(size, dtype=torch.uint8, device=self.device)
-            slots = torch.arange(len(self.keys) * PAGE, device=self.device)
-            fast.sketch(self.keys, self.sketches[bits], bits, slots)
+            fast.sketch(self.keys, self.sketches[bits], bits, self.lanes, 0, self.tokens)
         return self.sketches.get(bits)
 
     # Packed tokens.
@@ -238,7 +237,9 @@ def _check_votes(work: Work) -> Iterator[tuple[str, float]]:
     for bits in (0, 8, 4):
         scoring = work.turned(work.query(1), sizes.window).float()
         keys = key[:, :, sizes.sinks : edge]
-        law = reference.soft_votes(reference.scores(scoring, reference.sketched(keys, bits) if bits else keys))
+        if bits:
+            keys = reference.sketched(keys - reference.centre(key, PAGE), bits)
+        law = reference.soft_votes(reference.scores(scoring, keys))
         given = scoring, work.keys, work.lanes, work.sketch(bits), bits, sizes.sinks, [edge]
         mine = fast.votes(*given)
         yield f"votes, {bits or 16} bits", float(((mine - law).abs() / law.clamp(min=1e-9)).max())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvote.kernels.contract import Angles, PackedPool
+from kvote.kernels.contract import Angles, PackedPool, Tail
 from kvote.kernels.lanes import PAGE, Lanes
 from kvote.kernels.packing import Packing
 
@@ -101,10 +101,10 @@ def scoring(query: Tensor, pool: Tensor, channels: int, lanes: Lanes, start: int
     return rows
 
 
-def sketching(keys: Tensor, slots: Tensor) -> None:
-    """Tokens at pool ``slots`` can be sketched."""
-    check(keys.is_contiguous() and slots.is_contiguous(), "keys and slots must be contiguous")
-    check(slots.dtype == torch.int64, "slots must be int64")
+def sketching(keys: Tensor, sketch: Tensor, start: int, stop: int) -> None:
+    """Tokens of a pool of ``keys`` can be sketched."""
+    check(keys.is_contiguous() and sketch.is_contiguous(), "keys and sketches must be contiguous")
+    check(0 <= start <= stop, "there must be tokens")
 
 
 def appending(
@@ -171,6 +171,30 @@ def recent_alike(keys: Tensor, values: Tensor, lanes: Lanes, form: Packing, coun
     check(keys.dtype == values.dtype == form.dtype, "recent tokens must be of the dtype of the form")
     check(keys.is_contiguous() and values.is_contiguous(), "recent tokens must be in contiguous pools")
     check(lanes.count == count, "recent tokens must be of as many lanes")
+
+
+def tail_alike(tail: Tail, keys: PackedPool, sequences: int) -> None:
+    """Raw tokens go behind packed ones of so many sequences."""
+    _, form, lanes = keys
+    recent_alike(tail.keys, tail.values, tail.lanes, form, lanes.count)
+    check(tail.keys.shape[1] == PAGE, "recent tokens must be in pages")
+    check(len(tail.packed) == len(tail.first) == sequences, "there must be one end of what is packed per sequence")
+    check(all(0 <= a <= b for a, b in zip(tail.first, tail.packed, strict=True)), "no token may lie between the pools")
+
+
+def packed_voting(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: Sequence[int]) -> tuple[int, int]:
+    """Query heads per lane of ``query`` [b, heads, r, d] that votes on packed keys, and the last of its limits."""
+    sequences, _, r, _ = query.shape
+    rows = packed_scoring(query, keys, range(start, max(limits)))
+    tail_alike(tail, keys, sequences)
+    return rows // r, limits_of(limits, r, start)
+
+
+def packed_listing(query: Tensor, keys: PackedPool, values: PackedPool, tail: Tail, tokens: Tensor) -> int:
+    """How many tokens a list has that ``query`` [b, heads, d] reads in packed keys and values and behind them."""
+    packed_alike(query, keys, values, range(0))
+    tail_alike(tail, keys, len(query))
+    return tokens_of(tokens, len(query))[1]
 
 
 def packed_scoring(query: Tensor, keys: PackedPool, tokens: range) -> int:

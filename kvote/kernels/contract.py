@@ -31,6 +31,20 @@ PackedPool = tuple[Tensor, Packing, Lanes]
 Recent = tuple[Tensor, Tensor, Lanes, range]
 
 
+class Tail(NamedTuple):
+    """Raw tokens behind packed ones: their pools of ``keys`` and ``values``, and where the lanes lie in those.
+
+    Of sequence i, tokens before ``packed[i]`` are read from their codes and all others from the raw pools, whose lanes
+    hold them from token ``first[i]`` on, which is at most ``packed[i]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lanes: Lanes
+    packed: list[int]
+    first: list[int]
+
+
 # Cosines and sines [n, r], and the row at which they are read.
 Row = tuple[Tensor, Tensor, int]
 
@@ -83,6 +97,28 @@ class PackedKernels(Protocol):
 
     def scores(self, query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
         """q.k [b, heads, r, n] of ``query`` [b, heads, r, d] with a range of packed keys."""
+
+    def votes(self, query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int]) -> Tensor:
+        """``Backend.votes`` [b, r, n] of ``query`` [b, heads, r, d] on packed keys and on those of ``tail``."""
+
+    def select(self, query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int) -> Tensor:
+        """The ``k`` tokens [b, r, k] with the most ``votes``, ascending."""
+
+    def decode(
+        self,
+        query: Tensor,
+        keys: PackedPool,
+        values: PackedPool,
+        tail: Tail,
+        tokens: Tensor,
+        *,
+        angles: Angles | None,
+        interleaved: bool,
+        scale: float,
+        softcap: float | None,
+    ) -> Answer:
+        """``Backend.decode`` over a list ``tokens`` [b, m] of packed tokens and of those of ``tail``. Keys are rounded
+        to the model's dtype before they are rotated, and again then."""
 
 
 class Backend(Protocol):
@@ -144,7 +180,8 @@ class Backend(Protocol):
         bits: int,
     ) -> None:
         """Writes tokens ``key`` [b, h, t, d], ``value`` [b, h, t, dv] and ``positions`` int64 [b, t] to the pools
-        (keys, values, positions) behind the first ``first[lane]`` tokens of each lane, and sketches them."""
+        (keys, values, positions) behind the first ``first[lane]`` tokens of each lane, and sketches them; lanes of
+        less than a page are sketched anew."""
 
     def gather(
         self,
@@ -227,14 +264,16 @@ class Backend(Protocol):
         skip: Tensor | None = None,
     ) -> Tensor:
         """The ``k`` tokens [b, r, k] with the most ``votes``, ascending; arguments as there. With ``nominate``, votes
-        from the sketch nominate that many, which are scored again with their keys. ``skip`` bool [b]: sequences whose
+        from the sketch nominate that many, which are scored again with their keys; ``max(limits)`` must then be a page
+        at least where lanes hold one, or the centre of sketches would not be known. ``skip`` bool [b]: sequences whose
         answer is not used; they may be answered all the same."""
 
     def sketch_bytes(self, dim: int, bits: int) -> int:
         """Bytes of the sketch of ``SKETCH_TOKENS`` tokens; 0 where the backend keeps none."""
 
-    def sketch(self, keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
-        """Encodes the tokens at pool ``slots`` (page * PAGE + place) of ``keys`` into ``sketch`` [pages, bytes]."""
+    def sketch(self, keys: Tensor, sketch: Tensor, bits: int, lanes: Lanes, start: int, stop: int) -> None:
+        """Encodes tokens ``start`` to ``stop`` of ``keys`` into ``sketch`` [pages, bytes], each less the centre of its
+        lane: the mean of the lane's first page, or 0 where ``stop``, the tokens held, is less than a page."""
 
     # Keys with fewer channels.
 

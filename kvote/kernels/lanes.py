@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -37,9 +38,10 @@ class Lanes:
         runs, begins, _ = self.address
         return runs, begins + first * self.begins.itemsize, count
 
-    def only(self, lane: int) -> Lanes:
-        """One lane alone."""
-        return Lanes([[(first, n) for first, n in self.runs[self.begins[lane] : self.begins[lane + 1]].tolist()]])
+    def only(self, lane: int, count: int = 1) -> Lanes:
+        """That lane alone, or so many from it on."""
+        edges = self.begins[lane : lane + count + 1].tolist()
+        return Lanes([[(first, n) for first, n in self.runs[a:b].tolist()] for a, b in pairwise(edges)])
 
     def pages(self) -> list[np.ndarray]:
         """The pages of each lane in token order, int64."""

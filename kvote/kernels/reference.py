@@ -108,6 +108,15 @@ def sketched(x: Tensor, bits: int) -> Tensor:
     return ((codes + zero + 0.5).floor() - zero) * scale
 
 
+def centre(key: Tensor, page: int) -> Tensor:
+    """What the keys [..., n, d] of a lane have in common, [..., 1, d]: the mean of the first ``page`` of them, or 0
+    where there are fewer. It adds the same to every score of a query, which no softmax sees, so sketches go without it.
+    A channel whose mean is no finite number has none."""
+    if key.shape[-2] < page:
+        return key.new_zeros(*key.shape[:-2], 1, key.shape[-1], dtype=torch.float32)
+    return key[..., :page, :].double().mean(dim=-2, keepdim=True).float().nan_to_num(0.0, 0.0, 0.0)
+
+
 def sketched_query(query: Tensor) -> Tensor:
     """A query [..., d] as it meets a sketch: whole numbers up to 127 times one float32 scale per row."""
     scale = query.float().abs().amax(-1, keepdim=True) / 127.0

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvote.errors import KvoteError
 from kvote.heads import HeadGroups
 from kvote.kernels import reference
+from kvote.kernels.lanes import PAGE
 from kvote.layer import Layer
 from kvote.measure.geometry import Geometry
 from kvote.method import Method
@@ -69,14 +70,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     return law_of(query, key, value, scale)[0, :, 0]
 
 
-def votes(query: Tensor, key: Tensor, bits: int) -> Tensor:
-    """The law's votes [n] of ``query`` [1, heads, 1, dim] on ``key`` [1, kv_heads, n, dim], or on its sketch."""
-    groups, total = query.shape[1] // key.shape[1], torch.zeros(key.shape[2])
+def votes(query: Tensor, key: Tensor, bits: int, candidates: range) -> Tensor:
+    """The law's votes [n] of ``query`` [1, heads, 1, dim] on the ``candidates`` among all tokens of ``key``
+    [1, kv_heads, m, dim], or on their sketch."""
+    groups, total = query.shape[1] // key.shape[1], torch.zeros(len(candidates))
     for h in range(key.shape[1]):
         mine, keys = query[:, h * groups : (h + 1) * groups], key[:, h : h + 1]
+        voted = keys[:, :, candidates.start : candidates.stop]
         if bits:
-            mine, keys = reference.sketched_query(mine), reference.sketched(keys, bits)
-        total += reference.soft_votes(reference.scores(mine, keys))[0, 0]
+            mine, voted = reference.sketched_query(mine), reference.sketched(voted - reference.centre(keys, PAGE), bits)
+        total += reference.soft_votes(reference.scores(mine, voted))[0, 0]
     return total
 
 
@@ -134,7 +137,8 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     scoring = turned(raw, angles, slice(window, window + 1))
     first, last = ends
     # A sketch that only nominates leaves the last word to the keys.
-    law = votes(scoring, key[:, :, first : n - last], 0 if isinstance(reader, HeadVotes) and reader.nominated else bits)
+    scored = 0 if isinstance(reader, HeadVotes) and reader.nominated else bits
+    law = votes(scoring, key, scored, range(first, n - last))
     found(name, index[first : len(index) - last - 1] - first, law)
     placed = turned(key[:, :, index].float(), angles, slice(0, len(index)))
     query = turned(raw, angles, slice(len(index) - 1, len(index)))

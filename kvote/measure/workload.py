@@ -143,7 +143,8 @@ class Workload:
 
     def _voted(self, name: str, query: Tensor) -> Tensor:
         segment, bits = self._segment(name), SKETCHES[name]
-        sketch = segment.pool.parts[SKETCH] if bits else None
+        coded = segment.indexes[SKETCH].coded if bits else None
+        sketch = None if coded is None else coded[0]
         limits = [self.tokens - WINDOW]
         return segment.kernels.votes(query[0], segment.pool.keys, self._lanes(segment), sketch, bits, SINKS, limits)[0]
 
@@ -167,7 +168,7 @@ class Workload:
         def checked() -> None:
             self._voted(name, self.geometry.query())
             query = self.geometry.query()
-            law = check.votes(query, self.key[:, :, SINKS : self.tokens - WINDOW], bits)
+            law = check.votes(query, self.key, bits, range(SINKS, self.tokens - WINDOW))
             check.votes_close(said, self._voted(name, query), law, bits)
 
         return Kernel(said, Call(partial(self._voted, name, self.query.float())), self._scored_bytes(bits), checked)

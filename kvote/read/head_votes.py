@@ -27,8 +27,8 @@ from kvote.rope import Rope
 
 # Float32 entries of scores held at a time when many single tokens select (64 MiB).
 _SCORES_HELD = 1 << 24
-# A 4-bit sketch nominates this many tokens at least, and four times as many as are read: with fewer, attention mass
-# is lost that the keys themselves would have found (bench/recall.py).
+# A 4-bit sketch nominates this many tokens at least, and four times as many as are read: with fewer, up to a point of
+# attention mass is lost that the keys themselves would have found (bench/recall.py).
 _NOMINATED = 4096
 # What a selection scores with, and the bits per channel of that copy of the keys.
 SKETCHES = {"none": 0, "int8": 8, "int4": 4}

@@ -85,9 +85,11 @@ class PackedLanes:
         """Whether queries of so many heads per key head read codes in place; else, tokens are decoded first."""
         return groups <= self.backend.MAX_GROUPS
 
-    def held(self, rows: list[int]) -> tuple[Tensor, Packing, kernels.Lanes]:
-        """As kernels read them."""
-        return self.pool.parts["pages"], self.form, self.pool.table(self._lanes(rows))
+    def held(self, rows: list[int], each: int = 0) -> tuple[Tensor, Packing, kernels.Lanes]:
+        """As kernels read them; with ``each``, every lane so many times: once for each of its query heads."""
+        lanes = self._lanes(rows)
+        lanes = tuple(lane for lane in lanes for _ in range(each)) if each else lanes
+        return self.pool.parts["pages"], self.form, self.pool.table(lanes)
 
     def truncate(self, row: int, length: int) -> None:
         for i in self._lanes([row]):

@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor
 
-from kvote.kernels.contract import Answer, Recent
+from kvote.kernels.contract import Answer, Recent, Tail
 from kvote.memory import storage_bytes
-from kvote.rope import Angles
+from kvote.rope import Angles, Rope
 from kvote.store import packed
 from kvote.store.codec import Codec
 from kvote.store.pages import PAGE, PagePool
+from kvote.store.raw import RawSegment
 from kvote.store.region import PlainRegion, Slots
 from kvote.store.segment import Logits
+from kvote.tokens import TokenSet
 
 
 class PackedRegion(PlainRegion):
@@ -61,6 +63,46 @@ class PackedRegion(PlainRegion):
 
     def scores(self, query: Tensor, rows: list[int], slots: range) -> Tensor:
         return packed.scores(query, self.keys, rows, slots)
+
+    def votes(self, query: Tensor, rows: list[int], raw: RawSegment, start: int, limits: list[int]) -> Tensor:
+        """As ``Segment.votes``, over these tokens and the ``raw`` ones behind them, of any rows."""
+        return self.keys.backend.packed.votes(query, self.keys.held(rows), self._tail(rows, raw), start, limits)
+
+    def winners(self, query: Tensor, rows: list[int], raw: RawSegment, start: int, limits: list[int], k: int) -> Tensor:
+        """As ``Segment.winners``, in the same way."""
+        return self.keys.backend.packed.select(query, self.keys.held(rows), self._tail(rows, raw), start, limits, k)
+
+    def attend_list(
+        self, query: Tensor, rows: list[int], tokens: TokenSet, raw: RawSegment, rope: Rope | None, logits: Logits
+    ) -> Answer | None:
+        """Attention of ``query`` [b, heads, 1, d], each sequence or each query head reading a list of these tokens and
+        of the ``raw`` ones behind them; None where no kernel can do that."""
+        b, heads, t, d = query.shape
+        placed = rope is None or tokens.positions == "contiguous"
+        seen = tokens.window is None or tokens.window >= len(tokens)
+        # To the kernel, a head with a list of its own is a sequence of one head.
+        each = heads // self.heads if tokens.by_head else 0
+        reads = self.keys.form.dim == self.values.form.dim and self.keys.reads(1 if each else heads // self.heads)
+        if t != 1 or isinstance(tokens.index, range) or not (placed and seen and reads):
+            return None
+        out, lse = self.keys.backend.packed.decode(
+            query.reshape(-1, 1, d) if each else query[:, :, 0],
+            self.keys.held(rows, each),
+            self.values.held(rows, each),
+            self._tail(rows, raw, each),
+            tokens.index[..., 0, :].reshape(-1, len(tokens)).contiguous(),
+            angles=raw.angles(tokens),
+            interleaved=rope is not None and rope.interleaved,
+            scale=logits.scale,
+            softcap=logits.softcap,
+        )
+        return out.to(query.dtype).view(b, heads, 1, -1), lse.view(b, heads, 1)
+
+    def _tail(self, rows: list[int], raw: RawSegment, each: int = 0) -> Tail:
+        """What is not packed, as kernels read it behind what is; ``each`` as in ``PackedLanes.held``."""
+        times = max(1, each * self.heads)
+        counts = [(self.length(row), self.alone(row)) for row in rows for _ in range(times)]
+        return Tail(*raw.held(rows, each), [n for n, _ in counts], [first for _, first in counts])
 
     def decode(self, rows: list[int], slots: Slots, room: int = 0) -> tuple[Tensor, Tensor]:
         return self.keys.unpack(rows, slots, room), self.values.unpack(rows, slots, room)

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvote.kernels.contract import Answer
 from kvote.needs import Needs, StoreOffers
 from kvote.rope import Rope
 from kvote.store.codec import Codec
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.packed_region import PackedRegion
 from kvote.store.pages import PAGE
-from kvote.store.segment import Segment
+from kvote.store.segment import Logits, Segment
 from kvote.store.sequence import RegionSegment
+from kvote.tokens import TokenSet
 
 
 class QuantisedSegment(RegionSegment):
@@ -98,6 +100,22 @@ class QuantisedSegment(RegionSegment):
             self.packed.leave(row, torch.stack(self.raw.positions(row)[:kinds])[:, : pages * PAGE])
             for i in range(row * self.heads, (row + 1) * self.heads):
                 self.raw.pool.drop_front(self.raw.pool.lanes[i], pages)
+
+    # Votes, and lists for one query each, are one call over packed and raw tokens.
+
+    def votes(self, query: Tensor, rows: list[int], start: int, limits: list[int]) -> Tensor:
+        if not any(self.encoded(row) for row in rows):
+            return self.raw.votes(query, rows, start, limits)
+        return self.packed.votes(query, rows, self.raw, start, limits)
+
+    def winners(self, query: Tensor, rows: list[int], start: int, limits: list[int], k: int) -> Tensor:
+        if not any(self.encoded(row) for row in rows):
+            return self.raw.winners(query, rows, start, limits, k)
+        return self.packed.winners(query, rows, self.raw, start, limits, k)
+
+    def _attend_list(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        answer = self.packed.attend_list(query, rows, tokens, self.raw, self.rope, logits)
+        return super()._attend_list(query, rows, tokens, logits) if answer is None else answer
 
     def tokens_within(self, nbytes: float, beside: int = 0) -> int:
         raw = self.raw.tokens_within(nbytes, beside)

@@ -79,9 +79,11 @@ class RawTokens:
         """Where sequences lie, as kernels read it; a lane per sequence and key head."""
         return self.pool.table(self._lanes(rows))
 
-    def held(self, rows: list[int]) -> tuple[Tensor, Tensor, kernels.Lanes]:
-        """As kernels read them."""
-        return self.pool.keys, self.pool.values, self.table(rows)
+    def held(self, rows: list[int], each: int = 0) -> tuple[Tensor, Tensor, kernels.Lanes]:
+        """As kernels read them; with ``each``, every lane so many times."""
+        lanes = self._lanes(rows)
+        lanes = tuple(lane for lane in lanes for _ in range(each)) if each else lanes
+        return self.pool.keys, self.pool.values, self.pool.table(lanes)
 
     def add_sequences(self, count: int) -> None:
         """Adds ``count`` sequences without tokens."""

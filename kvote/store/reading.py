@@ -150,11 +150,12 @@ class ReadRegions(Regions):
         apart = not tokens.by_head and not _cut_off(tokens) and any(region.lists for region in self.regions)
         parts = []
         for query, own, _ in self._blocks(queries, tokens):
-            if apart:
-                parts.append(self._attend_apart(query, rows, own, logits))
-            else:
-                parts.append(answers(query, *self._listed(rows, own), own, logits))
+            read = self._attend_apart if apart else self._attend_list
+            parts.append(read(query, rows, own, logits))
         return _side_by_side(parts, dim=2)
+
+    def _attend_list(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
+        return answers(query, *self._listed(rows, tokens), tokens, logits)
 
     def _blocks(self, queries: Queries, tokens: TokenSet) -> Iterator[tuple[Tensor, TokenSet, slice]]:
         """Each block of queries, where it stands for its list, that list, and which rows it is."""

@@ -106,6 +106,23 @@ def test_prefill_and_decode_beside_transformers():
         assert row[6] == point["answer"]
 
 
+def test_what_sketches_lose():
+    names = ["int8", "int4, 4,096 at least", "int4", "int4 alone", "int2, 4 times", "int2, 16 times"]
+    toy, real = (results(name)["entries"] for name in ("recall", "recall-real-8000"))
+    for name, (_, most, mean, worst) in zip(names, rows("| votes from | embedded"), strict=True):
+        lost = [entry["points_lost"] for entry in real if entry["votes"] == name]
+        assert most == f"{max(e['points_lost'] for e in toy if e['votes'] == name):.2f}", name
+        assert (mean, worst) == (f"{sum(lost) / len(lost):.2f}", f"{max(lost):.2f}"), name
+
+
+def test_perplexity_of_prose_and_where_its_attention_lies():
+    from why_perplexity import render
+
+    perplexity, attention = render(results("why_perplexity")).split("\n\n")
+    assert perplexity in PAGE
+    assert attention in PAGE
+
+
 def test_the_embedded_model_by_task():
     found = {(row["task"], row["length"]): row["exact"] for row in results("embedded")["rows"]}
     for task, *cells in rows("| task | 512 tokens"):

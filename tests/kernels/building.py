@@ -85,7 +85,7 @@ def calls(dtype: torch.dtype, dim: int, groups: int) -> None:
     for bits in (0, 8, 4):
         sketch = torch.zeros(40, ours.sketch_bytes(dim, bits), dtype=torch.uint8) if bits else None
         if sketch is not None:
-            ours.sketch(keys, sketch, bits, torch.arange(30))
+            ours.sketch(keys, sketch, bits, lanes, 0, n)
         skip = torch.zeros(sequences, dtype=torch.bool)
         ours.votes(scoring.expand(-1, -1, 9, -1), keys, lanes, sketch, bits, 5, [600] * 9)
         ours.select(scoring, keys, lanes, sketch, bits, 5, [600], 16, 64, skip)

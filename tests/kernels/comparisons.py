@@ -49,19 +49,23 @@ def sketched(pool: Paged, bits: int) -> Tensor:
     """The keys [sequences, heads, n, d] that the sketches of a pool stand for."""
     assert pool.sketch is not None
     codes, scales = decoded(pool.sketch, pool.case.d, bits)
-    return (codes * scales[..., None]).view(-1, pool.case.d)[pool.held].reshape(pool.key.shape)
+    apart = (codes * scales[..., None]).view(-1, pool.case.d)[pool.held].reshape(pool.key.shape)
+    return apart + reference.centre(pool.key, PAGE)
 
 
 @guarding
 def sketch_stands_for_the_keys(case: Case, bits: int) -> list[Tensor]:
-    """Every channel lies within half a step of its code; tokens that were not asked for keep their bytes."""
+    """Every channel of a key less its lane's centre lies within half a step of its code; tokens that were not asked for
+    keep their bytes."""
     pool = Paged(case)
     width = PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(case.d, bits)
     sketch = guarded(len(pool.keys), width, dtype=torch.uint8).fill_(85)
-    asked = pool.held.flatten()[:: 1 + case.seed % 2].contiguous()
-    cpu.sketch(pool.keys, sketch, bits, asked)
+    start = case.seed % 2 * (case.n // 2)
+    asked = pool.held[:, start:].flatten()
+    cpu.sketch(pool.keys, sketch, bits, pool.table(), start, case.n)
     codes, scales = (x.flatten(0, 1) for x in decoded(sketch, case.d, bits))
     keys = pool.keys.view(-1, case.d).float()
+    keys[asked] = (pool.key - reference.centre(pool.key, PAGE))[:, :, start:].reshape(-1, case.d)
     steps = 127.0 if bits == 8 else 7.5
     law = reference.sketched(keys[asked], bits)
     # A number midway between two codes may get either.
@@ -320,13 +324,15 @@ def append_stores_and_sketches(
         guarded(len(pool.keys), PAGE, dtype=torch.int32),
         guarded(len(pool.keys), width, dtype=torch.uint8),
     ]
+    pools[0].view(-1, case.d)[pool.held.flatten()] = pool.key.reshape(-1, case.d)
     expected = [p.clone() for p in pools]
     slots = torch.cat([pool.slots(i, range(at, at + count)) for i, at in enumerate(first)])
     expected[0].view(-1, case.d)[slots] = key.reshape(-1, case.d)
     expected[1].view(-1, value_dim)[slots] = value.reshape(-1, value_dim)
     expected[2].view(-1)[slots] = positions[:, None].expand(-1, case.heads, -1).reshape(-1).int()
-    if bits:
-        cpu.sketch(expected[0], expected[3], bits, slots)
+    for lane, at in enumerate(first) if bits and count else ():
+        # What a page that was not full yet holds is sketched anew, about the centre that it now has.
+        cpu.sketch(expected[0], expected[3], bits, pool.table().only(lane), 0 if at < PAGE else at, at + count)
     sketch = pools[3] if bits else None
     cpu.append(key, value, positions, (pools[0], pools[1], pools[2]), pool.table(), first, sketch, bits)
     for got, wanted in zip(pools, expected, strict=True):

@@ -30,7 +30,7 @@ class There(Paged):
         if bits:
             width = PAGE // kernels().SKETCH_TOKENS * kernels().sketch_bytes(case.d, bits)
             self.sketch = torch.full((len(self.keys), width), 255, dtype=torch.uint8, device=DEVICE)
-            kernels().sketch(self.keys, self.sketch, bits, self.held.flatten().to(DEVICE))
+            kernels().sketch(self.keys, self.sketch, bits, self.table(), 0, case.n)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -219,7 +219,8 @@ def votes_equal_the_law(case: Case, start: int, limits: list[int], k: int, bits:
     pool = There(case, bits)
     query = 2 * case.scale * pool.randn(case.sequences, case.heads * case.groups, len(limits), case.d)
     given = query.to(DEVICE), pool.keys, pool.table(), pool.sketch, bits, start, limits
-    key = reference.sketched(pool.key, bits) if bits else pool.key
+    centre = reference.centre(pool.key, PAGE)
+    key = centre + reference.sketched(pool.key - centre, bits) if bits else pool.key
     rough = reference.forbid(reference.scores(query, key[:, :, start : max(limits)]), start, limits)
     law = reference.soft_votes(rough)
     if not bits:
@@ -264,14 +265,12 @@ def sketch_is_that_of_the_law(case: Case, bits: int) -> None:
     if bits == 4:
         held = torch.cat([codes & 15, codes >> 4], dim=-1).float() - 7.5
     held = (held * scales[..., None]).view(-1, case.d)[pool.held].reshape(pool.key.shape)
-    law = reference.sketched(pool.key, bits)
-    # Of float32, a number next to the middle between two codes may get either; no number of 16 bits is so near to it
-    # and not in it.
+    apart = pool.key.float() - reference.centre(pool.key, PAGE)
+    law = reference.sketched(apart, bits)
+    # A number next to the middle between two codes may get either.
     wrong = (held - law).abs() > 1e-6 * law.abs().amax(-1, keepdim=True)
-    assert float(wrong.float().mean()) <= (1e-3 if case.dtype == torch.float32 else 0.0)
-    assert float((held - pool.key.float()).abs().max()) <= float(pool.key.float().abs().max()) / (
-        127 if bits == 8 else 7
-    )
+    assert float(wrong.float().mean()) <= 1e-3
+    assert float((held - apart).abs().max()) <= float(apart.abs().max()) / (127 if bits == 8 else 7)
 
 
 def attend_equals_the_law(
@@ -344,10 +343,11 @@ def append_stores_and_sketches(case: Case, count: int, first: list[int], bits: i
     pools[0].view(-1, case.d)[slots] = key.reshape(-1, case.d)
     pools[1].view(-1, value_dim)[slots] = value.reshape(-1, value_dim)
     pools[2].view(-1)[slots] = positions[:, None].expand(-1, case.heads, -1).reshape(-1).int()
-    if bits:
-        there = pools[3].to(DEVICE)
-        kernels().sketch(pools[0].to(DEVICE), there, bits, slots.to(DEVICE))
-        pools[3] = there.cpu()
+    there = pools[3].to(DEVICE)
+    for lane, at in enumerate(first) if bits else ():
+        where = pool.table().only(lane)
+        kernels().sketch(pools[0].to(DEVICE), there, bits, where, 0 if at < PAGE else at, at + count)
+    pools[3] = there.cpu()
     sketch = given[3] if bits else None
     new = (x.to(DEVICE) for x in (key, value, positions))
     kernels().append(*new, tuple(given[:3]), pool.table(), first, sketch, bits)

@@ -87,7 +87,7 @@ class Paged:
         if bits:
             width = PAGE // cpu.SKETCH_TOKENS * cpu.sketch_bytes(case.d, bits)
             self.sketch = torch.full((pages, width), 255, dtype=torch.uint8)
-            cpu.sketch(self.keys, self.sketch, bits, self.held.flatten())
+            cpu.sketch(self.keys, self.sketch, bits, self.table(), 0, case.n)
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.random)

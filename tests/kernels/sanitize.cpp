@@ -1,104 +1,9 @@
 // Calls every kernel of every instruction set with ragged pages, odd shapes and one to four threads, for the sanitizers
 // to watch (`make sanitize`). Every buffer is exactly as large as its contract says, and more threads must give the same
 // bits as one. Whether answers are right is what tests/kernels/test_cpu.py is for.
-#include "kernels.hpp"
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <random>
-#include <vector>
-
-using namespace kvote;
-using std::int32_t;
-using std::int64_t;
-using std::uint8_t;
-using Bytes = std::vector<uint8_t>;
+#include "sanitize.hpp"
 
 namespace {
-
-std::mt19937 chance(1);
-int64_t any(int64_t from, int64_t to) { return std::uniform_int_distribution<int64_t>(from, to)(chance); }
-template <class T>
-T one_of(std::initializer_list<T> all) {
-    return all.begin()[any(0, int64_t(all.size()) - 1)];
-}
-
-std::vector<float> floats(int64_t count) {
-    std::vector<float> out(count);
-    std::normal_distribution<float> normal;
-    for (float& x : out) x = normal(chance);
-    return out;
-}
-
-// Elements of a storage type, all finite; now and then the bits are whatever they are, NaN and infinity among them.
-Bytes elements(int64_t count, Type type, bool wild) {
-    Bytes out(count * (type == Type::f32 ? 4 : 2));
-    for (int64_t i = 0; i < count; ++i) {
-        const float x = std::normal_distribution<float>()(chance);
-        uint32_t bits;
-        std::memcpy(&bits, &x, 4);
-        if (wild) bits = uint32_t(chance());
-        if (type == Type::f16 && !wild) bits = (bits & 0x80000000u) | uint32_t(any(0x2c00, 0x4000)) << 16;
-        if (type == Type::f32) std::memcpy(&out[4 * i], &bits, 4);
-        else out[2 * i] = uint8_t(bits >> 16), out[2 * i + 1] = uint8_t(bits >> 24);
-    }
-    return out;
-}
-
-// Lanes of `n` tokens over a pool of pages without a spare one, in runs of any length.
-struct Pages {
-    std::vector<std::vector<Run>> runs;
-    std::vector<Lane> lanes;
-    int64_t pages = 0;
-    Pages(int64_t count, int64_t n) : runs(count) {
-        std::vector<std::pair<int64_t, int64_t>> chunks;
-        const int64_t most = one_of<int64_t>({1, 3, 1 << 20});
-        for (int64_t lane = 0; lane < count; ++lane)
-            for (int64_t left = (n + PAGE - 1) / PAGE; left;) {
-                chunks.push_back({lane, any(1, std::min(left, most))});
-                left -= chunks.back().second;
-            }
-        std::shuffle(chunks.begin(), chunks.end(), chance);
-        for (auto [lane, length] : chunks) {
-            if (runs[lane].empty() && any(0, 1)) runs[lane].push_back({pages, 0});
-            runs[lane].push_back({pages, length});
-            pages += length;
-        }
-        for (auto& of_lane : runs) lanes.push_back({of_lane.data(), int64_t(of_lane.size())});
-    }
-    int64_t slots() const { return pages * PAGE; }
-};
-
-std::vector<int64_t> ascending(int64_t count, int64_t n) {
-    std::vector<int64_t> all(n);
-    for (int64_t i = 0; i < n; ++i) all[i] = i;
-    std::shuffle(all.begin(), all.end(), chance);
-    all.resize(count);
-    std::sort(all.begin(), all.end());
-    return all;
-}
-
-template <class T>
-void keep(Bytes& answer, const std::vector<T>& part) {
-    const auto* from = reinterpret_cast<const uint8_t*>(part.data());
-    answer.insert(answer.end(), from, from + part.size() * sizeof(T));
-}
-
-// Runs a kernel, which answers with the bytes it wrote, with one and with more threads.
-void try_threads(const Kernels& kernels, const char* what, const std::function<Bytes(int threads)>& run) {
-    const Bytes alone = run(1);
-    for (int threads = 2; threads <= 4; ++threads)
-        if (run(threads) != alone) {
-            std::printf("%s %s: %d threads give other bits than one\n", kernels.name, what, threads);
-            std::exit(1);
-        }
-}
-
-int64_t sketch_bytes(int64_t slots, int64_t dim, int64_t bits) { return slots * (dim * bits / 8 + 2); }
 
 // Keys and values in a few bits, in pools and with lists of their own.
 void try_packed(const Kernels& kernels) {
@@ -159,10 +64,94 @@ void try_packed(const Kernels& kernels) {
         keep(answer, out);
         return answer;
     });
+
+    // The first `packed` tokens are read from their codes, all others from raw pages that begin with token `first`.
+    const int64_t packed = any(0, n), first = any(0, packed), all = packed + behind;
+    const Pages tail(lanes, all - first);
+    const Bytes tail_keys = elements(tail.slots() * dim, type, wild), tail_values = elements(tail.slots() * dim, type, wild);
+    if (all) {
+        const int64_t from = any(0, all - 1), limit = any(from + 1, all), k = any(1, limit - from);
+        for (const bool wins : {false, true})
+            try_threads(kernels, wins ? "packed_select" : "packed votes", [&](int threads) {
+                std::vector<float> votes(limit - from);
+                std::vector<int64_t> index(k, -1);
+                PackedPool own = views[0];
+                own.lanes_count = heads;
+                kernels.packed_select({{{query.data(), tail_keys.data(), type, tail.lanes.data(), nullptr, 0, heads,
+                                         groups, 1, dim, from, limit, &limit, wins ? nullptr : votes.data(), threads},
+                                        k, 0, wins ? index.data() : nullptr},
+                                       own, packed, first});
+                Bytes answer;
+                keep(answer, votes);
+                keep(answer, index);
+                return answer;
+            });
+    }
+    const int64_t listed = any(0, all), pairs = any(0, dim / 2);
+    std::vector<int64_t> lists;
+    for (int64_t i = 0; i < sequences; ++i)
+        for (int64_t token : ascending(listed, all)) lists.push_back(token);
+    const std::vector<int64_t> ends(sequences, packed), begins(sequences, first);
+    const auto cos = floats(listed * pairs), sin = floats(listed * pairs);
+    const bool interleaved = any(0, 1);
+    try_threads(kernels, "packed_decode", [&](int threads) {
+        std::vector<float> out(lanes * groups * dim), lse(lanes * groups);
+        kernels.packed_decode({{query.data(), tail_keys.data(), tail_values.data(), type, tail.lanes.data(), lanes,
+                                groups, dim, lists.data(), heads, 0, listed, cos.data(), sin.data(), pairs, interleaved,
+                                0.1f, softcap, out.data(), lse.data(), threads, nullptr},
+                               views[0], views[1], ends.data(), begins.data()});
+        Bytes answer;
+        keep(answer, out);
+        keep(answer, lse);
+        return answer;
+    });
+}
+
+// The decode step of one sequence: tokens are held, one comes, and all or a selection of them are read.
+void try_step(const Kernels& kernels) {
+    const Type type = one_of({Type::f32, Type::bf16, Type::f16});
+    const int64_t dim = one_of<int64_t>({16, 64, 80, 128, 256}), heads = any(1, 3), groups = one_of<int64_t>({1, 3, 4, 16});
+    const int64_t length = one_of<int64_t>({0, 1, 63, 64, 500, 2100}), rows = heads * groups;
+    const int64_t bits = one_of<int64_t>({0, 4, 8}), pairs = any(0, 3) ? any(1, dim / 2) : 0;
+    const Pages pages(heads, length + 1);
+    const Bytes query = elements(rows * dim, type, false), key = elements(heads * dim, type, false);
+    const Bytes value = elements(heads * dim, type, false), keys = elements(pages.slots() * dim, type, false);
+    const Bytes values = elements(pages.slots() * dim, type, false);
+    Bytes sketch(bits ? sketch_bytes(pages.slots(), dim, bits) : 0);
+    if (bits) kernels.sketch({keys.data(), type, sketch.data(), bits, dim, pages.lanes.data(), heads, 0, length, 1});
+    const int64_t sinks = any(0, length), edge = any(sinks, length), top_k = pairs && edge > sinks ? any(1, edge - sinks) : 0;
+    const int64_t asked_at = any(0, 9), most = std::max(length, asked_at) + 1, nominate = bits == 4 ? any(0, length) : 0;
+    const auto back_cos = floats(pairs), back_sin = floats(pairs), cos = floats(most * pairs), sin = floats(most * pairs);
+    const auto past = floats(rows * dim);
+    std::vector<int64_t> kept = ascending(top_k, edge - sinks);
+    for (int64_t& token : kept) token += sinks;
+    const float theta = one_of({-2.0f, 0.0f, 2.0f});
+    const bool reuses = any(0, 1);
+    try_threads(kernels, "step", [&](int threads) {
+        Bytes held_keys = keys, held_values = values, held_sketch = sketch, answer;
+        std::vector<int32_t> positions(pages.slots());
+        std::vector<float> asked(top_k ? rows * dim : 0), out(rows * dim), lse(rows);
+        std::vector<int64_t> winners(top_k);
+        bool reused = false;
+        kernels.step({query.data(), key.data(), value.data(), type, dim, dim, dim, 7, pages.lanes.data(), heads, groups,
+                      dim, length, held_keys.data(), held_values.data(), positions.data(),
+                      bits ? held_sketch.data() : nullptr, bits, back_cos.data(), back_sin.data(), cos.data(), sin.data(),
+                      pairs, true, top_k, sinks, edge, nominate, asked_at, theta, reuses && top_k ? past.data() : nullptr,
+                      reuses && top_k ? kept.data() : nullptr, asked.data(), winners.data(), &reused, 0.1f, 0.0f,
+                      out.data(), lse.data(), threads});
+        for (const Bytes* part : {&held_keys, &held_values, &held_sketch}) keep(answer, *part);
+        keep(answer, positions);
+        keep(answer, winners);
+        keep(answer, asked);
+        keep(answer, out);
+        keep(answer, lse);
+        return answer;
+    });
 }
 
 void try_all(const Kernels& kernels) {
     try_packed(kernels);
+    try_step(kernels);
     const Type type = one_of({Type::f32, Type::bf16, Type::f16});
     const int64_t dim = one_of<int64_t>({16, 32, 64, 80, 128, 256}), heads = any(1, 3), sequences = any(1, 3);
     const int64_t groups = one_of<int64_t>({1, 2, 3, 4, 7, 8, 16}), bits = one_of<int64_t>({4, 8});
@@ -182,10 +171,9 @@ void try_all(const Kernels& kernels) {
         if (wild && any(0, 99) == 0) x = one_of({INFINITY, NAN, 1e-42f, 3e38f});
     const auto cos = floats(std::max(count, n) * pairs * sequences), sin = floats(std::max(count, n) * pairs * sequences);
 
-    std::vector<int64_t> slots = ascending(pages.slots(), pages.slots());
     Bytes sketches(sketch_bytes(pages.slots(), dim, bits));
     try_threads(kernels, "sketch", [&](int threads) {
-        kernels.sketch({keys.data(), type, sketches.data(), bits, dim, slots.data(), int64_t(slots.size()), threads});
+        kernels.sketch({keys.data(), type, sketches.data(), bits, dim, pages.lanes.data(), lanes, start, n, threads});
         return sketches;
     });
     for (const uint8_t* sketch : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(sketches.data())}) {

@@ -73,14 +73,22 @@ def lanes_swapped(call: Call) -> None:
 
 def stale_sketch_of_a_token(call: Call) -> None:
     """One token's sketch is that of the key that lay in its slot before."""
-    keys, slot = call["keys"].clone(), int(call["lanes"].runs[0, 0]) * 64 + 40
+    keys, slot = call["keys"].clone(), int(call["lanes"].pages()[0][1]) * 64 + 10
     keys.view(-1, keys.shape[-1])[slot] *= -1
     call["sketch"] = call["sketch"].clone()
-    cpu.sketch(keys, call["sketch"], call["bits"], torch.tensor([slot]))
+    cpu.sketch(keys, call["sketch"], call["bits"], call["lanes"].only(0), 74, 75)
 
 
 def a_token_not_sketched(call: Call) -> None:
-    call["slots"] = call["slots"][1:]
+    call["start"] += 1
+
+
+def about_another_centre(call: Call) -> None:
+    """As if a key of the first page were another."""
+    keys = call["keys"] = call["keys"].clone()
+    keys[int(call["lanes"].pages()[0][0]), 5] += 3
+    if call["stop"] > 64:
+        call["start"] = 64
 
 
 def not_sketched(call: Call) -> None:
@@ -153,6 +161,7 @@ FAULTS: list[tuple[Callable[[Call], None], str, list[str]]] = [
     (not_sketched, "votes", ["votes of 8 bits", "votes of 4 bits"]),
     (not_sketched, "append", ["append and sketch"]),
     (a_token_not_sketched, "sketch", ["sketch of 8 bits", "sketch of 4 bits"]),
+    (about_another_centre, "sketch", ["sketch of 8 bits", "sketch of 4 bits"]),
     (fewer_bits, "append", ["append and sketch"]),
     (a_vote_lost, "top_k", ["top_k"]),
     (pairs_mistaken, "decode", ["decode turned", "decode capped"]),

@@ -18,6 +18,8 @@ from on_gpu import (
 )
 from paged import Case
 
+from kvote.kernels.lanes import Lanes
+
 pytestmark = runs
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -69,10 +71,10 @@ def test_a_sketch_is_that_of_the_reference(d, bits):
 
 
 def test_a_key_of_nothing_has_a_sketch_of_nothing():
-    keys, slots = torch.zeros(1, 64, 32, device=DEVICE), torch.arange(64, device=DEVICE)
+    keys, lanes = torch.zeros(1, 64, 32, device=DEVICE), Lanes([[(0, 1)]])
     for bits in (4, 8):
         sketch = torch.full((1, kernels().sketch_bytes(32, bits)), 255, dtype=torch.uint8, device=DEVICE)
-        kernels().sketch(keys, sketch, bits, slots)
+        kernels().sketch(keys, sketch, bits, lanes, 0, 64)
         assert bool((sketch[:, -128:] == 0).all())
 
 

@@ -60,17 +60,18 @@ def test_a_model_answers_as_with_the_reference(monkeypatch, method):
 
 
 def packed_reads(monkeypatch) -> list[bool]:
-    """Of every read of packed tokens from now on, whether a kernel answered it from the codes."""
+    """Of every read of packed tokens from now on, whether a kernel answered it."""
     seen = []
-    for name in ("attend", "scores"):
-        read = getattr(packed, name)
+    there = kernels.named("triton").packed
+    for module, name in ((packed, "attend"), (there, "scores"), (there, "select"), (there, "decode")):
+        read = getattr(module, name)
 
-        def call(query, held, *more, read=read, **options):
-            answer = read(query, held, *more, **options)
-            seen.append(held.reads(1) and answer is not None)
+        def call(*given, read=read, **options):
+            answer = read(*given, **options)
+            seen.append(answer is not None)
             return answer
 
-        monkeypatch.setattr(packed, name, call)
+        monkeypatch.setattr(module, name, call)
     return seen
 
 
@@ -121,7 +122,7 @@ def test_a_step_that_packs_never_asks_the_device(monkeypatch, rows):
         for _ in range(5):
             fed.feed(1)
     assert held._state(0) == (96, 66, 64)
-    assert len(held.packed.before[0]) == 1
+    assert len(held.packed.positions(0)) == 1
 
 
 def test_asking_the_device_is_noticed(monkeypatch):

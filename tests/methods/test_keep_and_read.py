@@ -9,6 +9,7 @@ from selecting import Fed
 
 import kvote
 from kvote import MethodError
+from kvote.kernels.lanes import Lanes
 from kvote.spec import parse
 
 READ = "tokenselect(top_k=5, sinks=2, window=6, chunk=4, tail=3, theta=2.0)"
@@ -102,8 +103,7 @@ def test_sketches_stay_those_of_the_keys(keep, sketch):
         codes, bits = sketched.coded
         again = codes.clone()
         for lane in segment.pool.lanes:
-            slots = segment.pool.slots(lane, 0, lane.length)
-            kvote.kernels.cpu.sketch(segment.pool.keys, again, bits, slots)
+            kvote.kernels.cpu.sketch(segment.pool.keys, again, bits, Lanes([lane.runs]), 0, lane.length)
         assert torch.equal(again, codes)
 
 

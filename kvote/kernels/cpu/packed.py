@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvote.kernels import checks
-from kvote.kernels.contract import PackedPool, Recent
+from kvote.kernels.contract import Angles, PackedPool, Recent, Tail
 from kvote.kernels.cpu.attention import MAX_GROUPS
 from kvote.kernels.cpu.library import TYPES, _cpu
 from kvote.kernels.lanes import Lanes
@@ -93,3 +93,81 @@ def scores(query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
     threads, pool = torch.get_num_threads(), _pool(*keys)
     _cpu.packed_scores(query.data_ptr(), pool, rows, tokens.start, tokens.stop, out.data_ptr(), threads)
     return out
+
+
+def votes(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int]) -> Tensor:
+    """Soft votes [b, r, n] for tokens ``start`` to ``max(limits)`` of ``query`` [b, heads, r, d]; scores as ``attend``
+    rounds them. Weights carry 11 bits where scores are rounded."""
+    out = torch.empty(query.shape[0], query.shape[2], max(limits) - start)
+    _vote(query, keys, tail, start, limits, 0, out.data_ptr(), 0)
+    return out
+
+
+def select(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int) -> Tensor:
+    """The ``k`` tokens [b, r, k] with the most ``votes``, ascending, ties to the lower one; arguments as there."""
+    checks.winners_of(k, start, limits)
+    out = torch.empty(query.shape[0], query.shape[2], k, dtype=torch.int64)
+    _vote(query, keys, tail, start, limits, k, 0, out.data_ptr())
+    return out
+
+
+def _vote(
+    query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int, votes: int, index: int
+) -> None:
+    groups, stop = checks.packed_voting(query, keys, tail, start, limits)
+    query = query.float().contiguous()
+    pool, behind = _pool(*keys), (tail.keys.data_ptr(), tail.values.data_ptr(), *tail.lanes.address)
+    shape = groups, query.shape[2], start, stop
+    where = query.data_ptr(), pool, behind, tail.packed, tail.first
+    _cpu.packed_select(*where, *shape, limits, k, votes, index, torch.get_num_threads())
+
+
+def decode(
+    query: Tensor,
+    keys: PackedPool,
+    values: PackedPool,
+    tail: Tail,
+    tokens: Tensor,
+    *,
+    angles: Angles | None,
+    interleaved: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position per sequence, ``query`` [b, heads, d], over a list ``tokens`` int64 [b, m],
+    ascending in each: out [b, heads, d] and lse [b, heads], float32.
+
+    What is packed is decoded a block at a time, in cache, and with ``angles`` [m, r] rotated there. The same bits for
+    any number of threads.
+    """
+    sequences, heads, dim = query.shape
+    groups = checks.groups_of(sequences * heads, keys[2], MAX_GROUPS)
+    count = checks.packed_listing(query, keys, values, tail, tokens)
+    query = query.float().contiguous()
+    out, lse = torch.empty(sequences, heads, dim), torch.empty(sequences, heads)
+    cos, sin, pairs = query, query, 0
+    if angles is not None:
+        checks.angles_fit(angles, count, dim)
+        cos, sin = (a.float().contiguous() for a in angles)
+        pairs = cos.shape[-1]
+    _cpu.packed_decode(
+        query.data_ptr(),
+        _pool(*keys),
+        _pool(*values),
+        (tail.keys.data_ptr(), tail.values.data_ptr(), *tail.lanes.address),
+        tail.packed,
+        tail.first,
+        groups,
+        tokens.data_ptr(),
+        count,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        pairs,
+        interleaved,
+        scale,
+        softcap or 0.0,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse

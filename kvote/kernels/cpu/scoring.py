@@ -137,16 +137,18 @@ def sketch_bytes(dim: int, bits: int) -> int:
     return SKETCH_TOKENS * (dim * bits // 8 + 2)
 
 
-def sketch(keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
-    """Encodes the tokens at pool ``slots`` [n] of ``keys`` [pages, PAGE, d] into ``sketch`` [pages, bytes]."""
-    checks.sketching(keys, slots)
+def sketch(keys: Tensor, sketch: Tensor, bits: int, lanes: Lanes, start: int, stop: int) -> None:
+    """Encodes tokens ``start`` to ``stop`` of lanes, all that they hold, of ``keys`` [pages, PAGE, d] into ``sketch``
+    [pages, bytes], each less the centre of its lane (``reference.centre``)."""
+    checks.sketching(keys, sketch, start, stop)
     _cpu.sketch(
         keys.data_ptr(),
         TYPES[keys.dtype],
         sketch.data_ptr(),
         bits,
         keys.shape[-1],
-        slots.data_ptr(),
-        len(slots),
+        *lanes.address,
+        start,
+        stop,
         torch.get_num_threads(),
     )

@@ -16,7 +16,7 @@ from kvote.kernels.law.scoring import (
     votes,
 )
 from kvote.kernels.law.tokens import append, gather, rotate, why_not
-from kvote.kernels.reference import top_k
+from kvote.kernels.reference import centre, top_k
 
 NAME = "reference"
 step = None
@@ -31,6 +31,7 @@ __all__ = [
     "append",
     "attend",
     "attention_mass",
+    "centre",
     "decode",
     "gather",
     "label_scores",

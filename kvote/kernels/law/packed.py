@@ -1,12 +1,15 @@
 """Packed keys and values by their law, ``kvote.kernels.packing``."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kvote.kernels import checks, packing, reference
-from kvote.kernels.contract import PackedPool, Recent
+from kvote.kernels.contract import Angles, PackedPool, Recent, Tail
+from kvote.kernels.dense import winners_within
 from kvote.kernels.lanes import Lanes
-from kvote.kernels.law.pages import behind, ranged, slots
+from kvote.kernels.law.pages import behind, listed, ranged, slots
 from kvote.kernels.packing import PACKED, Packing
 
 # Tokens that are decoded at a time.
@@ -65,6 +68,116 @@ def scores(query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
     checks.packed_scoring(query, keys, tokens)
     parts = [reference.scores(query, _decoded(keys, block, len(query))) for block in _blocks(tokens)]
     return torch.cat(parts, dim=-1).transpose(1, 2)
+
+
+def votes(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int]) -> Tensor:
+    """Soft votes [b, r, n] for tokens ``start`` to ``max(limits)`` of ``query`` [b, heads, r, d]."""
+    return voted(scores, query, keys, tail, start, limits)
+
+
+def select(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int) -> Tensor:
+    """The ``k`` tokens [b, r, k] with the most ``votes``, ascending."""
+    return selected(scores, query, keys, tail, start, limits, k)
+
+
+def decode(
+    query: Tensor,
+    keys: PackedPool,
+    values: PackedPool,
+    tail: Tail,
+    tokens: Tensor,
+    *,
+    angles: Angles | None,
+    interleaved: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query position per sequence, ``query`` [b, heads, d], over a list ``tokens`` int64 [b, m]: out
+    [b, heads, d] and lse [b, heads], float32. With ``angles`` [m, r] keys are rotated first."""
+    key, value = tokens_listed(unpack, query, keys, values, tail, tokens, angles, interleaved)
+    return attended(query, key, value, scale, softcap)
+
+
+def voted(
+    scored: Callable[[Tensor, PackedPool, range], Tensor],
+    query: Tensor,
+    keys: PackedPool,
+    tail: Tail,
+    start: int,
+    limits: list[int],
+) -> Tensor:
+    """``votes`` where ``scored`` scores packed keys as ``scores`` does."""
+    _, stop = checks.packed_voting(query, keys, tail, start, limits)
+    heads, ends = keys[2].count // len(query), list(zip(tail.packed, tail.first, strict=True))
+
+    def of(rows: Tensor, own: Lanes, behind: Lanes, packed: int, first: int) -> Tensor:
+        edge, parts = max(start, min(packed, stop)), []
+        if edge > start:
+            parts.append(scored(rows, (*keys[:2], own), range(start, edge)).transpose(1, 2))
+        if stop > edge:
+            held = ranged(tail.keys, behind, len(rows), edge - first, stop - first)
+            parts.append(reference.scores(rows, held))
+        return torch.cat(parts, dim=-1)
+
+    if len(set(ends)) == 1:
+        return reference.votes_within(of(query, keys[2], tail.lanes, *ends[0]), start, limits)
+    parts = [
+        of(query[i : i + 1], keys[2].only(i * heads, heads), tail.lanes.only(i * heads, heads), *own)
+        for i, own in enumerate(ends)
+    ]
+    return reference.votes_within(torch.cat(parts), start, limits)
+
+
+def selected(
+    scored: Callable[[Tensor, PackedPool, range], Tensor],
+    query: Tensor,
+    keys: PackedPool,
+    tail: Tail,
+    start: int,
+    limits: list[int],
+    k: int,
+) -> Tensor:
+    """``select`` in the same way."""
+    checks.winners_of(k, start, limits)
+    return winners_within(voted(scored, query, keys, tail, start, limits), start, limits, k)
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """What one query position per sequence, ``query`` [b, heads, d], reads in tokens [b, h, m, d]."""
+    out, lse = reference.attend(query[:, :, None].float(), key, value, scale=scale, softcap=softcap)
+    return out[:, :, 0], lse[:, :, 0]
+
+
+def tokens_listed(
+    decoded: Callable[[Tensor, Packing, Lanes, Tensor, int, Tensor], None],
+    query: Tensor,
+    keys: PackedPool,
+    values: PackedPool,
+    tail: Tail,
+    tokens: Tensor,
+    angles: Angles | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Keys, rotated, and values [b, h, m, d] of a list, where ``decoded`` decodes packed tokens as ``unpack`` does. No
+    number of a tensor is looked at."""
+    m, (sequences, _, dim), lanes = checks.packed_listing(query, keys, values, tail, tokens), query.shape, keys[2]
+    packed, first = (torch.tensor(x, device=tokens.device)[:, None] for x in (tail.packed, tail.first))
+    late = (tokens >= packed)[:, None, :, None]
+    held = []
+    for (pages, form, own), raw in ((keys, tail.keys), (values, tail.values)):
+        part = torch.zeros(lanes.count, m, dim, dtype=form.dtype, device=pages.device)
+        if min(tail.packed):
+            old = torch.minimum(tokens, packed - 1)
+            decoded(pages, form, own, old, sequences, part)
+        part = part.view(sequences, -1, m, dim)
+        if len(raw):
+            recent = listed(raw, tail.lanes, (tokens - first).clamp(min=0) * (tokens >= packed))
+            part = torch.where(late, recent, part)
+        held.append(part)
+    if angles is not None:
+        checks.angles_fit(angles, m, dim)
+        held[0] = reference.rotate(held[0], angles[0][:m], angles[1][:m], interleaved=interleaved)
+    return held[0], held[1]
 
 
 def _blocks(tokens: range) -> list[range]:

@@ -64,6 +64,6 @@ def sketch_bytes(dim: int, bits: int) -> int:
     return 0
 
 
-def sketch(keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
+def sketch(keys: Tensor, sketch: Tensor, bits: int, lanes: Lanes, start: int, stop: int) -> None:
     """Raises ValueError: the law keeps no sketches."""
     checks.check(False, "the law keeps no sketches")

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvote.kernels import checks
-from kvote.kernels.contract import PackedPool, Recent
+from kvote.kernels.contract import Angles, PackedPool, Recent, Tail
+from kvote.kernels.law.packed import attended, selected, tokens_listed, voted
 from kvote.kernels.packing import PACKED, Packing
 from kvote.kernels.triton.common import at_home, capped, padded, product, put_part, softened, split
 from kvote.kernels.triton.decode import MAX_GROUPS, decode_parts
@@ -23,7 +24,7 @@ from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.pack import pack, pool, unpack
 from kvote.kernels.triton.products import put_scores
 
-__all__ = ["MAX_GROUPS", "attend", "pack", "scores", "unpack"]
+__all__ = ["MAX_GROUPS", "attend", "decode", "pack", "scores", "select", "unpack", "votes"]
 
 _PACKED = tl.constexpr(PACKED)
 # Words in a row of codes.
@@ -356,3 +357,30 @@ def scores(query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
         num_warps=warps,
     )
     return out
+
+
+def votes(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int]) -> Tensor:
+    """As in the contract; packed keys are scored from their codes, the rest is torch."""
+    return voted(scores, query, keys, tail, start, limits)
+
+
+def select(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int) -> Tensor:
+    """As in the contract, by ``votes``."""
+    return selected(scores, query, keys, tail, start, limits, k)
+
+
+def decode(
+    query: Tensor,
+    keys: PackedPool,
+    values: PackedPool,
+    tail: Tail,
+    tokens: Tensor,
+    *,
+    angles: Angles | None,
+    interleaved: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As in the contract; tokens are decoded by ``unpack``, the rest is torch."""
+    key, value = tokens_listed(unpack, query, keys, values, tail, tokens, angles, interleaved)
+    return attended(query, key, value, scale, softcap)

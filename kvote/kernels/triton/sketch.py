@@ -7,13 +7,17 @@ channel of the second half above it, so that no byte has to be taken apart acros
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvote.kernels import checks
-from kvote.kernels.triton.common import PAGE, at_home, padded
+from kvote.kernels.lanes import Lanes
+from kvote.kernels.law import centre
+from kvote.kernels.triton.common import PAGE, at_home, padded, rows_of, table
 
 SKETCH_TOKENS = PAGE
 _PAGE = tl.constexpr(PAGE)
@@ -91,37 +95,76 @@ def encode(first, second, codes, scales, slots, held, channels, D: tl.constexpr,
     tl.store(spots, scale.to(tl.float16), mask=held)
 
 
-@triton.jit(do_not_specialize=("count",))
+@triton.jit(do_not_specialize=("table_width", "start", "stop"))
 def _sketch(
-    keys, codes, scales, slots, count, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+    keys,
+    codes,
+    scales,
+    pages,
+    centres,
+    table_width,
+    start,
+    stop,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    held = place < count
-    slot = tl.load(slots + place, mask=held, other=0)
-    encode_rows(keys + slot[:, None] * D, codes, scales, slot, held, D, DP, BITS)
+    token, lane = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    held = token < stop
+    slot = rows_of(pages + lane * table_width, token, held)
+    encode_rows(keys + slot[:, None] * D, codes, scales, slot, held, centres + lane * D, D, DP, BITS)
 
 
 @triton.jit
-def encode_rows(rows, codes, scales, slot, held, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Sketches keys whose first channels lie at ``rows`` [tokens, 1]."""
+def encode_rows(rows, codes, scales, slot, held, centre, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """Sketches keys whose first channels lie at ``rows`` [tokens, 1], less ``centre`` [d]."""
     WIDTH: tl.constexpr = D * BITS // 8
     channels = tl.arange(0, DP)
     mask = held[:, None] & (channels < WIDTH)[None, :]
+    held_channels = channels < WIDTH
     first = tl.load(rows + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+    first -= tl.load(centre + channels, mask=held_channels, other=0.0)[None, :]
     if BITS == 4:
         second = tl.load(rows + WIDTH + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        second -= tl.load(centre + WIDTH + channels, mask=held_channels, other=0.0)[None, :]
     else:
         second = first
     encode(first, second, codes, scales, slot, held, channels, D, BITS)
 
 
 @at_home
-def sketch(keys: Tensor, sketch: Tensor, bits: int, slots: Tensor) -> None:
-    """Encodes the tokens at pool ``slots`` (int64, contiguous) of ``keys`` [pages, PAGE, d] into ``sketch``."""
-    dim, count, block = keys.shape[-1], len(slots), 16
-    checks.sketching(keys, slots)
+def sketch(keys: Tensor, sketch: Tensor, bits: int, lanes: Lanes, start: int, stop: int) -> None:
+    """As in the contract: tokens ``start`` to ``stop`` of lanes, all that they hold, go from ``keys`` [pages, PAGE, d]
+    into ``sketch``, less the centre of their lane."""
+    dim, block = keys.shape[-1], 16
+    checks.sketching(keys, sketch, start, stop)
+    if start == stop:
+        return
     codes, scales = sketch_views(sketch, bits)
-    width = dim * bits // 8
-    _sketch[(-(-count // block),)](
-        keys, codes, scales, slots, count, D=dim, DP=padded(width), BITS=bits, BLOCK=block, num_warps=4
+    pages = table(lanes, keys.device)
+    _sketch[(-(-(stop - start) // block), lanes.count)](
+        keys,
+        codes,
+        scales,
+        pages,
+        centres(keys, pages, [stop] * lanes.count),
+        pages.shape[1],
+        start,
+        stop,
+        D=dim,
+        DP=padded(dim * bits // 8),
+        BITS=bits,
+        BLOCK=block,
+        num_warps=4,
     )
+
+
+def centres(keys: Tensor, pages: Tensor, held: Sequence[int]) -> Tensor:
+    """The centre [lanes, d] of each lane of so many tokens (``reference.centre``), by the table of its ``pages``."""
+    if max(held) < PAGE:
+        return keys.new_zeros(len(held), keys.shape[-1], dtype=torch.float32)
+    means = centre(keys[pages[:, 0].long()], PAGE)[:, 0]
+    if min(held) < PAGE:
+        means[torch.tensor(held, device=means.device) < PAGE] = 0
+    return means.contiguous()

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kvote.kernels import checks
 from kvote.kernels.contract import Angles
-from kvote.kernels.lanes import Lanes
+from kvote.kernels.lanes import PAGE, Lanes
 from kvote.kernels.triton.common import at_home, fetched, integers, padded, partners, rows_of, table, turned
-from kvote.kernels.triton.sketch import encode_rows, sketch_views
+from kvote.kernels.triton.sketch import centres, encode_rows, sketch_views
+from kvote.kernels.triton.sketch import sketch as sketch_lanes
 
 _BLOCK = 16
 
@@ -29,6 +30,7 @@ def _append(
     codes,
     scales,
     pages,
+    centres,
     firsts,
     key_sequence,
     key_head,
@@ -72,7 +74,7 @@ def _append(
     tl.store(slot_positions + slots, place.to(tl.int32), mask=held)
     if BITS > 0:
         # From the rows given, not from the pool: nothing has to wait for what was just written.
-        encode_rows(rows, codes, scales, slots, held, D, SP, BITS)
+        encode_rows(rows, codes, scales, slots, held, centres + lane * D, D, SP, BITS)
 
 
 @at_home
@@ -105,6 +107,8 @@ def append(
         codes,
         scales,
         pages,
+        # Of lanes whose first page is full before; those of others follow below.
+        pages if sketch is None else centres(keys, pages, first),
         integers(first, key.device) if ragged else pages,
         *key.stride()[:3],
         *value.stride()[:3],
@@ -123,6 +127,13 @@ def append(
         BLOCK=_BLOCK,
         num_warps=4,
     )
+    if sketch is not None and min(first) < PAGE:
+        if not ragged:
+            sketch_lanes(keys, sketch, bits, lanes, 0, first[0] + count)
+            return
+        for i, at in enumerate(first):
+            if at < PAGE:
+                sketch_lanes(keys, sketch, bits, lanes.only(i), 0, at + count)
 
 
 @triton.jit(do_not_specialize=("kv_heads", "table_width", "lists", "count", "angle_rows", "pairs"))

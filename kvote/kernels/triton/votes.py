@@ -31,7 +31,7 @@ from kvote.kernels.triton.common import (
     table,
 )
 from kvote.kernels.triton.products import queries_of, scores_of
-from kvote.kernels.triton.sketch import sketch_views
+from kvote.kernels.triton.sketch import centres, sketch_views
 
 # Rows of a product at most: query heads times selecting queries.
 _ROWS = 64
@@ -288,11 +288,15 @@ class _Ballot:
             num_warps=4,
         )
         places = nominated[:, :, None].expand(exact.shape)
-        rough = self.logits.gather(-1, places)
+        # Scores from the sketch lack the product of the query with the centre of its lane.
+        centre = centres(self.keys, self.pages, [self.start + self.count] * self.lanes.count)
+        lanes = centre.view(batch, self.kv_heads, 1, dim).expand(-1, -1, self.groups, -1).reshape(batch, heads, 1, dim)
+        shift = (self.query * lanes).sum(-1).transpose(1, 2)
+        rough, lse = self.logits.gather(-1, places) + shift[..., None], self.lse + shift
         # What all tokens hold, less what the nominated were thought to hold, plus what they do; a difference of what
         # was rounded must not fall below nothing.
-        top = torch.maximum(self.lse, exact.amax(-1))[..., None]
-        rest = (torch.exp(self.lse[..., None] - top) - torch.exp(rough - top).sum(-1, keepdim=True)).clamp(min=0)
+        top = torch.maximum(lse, exact.amax(-1))[..., None]
+        rest = (torch.exp(lse[..., None] - top) - torch.exp(rough - top).sum(-1, keepdim=True)).clamp(min=0)
         mass = rest + torch.exp(exact - top).sum(-1, keepdim=True)
         return (torch.exp(exact - top) / mass).sum(dim=2)
 

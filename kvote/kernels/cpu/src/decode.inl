@@ -232,14 +232,9 @@ void attend_block(const Block& rows, const QueryRows& query, const DecodeArgs& a
     add_all<T>(rows, scores, part.out, a.groups, a.dim, next);
 }
 
-// Tokens from .. to of the range or list of one sequence, in all its lanes, whose answers are `stride` apart.
-template <class T>
-void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to, QueryRows* queries, T* turned,
-                 const Partial* parts, int64_t stride = 1) {
-    const T *keys = static_cast<const T*>(a.keys), *values = static_cast<const T*>(a.values);
+// The query rows of one sequence's lanes, and no answer yet.
+inline void begin_part(const DecodeArgs& a, int64_t sequence, QueryRows* queries, const Partial* parts, int64_t stride) {
     const int64_t heads = a.lanes_per_sequence;
-    const int64_t* index = a.index ? a.index + sequence * a.count : nullptr;
-    const Lane* lanes = a.lanes + sequence * heads;
     for (int64_t h = 0; h < heads; ++h) {
         for (int64_t g = 0; g < a.groups; ++g) {
             float* row = queries[h].wide + g * a.dim;
@@ -249,6 +244,17 @@ void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to
         }
         std::memset(parts[h * stride].out, 0, 4 * a.groups * a.dim);
     }
+}
+
+// Tokens from .. to of the range or list of one sequence, in all its lanes, whose answers are `stride` apart.
+template <class T>
+void decode_part(const DecodeArgs& a, int64_t sequence, int64_t from, int64_t to, QueryRows* queries, T* turned,
+                 const Partial* parts, int64_t stride = 1) {
+    const T *keys = static_cast<const T*>(a.keys), *values = static_cast<const T*>(a.values);
+    const int64_t heads = a.lanes_per_sequence;
+    const int64_t* index = a.index ? a.index + sequence * a.count : nullptr;
+    const Lane* lanes = a.lanes + sequence * heads;
+    begin_part(a, sequence, queries, parts, stride);
     if (!index && !a.pairs) {
         // Nothing is shared between key heads. Blocks end with their page: they are stretches of memory, and the same
         // ones wherever pages lie.
@@ -318,11 +324,10 @@ inline void merge_parts(const Partial* first, int64_t stride, int64_t parts, int
     lse = mass != 0 ? best + std::log(mass) : -INFINITY;
 }
 
-template <class T>
-void decode(const DecodeArgs& given) {
-    DecodeArgs a = given;
-    // Lanes with ends of their own are sequences of one head: a range is read key head by key head anyway.
-    if (a.ends) a.lanes_per_sequence = 1;
+// Cuts what each sequence reads into parts, has threads answer them by `part(sequence, from, to, queries, scratch,
+// parts)`, with room for `room` rows of T of their own, and joins the answers.
+template <class T, class Part>
+void decode_in_parts(const DecodeArgs& a, int64_t room, Part&& part) {
     const int64_t heads = a.lanes_per_sequence, sequences = a.lanes_count / heads;
     auto read_by = [&](int64_t sequence) {
         return a.ends ? std::min(std::max<int64_t>(a.ends[sequence] - a.start, 0), a.count) : a.count;
@@ -338,11 +343,11 @@ void decode(const DecodeArgs& given) {
     const int64_t items = begins[sequences], slots = items * heads;
     const int threads = std::max(1, items < a.threads ? int(items) : a.threads);
     Workspace space(Workspace::bytes<float>(slots * a.groups * (a.dim + 2)) + Workspace::bytes<Partial>(slots) +
-                    threads * (Workspace::bytes<QueryRows>(heads) + Workspace::bytes<T>(BLOCK * a.dim)));
+                    threads * (Workspace::bytes<QueryRows>(heads) + Workspace::bytes<T>(room * a.dim)));
     float* memory = space.take<float>(slots * a.groups * (a.dim + 2));
     Partial* partial = space.take<Partial>(slots);
     QueryRows* queries = space.take<QueryRows>(threads * heads);
-    T* turned = space.take<T>(threads * BLOCK * a.dim);
+    T* scratch = space.take<T>(threads * room * a.dim);
     for (int64_t i = 0; i < slots; ++i) {
         float* rest = memory + slots * a.groups * a.dim + 2 * i * a.groups;
         partial[i] = {memory + i * a.groups * a.dim, rest, rest + a.groups};
@@ -359,7 +364,7 @@ void decode(const DecodeArgs& given) {
         for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
             const int64_t sequence = std::upper_bound(begins.begin(), begins.end(), item) - begins.begin() - 1;
             const int64_t from = (item - begins[sequence]) * share, to = std::min(from + share, read_by(sequence));
-            decode_part<T>(a, sequence, from, to, mine, turned + team.rank * BLOCK * a.dim, partial + item * heads);
+            part(sequence, from, to, mine, scratch + team.rank * room * a.dim, partial + item * heads);
         }
     });
     for (int64_t lane = 0; lane < a.lanes_count; ++lane) {
@@ -368,4 +373,15 @@ void decode(const DecodeArgs& given) {
             merge_parts(partial + first * heads + lane % heads, heads, parts, g, a.dim, a.dim,
                         a.out + (lane * a.groups + g) * a.dim, a.lse[lane * a.groups + g]);
     }
+}
+
+template <class T>
+void decode(const DecodeArgs& given) {
+    DecodeArgs a = given;
+    // Lanes with ends of their own are sequences of one head: a range is read key head by key head anyway.
+    if (a.ends) a.lanes_per_sequence = 1;
+    decode_in_parts<T>(a, BLOCK, [&](int64_t sequence, int64_t from, int64_t to, QueryRows* queries, T* turned,
+                                     const Partial* parts) {
+        decode_part<T>(a, sequence, from, to, queries, turned, parts);
+    });
 }

@@ -96,8 +96,8 @@ struct SketchArgs {
     Type type;
     std::uint8_t* sketch;  // pool
     std::int64_t bits, dim;
-    const std::int64_t* slots;  // [count]: pool slots to encode
-    std::int64_t count;
+    const Lane* lanes;  // of `stop` tokens each, of which those from `start` on are encoded
+    std::int64_t lanes_count, start, stop;
     int threads;
 };
 
@@ -177,6 +177,20 @@ struct PackedScoresArgs {
     int threads;
 };
 
+// Votes of one sequence on packed tokens and on those behind them that are not.
+struct PackedSelectArgs {
+    SelectArgs select;  // whose pool and lanes are of what is not packed; no sketch; `index` null: only votes are counted
+    PackedPool keys;
+    std::int64_t packed, first;  // tokens before `packed` are packed; token `first` is the first that the others' lanes hold
+};
+
+// Attention over lists of packed tokens and of tokens behind them that are not.
+struct PackedDecodeArgs {
+    DecodeArgs list;  // whose pools and lanes are of what is not packed
+    PackedPool keys, values;
+    const std::int64_t *packed, *first;  // [sequences], as above
+};
+
 struct ThinArgs {
     const float* query;  // [heads, groups, stride], of which `kept` are channels and the rest 0; stride at most MAX_DIM
     const void* keys;    // [heads, pages, kept, PAGE]
@@ -234,6 +248,8 @@ struct Kernels {
     void (*unpack)(const UnpackArgs&);
     void (*packed_attend)(const PackedAttendArgs&);
     void (*packed_scores)(const PackedScoresArgs&);
+    void (*packed_select)(const PackedSelectArgs&);
+    void (*packed_decode)(const PackedDecodeArgs&);
     void (*thin_decode)(const ThinArgs&);
     void (*step)(const StepArgs&);
     std::int64_t (*read_all)(const char* memory, std::int64_t bytes, int threads);  // to measure the bandwidth

@@ -27,7 +27,10 @@ using namespace kvote;
 #include "mass.inl"
 #include "scores.inl"
 #include "multiply.inl"
+#include "pack.inl"
 #include "packed.inl"
+#include "packed_list.inl"
+#include "packed_votes.inl"
 
 // Reads memory and does nothing with it: the ceiling that the kernels are measured against.
 inline int64_t read_all(const char* memory, int64_t bytes, int threads) {
@@ -55,7 +58,7 @@ inline int64_t read_all(const char* memory, int64_t bytes, int threads) {
 KVOTE_BY_TYPE(run_votes, votes, VotesArgs, type)
 KVOTE_BY_TYPE(run_select, select, SelectArgs, votes.type)
 KVOTE_BY_TYPE(run_gather, gather, GatherArgs, type)
-KVOTE_BY_TYPE(run_sketch, sketch_slots, SketchArgs, type)
+KVOTE_BY_TYPE(run_sketch, sketch_lanes, SketchArgs, type)
 KVOTE_BY_TYPE(run_decode, decode, DecodeArgs, type)
 KVOTE_BY_TYPE(run_turn, turn, TurnArgs, type)
 KVOTE_BY_TYPE(run_append, append, AppendArgs, type)
@@ -66,12 +69,14 @@ KVOTE_BY_TYPE(run_pack, pack, PackArgs, pool.type)
 KVOTE_BY_TYPE(run_unpack, unpack_tokens, UnpackArgs, pool.type)
 KVOTE_BY_TYPE(run_packed_attend, packed_attend, PackedAttendArgs, keys.type)
 KVOTE_BY_TYPE(run_packed_scores, packed_scores, PackedScoresArgs, keys.type)
+KVOTE_BY_TYPE(run_packed_select, packed_select, PackedSelectArgs, keys.type)
+KVOTE_BY_TYPE(run_packed_decode, packed_decode, PackedDecodeArgs, keys.type)
 KVOTE_BY_TYPE(run_thin_decode, thin_decode, ThinArgs, type)
 KVOTE_BY_TYPE(run_step, step, StepArgs, type)
 
 #define KVOTE_KERNELS(name)                                                                        \
     {name, run_votes, run_select, top_k, run_gather, run_sketch, run_decode, run_turn, run_append, \
      run_attention_mass, run_scores, run_label_scores, run_pack, run_unpack, run_packed_attend,    \
-     run_packed_scores, run_thin_decode, run_step, read_all}
+     run_packed_scores, run_packed_select, run_packed_decode, run_thin_decode, run_step, read_all}
 
 }  // namespace KVOTE_ISA

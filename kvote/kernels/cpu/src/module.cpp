@@ -65,6 +65,9 @@ struct PoolTable : LaneTable {
 // Tokens that are not packed as Python names them: keys, values, runs, begins, lanes, lanes per sequence, start, count.
 using Recent = std::array<std::int64_t, 8>;
 
+// Tokens behind packed ones as Python names them: keys, values, runs, begins, lanes.
+using Tail = std::array<std::int64_t, 5>;
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -166,11 +169,12 @@ NB_MODULE(_cpu, m) {
                         at<void>(keys), at<void>(values), at<std::int32_t>(slot_positions), at<std::uint8_t>(sketch),
                         sketch_bits, threads});
     });
-    m.def("sketch", [](Address keys, int type, Address sketch, std::int64_t bits, std::int64_t dim, Address slots,
-                       std::int64_t count, int threads) {
+    m.def("sketch", [](Address keys, int type, Address sketch, std::int64_t bits, std::int64_t dim, Address runs,
+                       Address begins, std::int64_t lanes, std::int64_t start, std::int64_t stop, int threads) {
         nb::gil_scoped_release release;
-        active->sketch({at<const void>(keys), Type(type), at<std::uint8_t>(sketch), bits, dim,
-                        at<const std::int64_t>(slots), count, threads});
+        LaneTable table(runs, begins, lanes);
+        active->sketch({at<const void>(keys), Type(type), at<std::uint8_t>(sketch), bits, dim, table.lanes.data(),
+                        lanes, start, stop, threads});
     });
     m.def("attention_mass", [](Address query, Address lse, Address keys, int type, Address runs, Address begins,
                                std::int64_t lanes, std::int64_t rows, std::int64_t dim, std::int64_t start,
@@ -227,6 +231,43 @@ NB_MODULE(_cpu, m) {
         nb::gil_scoped_release release;
         PoolTable table(keys);
         active->packed_scores({at<const float>(query), table.pool, rows, start, stop, at<float>(scores), threads});
+    });
+    // Sequence by sequence; of each, how many tokens are packed and which token the lanes behind those begin with.
+    // index 0: only votes; votes 0: only the winners.
+    m.def("packed_select", [](Address query, const Pool& keys, const Tail& tail, const std::vector<std::int64_t>& packed,
+                              const std::vector<std::int64_t>& first, std::int64_t groups, std::int64_t selections,
+                              std::int64_t start, std::int64_t stop, const std::vector<std::int64_t>& limits,
+                              std::int64_t top_k, Address votes, Address index, int threads) {
+        nb::gil_scoped_release release;
+        PoolTable table(keys);
+        LaneTable raw{Address(tail[2]), Address(tail[3]), tail[4]};
+        const std::int64_t heads = tail[4] / std::int64_t(packed.size()), rows = heads * groups * selections;
+        for (std::size_t i = 0; i < packed.size(); ++i) {
+            PackedPool pool = table.pool;
+            pool.lanes += i * heads, pool.lanes_count = heads;
+            active->packed_select(
+                {{{at<const float>(query) + i * rows * pool.dim, at<const void>(Address(tail[0])), pool.type,
+                   raw.lanes.data() + i * heads, nullptr, 0, heads, groups, selections, pool.dim, start, stop,
+                   limits.data(), votes ? at<float>(votes) + i * selections * (stop - start) : nullptr, threads},
+                  top_k, 0, index ? at<std::int64_t>(index) + i * selections * top_k : nullptr},
+                 pool, packed[i], first[i]});
+        }
+    });
+    m.def("packed_decode", [](Address query, const Pool& keys, const Pool& values, const Tail& tail,
+                              const std::vector<std::int64_t>& packed, const std::vector<std::int64_t>& first,
+                              std::int64_t groups, Address index, std::int64_t count, Address cos, Address sin,
+                              std::int64_t pairs, bool interleaved, float scale, float softcap, Address out, Address lse,
+                              int threads) {
+        nb::gil_scoped_release release;
+        PoolTable key_table(keys), value_table(values);
+        LaneTable raw{Address(tail[2]), Address(tail[3]), tail[4]};
+        const PackedPool& pool = key_table.pool;
+        active->packed_decode(
+            {{at<const float>(query), at<const void>(Address(tail[0])), at<const void>(Address(tail[1])), pool.type,
+              raw.lanes.data(), tail[4], groups, pool.dim, at<const std::int64_t>(index),
+              tail[4] / std::int64_t(packed.size()), 0, count, at<const float>(cos), at<const float>(sin), pairs,
+              interleaved, scale, softcap, at<float>(out), at<float>(lse), threads, nullptr},
+             pool, value_table.pool, packed.data(), first.data()});
     });
     m.def("thin_decode", [](Address query, Address keys, Address values, int type, std::int64_t heads,
                             std::int64_t groups, std::int64_t stride, std::int64_t kept, std::int64_t dim,

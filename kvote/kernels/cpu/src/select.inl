@@ -15,6 +15,7 @@ struct Winners {
     int64_t *nominated{}, *places{};  // [selections, m], [selections, top_k]
     float *exact{}, *again{};         // [heads, padded] scores, [selections, padded] votes
     float *rough_sums{}, *factor{};   // [heads, tiles], [heads]
+    float* shift{};                   // [heads]: scores of what sketches leave out
     float* queries{};                 // [kv_heads, quads, dim]
 
     std::size_t bytes() const {
@@ -22,7 +23,7 @@ struct Winners {
         return v.threads * TopKSpace::bytes(n) +
                (m ? Workspace::bytes<int64_t>(v.selections * m) + Workspace::bytes<int64_t>(v.selections * a.top_k) +
                         Workspace::bytes<float>(heads * padded) + Workspace::bytes<float>(v.selections * padded) +
-                        Workspace::bytes<float>(heads * tiles) + Workspace::bytes<float>(heads) +
+                        Workspace::bytes<float>(heads * tiles) + 2 * Workspace::bytes<float>(heads) +
                         Workspace::bytes<float>(v.kv_heads * quads * v.dim)
                   : 0);
     }
@@ -37,6 +38,7 @@ struct Winners {
         again = space.take<float>(v.selections * padded);
         rough_sums = space.take<float>(heads * tiles);
         factor = space.take<float>(heads);
+        shift = space.take<float>(heads);
         queries = space.take<float>(v.kv_heads * quads * v.dim);
         std::memset(queries, 0, sizeof(float) * v.kv_heads * quads * v.dim);
         for (int64_t i = 0; i < heads; ++i)
@@ -59,6 +61,7 @@ struct Winners {
         team.barrier();
         for (int64_t i = team.from(v.selections * blocks); i < team.to(v.selections * blocks); ++i)
             rescore(i / blocks, i % blocks);
+        for (int64_t h = team.from(v.kv_heads); h < team.to(v.kv_heads); ++h) left_out(h);
         for (int64_t tile = team.from(tiles); tile < team.to(tiles); ++tile)
             for (int64_t r = 0; r < v.selections; ++r) known_roughly(r, tile, weights);
         team.barrier();
@@ -134,6 +137,18 @@ struct Winners {
         }
     }
 
+    // A head's scores from the sketch lack the product of its query with the centre of its lane; those from keys do not.
+    void left_out(int64_t h) {
+        const auto& v = a.votes;
+        float centre[MAX_DIM];
+        centre_of(static_cast<const T*>(v.keys), v.lanes[h], v.stop, v.dim, centre);
+        for (int64_t head = h * rows; head < (h + 1) * rows; ++head) {
+            vf product{};
+            for (int64_t c = 0; c < v.dim; c += W) product += load<vf>(v.query + head * v.dim + c) * load<vf>(centre + c);
+            shift[head] = sum(product) * LOG2_E;
+        }
+    }
+
     bool holds(int64_t quad, int64_t r) const {
         for (int64_t row = quad; row < quad + 4; ++row)
             if (row % a.votes.selections == r) return true;
@@ -146,7 +161,7 @@ struct Winners {
         double known = 0;
         for (int64_t i = 0; i < tiles; ++i)
             known += double(weights.factor[head * tiles + i]) * rough_sums[head * tiles + i];
-        const float rough_lse = weights.lse[head];
+        const float rough_lse = weights.lse[head] + shift[head];
         const double rest = known < 1 ? 1 - known : 0;
         float* s = exact + head * padded;
         vf best = splat(rest > 0 ? rough_lse : -INFINITY);
@@ -178,7 +193,7 @@ template <class T>
 void select(const SelectArgs& a) {
     Winners<T> winners{a};
     const auto& v = a.votes;
-    if (!v.sketch) return votes_of<T, 0>(v, winners.bytes(), winners);
-    if (v.sketch_bits == 8) return votes_of<T, 8>(v, winners.bytes(), winners);
-    votes_of<T, 4>(v, winners.bytes(), winners);
+    if (!v.sketch) return votes_of(v, ByKeys<T>{v}, winners.bytes(), winners);
+    if (v.sketch_bits == 8) return votes_of(v, BySketch<8>{v}, winners.bytes(), winners);
+    votes_of(v, BySketch<4>{v}, winners.bytes(), winners);
 }

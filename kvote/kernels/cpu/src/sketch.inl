@@ -5,18 +5,41 @@
 // channels: of 8j .. 8j + 7 the first four in the low bits, the others in the high ones (codes 0 .. 15 stand for
 // -7.5 .. 7.5). Behind the rows, one half-precision scale per token. A row times four query channels adds to sixteen
 // tokens at once.
+//
+// What is encoded is a key less the centre of its lane: a constant that no softmax sees.
 
 constexpr int64_t SKETCH_BLOCK = 32;
 
 inline int64_t block_bytes(int64_t dim, int64_t bits) { return SKETCH_BLOCK * (dim * bits / 8 + 2); }
 
+// The mean of the first page of a lane, once that is full; of a lane of fewer tokens 0.
 template <class T>
-void encode_slot(const T* keys, uint8_t* sketch, int64_t slot, int64_t dim, int64_t bits) {
+void centre_of(const T* keys, const Lane& lane, int64_t tokens, int64_t dim, float* centre) {
+    for (int64_t c = 0; c < dim; ++c) centre[c] = 0;
+    if (tokens < PAGE) return;
+    Lane::Cursor at;
+    const T* first = keys + lane.slot(0, at) * dim;
+    // In double precision, so that every order of adding up gives the same bits.
+    double sums[MAX_DIM] = {};
+    float row[MAX_DIM];
+    for (int64_t t = 0; t < PAGE; ++t) {
+        for (int64_t c = 0; c < dim; c += W) store(row + c, get(first + t * dim + c));
+        for (int64_t c = 0; c < dim; ++c) sums[c] += row[c];
+    }
+    for (int64_t c = 0; c < dim; ++c) {
+        const float mean = float(sums[c] / PAGE);
+        // One key that is no number must not make all sketches none.
+        centre[c] = mean - mean == 0 ? mean : 0.0f;
+    }
+}
+
+template <class T>
+void encode_slot(const T* keys, uint8_t* sketch, int64_t slot, int64_t dim, int64_t bits, const float* centre) {
     const T* key = keys + slot * dim;
     float row[256];
     vf peak{};
     for (int64_t c = 0; c < dim; c += W) {
-        vf x = get(key + c);
+        vf x = get(key + c) - load<vf>(centre + c);
         store(row + c, x);
         peak = vmax(peak, vmax(x, -x));
     }
@@ -43,6 +66,17 @@ void encode_slot(const T* keys, uint8_t* sketch, int64_t slot, int64_t dim, int6
         }
     }
     std::memcpy(block + SKETCH_BLOCK * dim * bits / 8 + 2 * token, &half, 2);
+}
+
+// Tokens `start` to `stop` of a lane that holds `held`.
+template <class T>
+void sketch_lane(const T* keys, uint8_t* sketch, const Lane& lane, int64_t start, int64_t stop, int64_t held,
+                 int64_t dim, int64_t bits) {
+    if (start >= stop) return;
+    float centre[MAX_DIM];
+    centre_of(keys, lane, held, dim, centre);
+    Lane::Cursor at;
+    for (int64_t t = start; t < stop; ++t) encode_slot(keys, sketch, lane.slot(t, at), dim, bits, centre);
 }
 
 // A query in signed 8-bit codes: q = scale * code.

@@ -42,7 +42,8 @@ void step(const StepArgs& a) {
         *a.reused = winners && resembles(a.asked, a.past, rows * dim, a.theta);
         if (!*a.reused) {
             winners = a.winners;
-            const bool sketched = a.sketch && 2 * a.nominate < a.edge - a.sinks;
+            // Sketches of fewer tokens than a page do not tell by themselves about which centre they were made.
+            const bool sketched = a.sketch && 2 * a.nominate < a.edge - a.sinks && (!a.nominate || a.edge >= PAGE);
             const int64_t nominate = std::min(std::max(a.nominate, a.top_k), a.edge - a.sinks);
             select<T>({{a.asked, a.keys, a.type, a.lanes, sketched ? a.sketch : nullptr, sketched ? a.sketch_bits : 0,
                         a.heads, a.groups, 1, dim, a.sinks, a.edge, &a.edge, nullptr, a.threads},

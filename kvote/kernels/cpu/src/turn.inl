@@ -60,17 +60,24 @@ void append(const AppendArgs& a) {
                             value + b * a.value_strides[0] + h * a.value_strides[1] + t * a.value_strides[2],
                             a.value_dim * sizeof(T));
                 a.slot_positions[slot] = int32_t(a.positions[b * a.position_stride + t]);
-                if (a.sketch) encode_slot(keys, a.sketch, slot, a.dim, a.sketch_bits);
             }
+            // What a page that was not full yet holds was sketched about another centre.
+            const int64_t first = a.first[lane], stop = first + a.count;
+            if (a.sketch && a.count)
+                sketch_lane(keys, a.sketch, a.lanes[lane], first < PAGE ? 0 : first, stop, stop, a.dim, a.sketch_bits);
         }
     });
 }
 
 template <class T>
-void sketch_slots(const SketchArgs& a) {
+void sketch_lanes(const SketchArgs& a) {
+    constexpr int64_t PIECE = 1024;
     const T* keys = static_cast<const T*>(a.keys);
-    parallel(a.count > 512 ? a.threads : 1, [&](const Team& team) {
-        for (int64_t i = team.from(a.count); i < team.to(a.count); ++i)
-            encode_slot(keys, a.sketch, a.slots[i], a.dim, a.bits);
+    const int64_t pieces = (a.stop - a.start + PIECE - 1) / PIECE, units = a.lanes_count * pieces;
+    parallel(a.lanes_count * (a.stop - a.start) > 512 ? a.threads : 1, [&](const Team& team) {
+        for (int64_t i = team.from(units); i < team.to(units); ++i) {
+            const int64_t from = a.start + i % pieces * PIECE, to = std::min(from + PIECE, a.stop);
+            sketch_lane(keys, a.sketch, a.lanes[i / pieces], from, to, a.stop, a.dim, a.bits);
+        }
     });
 }

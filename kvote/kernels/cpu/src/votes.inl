@@ -72,10 +72,6 @@ inline void weigh(float* scores, int64_t first, int64_t live, Stored* out, float
     mass = peak == -INFINITY ? 0.0f : sum(total);
 }
 
-// Sketched scores carry their own error, far above that of 16 bits; exact ones keep what they have.
-template <int BITS>
-using StoredWeight = typename std::conditional<BITS == 0, f32, weight16>::type;
-
 // The weights behind the votes: what head `h` gave to token `t` (counted from the first tile) is its weight there times
 // the factor of the tile. `lse` is the log-sum-exp of each head's scores in units of log 2.
 template <class Stored>
@@ -86,44 +82,90 @@ struct Weights {
 
 inline int64_t tiles_of(const VotesArgs& a) { return (a.stop + TILE - 1) / TILE - a.start / TILE; }
 
+// What scores a tile of tokens: the keys themselves. `load` is called by every thread before any tile is scored; `score`
+// leaves scores times log2 e of tokens from .. to of a key head in rows, TILE apart, that begin with token `base`, and
+// may write more within a block of tokens. How weights are stored goes with it: exact ones keep what they have.
+template <class T>
+struct ByKeys {
+    using Stored = f32;
+    const VotesArgs& a;
+    int64_t rows = a.groups * a.selections, padded = (rows + 3) / 4 * 4;
+    float* queries{};
+
+    std::size_t bytes() const { return Workspace::bytes<float>(a.kv_heads * padded * a.dim); }
+    void prepare(Workspace& space) { queries = space.take<float>(a.kv_heads * padded * a.dim); }
+    void load(const Team& team) const {
+        for (int64_t i = team.from(a.kv_heads * padded); i < team.to(a.kv_heads * padded); ++i) {
+            const int64_t h = i / padded, row = i % padded;
+            if (row < rows)
+                std::memcpy(queries + i * a.dim, a.query + (h * rows + row) * a.dim, 4 * a.dim);
+            else
+                std::memset(queries + i * a.dim, 0, 4 * a.dim);
+        }
+    }
+    void score(const Team&, int64_t h, int64_t base, int64_t from, int64_t to, float* scores) const {
+        Lane::Cursor at;
+        for (int64_t t = from / SKETCH_BLOCK * SKETCH_BLOCK; t < to;) {
+            const int64_t stretch = a.lanes[h].stretch(t, at), end = stretch < to - t ? t + stretch : to;
+            score_exactly(static_cast<const T*>(a.keys) + a.lanes[h].slot(t, at) * a.dim, end - t,
+                          queries + h * padded * a.dim, padded, a.dim, scores + (t - base));
+            t = end;
+        }
+    }
+};
+
+// ... or their sketches, whose own error is far above that of 16 bits.
+template <int BITS>
+struct BySketch {
+    using Stored = weight16;
+    const VotesArgs& a;
+    int64_t rows = a.groups * a.selections;
+    CodedQuery* coded{};
+
+    std::size_t bytes() const { return Workspace::bytes<CodedQuery>(a.kv_heads * rows); }
+    void prepare(Workspace& space) { coded = space.take<CodedQuery>(a.kv_heads * rows); }
+    void load(const Team& team) const {
+        for (int64_t i = team.from(a.kv_heads * rows); i < team.to(a.kv_heads * rows); ++i)
+            coded[i].encode(a.query + i * a.dim, a.dim);
+    }
+    void score(const Team&, int64_t h, int64_t base, int64_t from, int64_t to, float* scores) const {
+        Lane::Cursor at;
+        for (int64_t t = from / SKETCH_BLOCK * SKETCH_BLOCK; t < to;) {
+            const int64_t stretch = a.lanes[h].stretch(t, at), end = stretch < to - t ? t + stretch : to;
+            int64_t slot = a.lanes[h].slot(t, at);
+            for (; t < end; t += SKETCH_BLOCK, slot += SKETCH_BLOCK)
+                score_block<BITS>(a.sketch + slot / SKETCH_BLOCK * block_bytes(a.dim, BITS), a.dim, coded + h * rows,
+                                  rows, scores + (t - base), TILE);
+        }
+    }
+};
+
 // `then` is called by every thread, with the weights and the votes, when all are counted. It may use `more` bytes.
-template <class T, int BITS, class Then>
-void votes_of(const VotesArgs& a, std::size_t more, Then&& then) {
-    using Stored = StoredWeight<BITS>;
+template <class Scorer, class Then>
+void votes_of(const VotesArgs& a, Scorer&& by, std::size_t more, Then&& then) {
+    using Stored = typename std::decay_t<Scorer>::Stored;
     const int64_t n = a.stop - a.start, rows = a.groups * a.selections, heads = a.kv_heads * rows;
     const int64_t padded = (rows + 3) / 4 * 4;
     // Tiles begin at multiples of TILE of the token index, so that a sketch block never straddles two of them.
     const int64_t first = a.start / TILE, tiles = tiles_of(a);
     const int64_t row_floats = padded * TILE + 2 * SKETCH_BLOCK;
-    const T* keys = static_cast<const T*>(a.keys);
 
-    Workspace space(more + (a.votes ? 0 : Workspace::bytes<float>(a.selections * n)) + Workspace::bytes<Stored>(heads * tiles * TILE) +
+    Workspace space(more + by.bytes() + (a.votes ? 0 : Workspace::bytes<float>(a.selections * n)) + Workspace::bytes<Stored>(heads * tiles * TILE) +
                     2 * Workspace::bytes<float>(heads * tiles) + Workspace::bytes<float>(heads) +
-                    a.threads * Workspace::bytes<float>(row_floats) +
-                    (BITS ? Workspace::bytes<CodedQuery>(heads) : Workspace::bytes<float>(a.kv_heads * padded * a.dim)));
+                    a.threads * Workspace::bytes<float>(row_floats));
     Stored* weights = space.take<Stored>(heads * tiles * TILE);
     float *peaks = space.take<float>(heads * tiles), *sums = space.take<float>(heads * tiles);
     float* lse = space.take<float>(heads);
     float* scratch = space.take<float>(0);
     for (int i = 0; i < a.threads; ++i) space.take<float>(row_floats);
-    CodedQuery* coded = BITS ? space.take<CodedQuery>(heads) : nullptr;
-    float* queries = BITS ? nullptr : space.take<float>(a.kv_heads * padded * a.dim);
+    by.prepare(space);
 
     float* votes = a.votes ? a.votes : space.take<float>(a.selections * n);
     const Weights<Stored> result{weights, peaks, lse};
     then.prepare(space);
 
     parallel(a.threads, [&](const Team& team) {
-        for (int64_t i = team.from(heads); i < team.to(heads); ++i) {
-            if (BITS)
-                coded[i].encode(a.query + i * a.dim, a.dim);
-            else
-                std::memcpy(queries + (i / rows * padded + i % rows) * a.dim, a.query + i * a.dim, 4 * a.dim);
-        }
-        if (!BITS)
-            for (int64_t h = team.from(a.kv_heads); h < team.to(a.kv_heads); ++h)
-                for (int64_t r = rows; r < padded; ++r)
-                    std::memset(queries + (h * padded + r) * a.dim, 0, 4 * a.dim);
+        by.load(team);
         team.barrier();
 
         float* scores = scratch + team.rank * int64_t(Workspace::bytes<float>(row_floats) / 4);
@@ -131,21 +173,8 @@ void votes_of(const VotesArgs& a, std::size_t more, Then&& then) {
             const int64_t base = (first + tile) * TILE;
             const int64_t from = base > a.start ? base : a.start, to = base + TILE < a.stop ? base + TILE : a.stop;
             for (int64_t h = 0; h < a.kv_heads; ++h) {
-                Lane::Cursor at;
-                // Whole blocks are scored; what lies outside the range is no candidate and overwritten.
-                for (int64_t t = from / SKETCH_BLOCK * SKETCH_BLOCK; t < to;) {
-                    const int64_t stretch = a.lanes[h].stretch(t, at), end = stretch < to - t ? t + stretch : to;
-                    int64_t slot = a.lanes[h].slot(t, at);
-                    if (BITS) {
-                        for (; t < end; t += SKETCH_BLOCK, slot += SKETCH_BLOCK)
-                            score_block<BITS ? BITS : 8>(a.sketch + slot / SKETCH_BLOCK * block_bytes(a.dim, BITS),
-                                                         a.dim, coded + h * rows, rows, scores + (t - base), TILE);
-                    } else {
-                        score_exactly(keys + slot * a.dim, end - t, queries + h * padded * a.dim, padded, a.dim,
-                                      scores + (t - base));
-                        t = end;
-                    }
-                }
+                // What lies outside the range is no candidate and overwritten.
+                by.score(team, h, base, from, to, scores);
                 for (int64_t row = 0; row < rows; ++row) {
                     const int64_t limit = a.limits[row % a.selections] - base;
                     const int64_t live = limit < to - base ? (limit > 0 ? limit : 0) : to - base;
@@ -210,7 +239,7 @@ struct Nothing {
 
 template <class T>
 void votes(const VotesArgs& a) {
-    if (!a.sketch) return votes_of<T, 0>(a, 0, Nothing{});
-    if (a.sketch_bits == 8) return votes_of<T, 8>(a, 0, Nothing{});
-    votes_of<T, 4>(a, 0, Nothing{});
+    if (!a.sketch) return votes_of(a, ByKeys<T>{a}, 0, Nothing{});
+    if (a.sketch_bits == 8) return votes_of(a, BySketch<8>{a}, 0, Nothing{});
+    votes_of(a, BySketch<4>{a}, 0, Nothing{});
 }
