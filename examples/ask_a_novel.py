@@ -35,7 +35,7 @@ print(f"{path.name}: {model.num_parameters():,} parameters, trained on texts of 
 
 # %% [markdown]
 # The text: a novel in which five facts are hidden, evenly spread, half as long again as the model knows; or, for the
-# embedded model, a text of its language, eight times as long, and a question about it.
+# embedded model, a text of its language, three times as long, and a question about it.
 
 # %%
 BORN = {"Aldous": "Quebec", "Brenda": "Nairobi", "Cedric": "Oslo", "Dorothea": "Lima", "Edmund": "Kyoto"}
@@ -56,7 +56,7 @@ def novel(tokens: int) -> tuple[str, dict[str, str]]:
 
 
 if named == embedded():
-    sample = world.sample("needle", tokens=trained * 8, seed=0)
+    sample = world.sample("needle", tokens=trained * 3, seed=0)
     text, questions = sample.document, {each.prompt: each.answer for each in sample.questions}
 else:
     text, questions = novel(trained * 3 // 2)
