@@ -5,14 +5,11 @@ from functools import partial
 from typing import Any, NoReturn
 
 from kvote import __version__
+from kvote.cli.given import budget, natural, number, port, positive
 from kvote.errors import InputError
 
 TOKENS = 65_536
 METHOD = "tokenselect"
-# More tokens, steps or seconds than anything here can mean.
-_MOST = 10**15
-# Characters of a value that an error quotes.
-_SHOWN = 40
 COMPARED = ("dense", "streamingllm", "random")
 # What can be calibrated.
 CALIBRATED = {
@@ -91,7 +88,7 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--queries", metavar="TEXT", help="what will be asked: methods that drop tokens decide by it what stays"
     )
     ask.add_argument(
-        "--tokens", metavar="N", type=_positive, help=f"size of the built-in document (default: {TOKENS:,})"
+        "--tokens", metavar="N", type=positive, help=f"size of the built-in document (default: {TOKENS:,})"
     )
     ask.add_argument(
         "--library",
@@ -108,7 +105,7 @@ def _ask(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _template(ask)
     _generation(ask)
     ask.add_argument(
-        "--num-beams", metavar="N", type=_positive, help="search with so many beams; the answer comes at its end"
+        "--num-beams", metavar="N", type=positive, help="search with so many beams; the answer comes at its end"
     )
     ask.add_argument(
         "--stream",
@@ -158,15 +155,15 @@ def _template(command: _Parser) -> None:
 
 def _generation(command: _Parser) -> None:
     command.add_argument(
-        "--max-new-tokens", metavar="N", type=_positive, help="(default: 256 in a chat template, 32 without one)"
+        "--max-new-tokens", metavar="N", type=positive, help="(default: 256 in a chat template, 32 without one)"
     )
-    command.add_argument("--temperature", metavar="T", type=_number, help="above 0: sample (default: 0, the likeliest)")
-    command.add_argument("--top-p", metavar="P", type=_number, help="sample from the likeliest tokens that sum up to P")
-    command.add_argument("--top-k", metavar="K", type=_positive, help="sample from the K likeliest tokens")
-    command.add_argument("--min-p", metavar="P", type=_number, help="sample from those at least P times the likeliest")
-    command.add_argument("--repetition-penalty", metavar="R", type=_number, help="above 1: say less again")
+    command.add_argument("--temperature", metavar="T", type=number, help="above 0: sample (default: 0, the likeliest)")
+    command.add_argument("--top-p", metavar="P", type=number, help="sample from the likeliest tokens that sum up to P")
+    command.add_argument("--top-k", metavar="K", type=positive, help="sample from the K likeliest tokens")
+    command.add_argument("--min-p", metavar="P", type=number, help="sample from those at least P times the likeliest")
+    command.add_argument("--repetition-penalty", metavar="R", type=number, help="above 1: say less again")
     command.add_argument("--stop", metavar="TEXT", action="append", help="end the answer behind it; may be repeated")
-    command.add_argument("--seed", metavar="N", type=_natural, help="what is drawn when sampling")
+    command.add_argument("--seed", metavar="N", type=natural, help="what is drawn when sampling")
 
 
 def _read(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -209,11 +206,11 @@ def _bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     bench.add_argument(
         "--tokens",
         metavar="N",
-        type=_positive,
+        type=positive,
         nargs="+",
         help="tokens held, may be several (default: 131,072, fewer where memory is short)",
     )
-    sizes = partial(bench.add_argument, metavar="N", type=_positive)
+    sizes = partial(bench.add_argument, metavar="N", type=positive)
     sizes("--heads", default=32, help="query heads (default: %(default)s, as in Llama-3.1-8B)")
     sizes("--kv-heads", default=8, help="key heads (default: %(default)s)")
     sizes("--head-dim", default=128, help="channels of a head (default: %(default)s)")
@@ -227,7 +224,7 @@ def _will_it_help(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command.add_argument(
         "--model", metavar="M", required=True, help="hub name, folder or config.json; no weights are read"
     )
-    command.add_argument("--context", metavar="N", type=_positive, required=True, help="tokens in the cache")
+    command.add_argument("--context", metavar="N", type=positive, required=True, help="tokens in the cache")
     command.add_argument(
         "--method",
         metavar="SPEC",
@@ -235,7 +232,7 @@ def _will_it_help(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="such as 'tokenselect(top_k=512)' (default: %(default)s)",
     )
     command.add_argument(
-        "--batch", metavar="B", type=_positive, default=1, help="sequences at a time (default: %(default)s)"
+        "--batch", metavar="B", type=positive, default=1, help="sequences at a time (default: %(default)s)"
     )
     _json(command)
 
@@ -256,12 +253,12 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command.add_argument(
         "--tokens",
         metavar="N",
-        type=_positive,
+        type=positive,
         help="at most so many tokens of text: in all for channels (default: 131,072), of the one text that razor reads "
         "(default: 10,001), of the longest text for duo (default: 32,000); none longer than the model was made for",
     )
     command.add_argument(
-        "--steps", metavar="N", type=_positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"
+        "--steps", metavar="N", type=positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"
     )
     _json(command)
 
@@ -282,13 +279,21 @@ def _eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     several("--methods", metavar="SPEC", help="measured beside the baselines, such as 'tokenselect(top_k=512)'")
     several("--tasks", metavar="TASK", help="(default: all in prose; the embedded model: those of its own language)")
     several("--files", metavar="FORMAT=PATH", help="tasks of LongBench, InfiniteBench, HELMET, SQuAD (docs/eval.md)")
-    several("--lengths", metavar="N", type=_positive, help="tokens of a document (default: 4,096; embedded: 2,048)")
-    several(
-        "--budgets", metavar="B", type=_budget, help="tokens kept or read, or a share up to 1, given to each method"
+    several("--lengths", metavar="N", type=positive, help="tokens of a document (default: 4,096; embedded: 2,048)")
+    several("--budgets", metavar="B", type=budget, help="tokens kept or read, or a share up to 1, given to each method")
+    command.add_argument("--samples", metavar="N", type=positive, default=10, help="of each (default: %(default)s)")
+    command.add_argument("--seed", metavar="N", type=natural, default=0, help="decides the samples")
+    command.add_argument(
+        "--question-first",
+        action="store_true",
+        help="read the document anew with each question, so that the method knows what is asked",
     )
-    command.add_argument("--samples", metavar="N", type=_positive, default=10, help="of each (default: %(default)s)")
-    command.add_argument("--seed", metavar="N", type=_natural, default=0, help="decides the samples")
-    command.add_argument("--workers", metavar="N", type=_positive, default=1, help="processes (default: %(default)s)")
+    command.add_argument(
+        "--workers", metavar="N", type=positive, help="processes (default: 1; with --ray: one for each machine)"
+    )
+    command.add_argument(
+        "--ray", metavar="ADDRESS", help="measure on the machines of this Ray cluster; auto: the one that runs here"
+    )
     command.add_argument("--no-baselines", action="store_true", help="measure dense attention and --methods alone")
     command.add_argument("--raw", action="store_true", help="leave out the model's chat template")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's)")
@@ -299,9 +304,9 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     train = _command(commands, "train-embedded", "train", "train the embedded model anew, or go on where it stopped")
     train.add_argument("--out-dir", metavar="DIR", required=True, help="where the model and its log go")
     # Only what is given is passed on; the defaults are those of kvote.models.train.train.
-    number = partial(train.add_argument, default=argparse.SUPPRESS, metavar="N")
-    number("--tokens", type=_positive, help="length of the whole run in tokens")
-    number("--seed", type=_natural, help="decides weights and batches")
+    count = partial(train.add_argument, default=argparse.SUPPRESS, metavar="N")
+    count("--tokens", type=positive, help="length of the whole run in tokens")
+    count("--seed", type=natural, help="decides weights and batches")
     train.add_argument(
         "--no-resume", dest="resume", action="store_false", default=argparse.SUPPRESS, help="ignore checkpoints"
     )
@@ -311,11 +316,11 @@ def _train(commands: "argparse._SubParsersAction[_Parser]") -> None:
         default=argparse.SUPPRESS,
         help="where the state for resuming goes (default: beside DIR)",
     )
-    number("--checkpoint-seconds", type=_positive, help="seconds between checkpoints")
-    number("--log-every", type=_positive, help="steps between lines of the log")
-    number("--check-every", type=_positive, help="steps between accuracy checks")
-    number("--check-samples", type=_natural, help="samples of a check, 0 for none")
-    number("--stop-after", type=_positive, help="end this run after so many steps of the whole")
+    count("--checkpoint-seconds", type=positive, help="seconds between checkpoints")
+    count("--log-every", type=positive, help="steps between lines of the log")
+    count("--check-every", type=positive, help="steps between accuracy checks")
+    count("--check-samples", type=natural, help="samples of a check, 0 for none")
+    count("--stop-after", type=positive, help="end this run after so many steps of the whole")
     train.add_argument(
         "--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS, help="no progress bar"
     )
@@ -329,70 +334,22 @@ def _serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--method", metavar="SPEC", default="dense", help="for requests without kv_method (default: %(default)s)"
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=_port, default=8000, help="0 for any that is free (default: %(default)s)")
+    serve.add_argument("--port", type=port, default=8000, help="0 for any that is free (default: %(default)s)")
     serve.add_argument("--api-key-file", metavar="FILE", help="keys that clients must have one of, one per line")
     serve.add_argument(
         "--allow-host", metavar="NAME", action="append", default=[], help="host name of the server, may be repeated"
     )
-    number = partial(serve.add_argument, metavar="N", type=_positive)
-    number("--rows", default=16, help="answers generated at a time (default: %(default)s)")
-    number("--queue", default=256, help="requests that may wait (default: %(default)s)")
-    number("--chunk", default=512, help="tokens of prompts read between two steps (default: %(default)s)")
-    number("--context", default=131_072, help="tokens of a prompt and its answer (default: 131,072)")
-    number("--cache-bytes", help="of all caches in use (default: half of the memory that is free)")
-    number("--documents", default=100, help="documents held at a time (default: %(default)s)")
-    serve.add_argument("--prefix-bytes", metavar="N", type=_natural, help="of prompts for later ones (default: 1/8)")
+    count = partial(serve.add_argument, metavar="N", type=positive)
+    count("--rows", default=16, help="answers generated at a time (default: %(default)s)")
+    count("--queue", default=256, help="requests that may wait (default: %(default)s)")
+    count("--chunk", default=512, help="tokens of prompts read between two steps (default: %(default)s)")
+    count("--context", default=131_072, help="tokens of a prompt and its answer (default: 131,072)")
+    count("--cache-bytes", help="of all caches in use (default: half of the memory that is free)")
+    count("--documents", default=100, help="documents held at a time (default: %(default)s)")
+    serve.add_argument("--prefix-bytes", metavar="N", type=natural, help="of prompts for later ones (default: 1/8)")
     serve.add_argument("--library", metavar="DIR", help="a folder for prompts that no longer fit, and after the end")
     serve.add_argument("--share-prefixes", action="store_true", help="with other keys too: answers come sooner then")
 
 
-def _port(text: str) -> int:
-    port = _whole(text, 0)
-    if port > 65_535:
-        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {port}")
-    return port
-
-
 def _json(command: "_Parser | argparse._MutuallyExclusiveGroup") -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
-
-
-def _budget(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= _MOST or (number > 1 and number != int(number)):
-        raise argparse.ArgumentTypeError(f"must be a share up to 1 or a number of tokens, got {text[:_SHOWN]!r}")
-    return number
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number <= _MOST:
-        shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r} …"
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {shown}")
-    return number
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if not least <= number <= _MOST:
-        shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r} …"
-        bounds = f"of at least {least}" if number < least else f"from {least} to {_MOST:,}"
-        raise argparse.ArgumentTypeError(f"must be a whole number {bounds}, got {shown}")
-    return number

@@ -1,6 +1,8 @@
 """``kvote eval``: measure methods on a model, sample by sample, into a folder that a second run completes."""
 
 import argparse
+import os
+from contextlib import nullcontext
 from functools import partial
 
 from kvote.cli.load import load, names_embedded, quiet
@@ -11,6 +13,7 @@ from kvote.eval.choosing import with_rows
 from kvote.eval.estimate import estimate, speed_of
 from kvote.eval.folder import Record, open_folder
 from kvote.eval.heat import write_heat
+from kvote.eval.machines import Machines, cluster, identity_of
 from kvote.eval.manifest import manifest_of
 from kvote.eval.plan import Plan
 from kvote.eval.report import write_report
@@ -58,18 +61,29 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("kvote eval needs --out DIR for what it measures, or --report DIR of what was measured.")
     plan = _plan(args)
     plan.check()
-    opened = partial(open_subject, args.model, raw=args.raw, dtype=args.dtype)
+    with nullcontext() if args.ray is None else cluster(args.ray) as machines:
+        _measure(args, plan, machines)
+
+
+def _measure(args: argparse.Namespace, plan: Plan, machines: Machines | None) -> None:
+    model = args.model
+    if machines is not None and model is not None and os.path.exists(os.path.expanduser(model)):
+        # Workers run elsewhere.
+        model = os.path.abspath(os.path.expanduser(model))
+    opened = partial(open_subject, model, raw=args.raw, dtype=args.dtype)
     subject = opened()
+    workers = args.workers or (1 if machines is None else machines.count)
+    elsewhere = None if machines is None else partial(machines.records, identity=identity_of(plan, subject))
     plan, missing = with_rows(plan, subject.count)
     for sentence in missing:
         warn(sentence)
     todo = pending(plan, args.out)
     whole = sum(len(names) for _, names in todo)
-    open_folder(args.out, manifest_of(plan, subject, args.workers))
+    open_folder(args.out, manifest_of(plan, subject, workers))
     with quiet(bars=False):
-        seconds = estimate(todo, speed_of(subject), args.out, args.workers) if todo else 0.0
-        warn(f"{whole:,} records to measure with {args.workers} worker(s), about {_told(seconds)}")
-        held = (lambda: subject) if args.workers == 1 else opened
+        seconds = estimate(todo, speed_of(subject), args.out, workers) if todo else 0.0
+        warn(f"{whole:,} records to measure with {workers} worker(s), about {_told(seconds)}")
+        held = (lambda: subject) if workers == 1 and machines is None else opened
         refused: dict[str, str] = {}
         with progress("records") as bar:
             task = bar.add_task("eval", total=whole)
@@ -82,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
                     refused[record["name"]] = record["refused"]
                     warn(f"{record['name']} is refused: {record['refused']}")
 
-            count = run_plan(plan, args.out, held, workers=args.workers, tell=tell)
+            count = run_plan(plan, args.out, held, workers=workers, tell=tell, elsewhere=elsewhere)
         unseen = write_heat(subject, plan, args.out)
         if unseen:
             warn(f"No votes are shown: {unseen}")
@@ -108,6 +122,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         budgets=tuple(args.budgets or ()),
         seed=args.seed,
         files=tuple(args.files or ()),
+        question_first=args.question_first,
     )
 
 

@@ -17,6 +17,8 @@ _SHORT, _LONG, _STEPS = 256, 1024, 4
 # Questions of a document and tokens of their answers, as the tasks in prose have them.
 _ANSWER_STEPS = 48
 _DEFAULT_STEPS = {"perplexity": SCORED}
+# Where the document is read with each question: how many a sample has.
+_QUESTIONS = 4
 # Of the length asked for, the share that is written and the share that is read.
 _WRITTEN = {"counting": (1.0, 0.0), "copying": (0.5, 0.5)}
 
@@ -29,12 +31,13 @@ class Speed:
     b: float
     step: float
 
-    def seconds(self, task: str, length: int) -> float:
+    def seconds(self, task: str, length: int, *, question_first: bool = False) -> float:
         """Of one sample with one method."""
         written, read = _WRITTEN.get(task, (0.0, 1.0))
         steps = written * length or _DEFAULT_STEPS.get(task, _ANSWER_STEPS)
         length = int(read * length)
-        return self.a * length + self.b * length * length + steps * self.step
+        times = _QUESTIONS if question_first and task not in (*_DEFAULT_STEPS, *_WRITTEN) else 1
+        return times * (self.a * length + self.b * length * length) + steps * self.step
 
 
 def speed_of(subject: Subject) -> Speed:
@@ -69,5 +72,9 @@ def estimate(todo: Sequence[tuple[Unit, tuple[str, ...]]], speed: Speed, folder:
     for unit, names in todo:
         for name in names:
             past = took.get((unit.task, unit.length, name))
-            whole += sum(past) / len(past) if past else speed.seconds(unit.task, unit.length)
+            whole += (
+                sum(past) / len(past)
+                if past
+                else speed.seconds(unit.task, unit.length, question_first=unit.question_first)
+            )
     return whole / workers

@@ -13,6 +13,7 @@ from kvote.files import check_folder, named, write_whole
 MANIFEST, SAMPLES = "manifest.json", "samples.jsonl"
 # What records in one folder must have in common; versions and machines may differ, and are listed run by run.
 _SAME = ("model_sha256", "tokenizer_sha256", "dtype", "template", "stop_ids", "seed", "text_sha256", "format", "asked")
+_CALLED = {"asked": "way of asking"}
 FORMAT = 1
 
 Record = dict[str, Any]
@@ -30,9 +31,9 @@ def open_folder(path: str | Path, manifest: Record) -> None:
         held = {key: manifest[key] for key in manifest if key != "run"} | {"runs": []}
     for key in _SAME:
         if held.get(key) != manifest.get(key):
+            what = _CALLED.get(key, key.replace("_", " "))
             raise InputError(
-                f"{named(folder)} was measured with another {key.replace('_', ' ')}, and samples would not compare; "
-                "give another --out."
+                f"{named(folder)} was measured with another {what}, and samples would not compare; give another --out."
             )
     for run in held["runs"]:
         for name, digest in run.get("files", {}).items():

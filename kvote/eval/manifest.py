@@ -16,6 +16,8 @@ from kvote.eval.folder import FORMAT
 from kvote.eval.plan import Plan
 from kvote.eval.subject import Subject, model_digest, tokenizer_digest
 
+# When questions are asked, without ``question_first`` and with it.
+WAYS = ("after the document was read", "in one prompt with the document, which is read anew for each")
 _GIT_SECONDS = 10
 
 
@@ -32,7 +34,7 @@ def manifest_of(plan: Plan, subject: Subject, workers: int) -> dict[str, Any]:
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "template": asdict(subject.template),
         "stop_ids": sorted(subject.stops),
-        "asked": "after the document was read",
+        "asked": WAYS[plan.question_first],
         "text_sha256": prose.digest(),
         "seed": plan.seed,
         "run": {

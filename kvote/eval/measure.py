@@ -23,8 +23,11 @@ class Reference:
     logprobs: Tensor | None = None
 
 
-def measure(subject: Subject, sample: Sample, method: str, reference: Reference) -> dict[str, Any]:
+def measure(
+    subject: Subject, sample: Sample, method: str, reference: Reference, *, question_first: bool = False
+) -> dict[str, Any]:
     """Scores ``sample`` with ``method``. Dense attention fills the ``reference``; others are compared with it.
+    ``question_first``: document and question are one prompt; a text whose continuation is scored has no question.
 
     What kvote refuses becomes a record with ``refused``, the sentence it refused with.
     """
@@ -32,7 +35,8 @@ def measure(subject: Subject, sample: Sample, method: str, reference: Reference)
         if sample.continuation is not None:
             # A book is no message of a user's.
             subject = replace(subject, template=template_of(subject.tokenizer, plain=True))
-        reading = Reading(subject, method, sample.document)
+        lazy = question_first and sample.continuation is None
+        reading = Reading(subject, method, sample.document, question_first=lazy)
         if sample.continuation is not None:
             return _likelihood(subject, sample.continuation, reading, reference, dense=method == "dense")
         return _answers(subject, sample, reading)

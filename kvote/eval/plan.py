@@ -27,10 +27,12 @@ class Unit:
     length: int
     index: int
     specs: tuple[tuple[str, str], ...]
+    question_first: bool = False
 
     def key(self, name: str) -> str:
         """Under which the record of a method is found again."""
-        return f"{self.task}/{self.length}/{self.index}/{name}"
+        asked = "/question first" if self.question_first else ""
+        return f"{self.task}/{self.length}/{self.index}/{name}{asked}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Plan:
     """``methods`` are specs; ``budgets`` are tokens, or shares of the document's, that each is given in turn.
 
     ``files``: FORMAT=PATH of benchmarks that lie here; ``chosen``: numbers of the samples of a file's task that are
-    measured at a length (``with_rows``).
+    measured at a length (``with_rows``). ``question_first``: a document is read anew with each question, as one prompt.
     """
 
     tasks: tuple[str, ...]
@@ -49,6 +51,7 @@ class Plan:
     seed: int = 0
     files: tuple[str, ...] = ()
     chosen: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
+    question_first: bool = False
 
     def file_tasks(self) -> dict[str, FileTask]:
         """Tasks of the files by name. Raises InputError if one cannot be read, or two are called alike."""
@@ -70,10 +73,10 @@ class Plan:
                 specs = tuple(self._specs(length))
                 for task in made:
                     if index < max(self.samples, least.get(task, 0)):
-                        yield Unit(task, length, index, specs)
+                        yield Unit(task, length, index, specs, self.question_first)
                 for (name, size), held in rows.items():
                     if size == length and index < len(held):
-                        yield Unit(name, length, held[index], specs)
+                        yield Unit(name, length, held[index], specs, self.question_first)
 
     def _specs(self, length: int) -> Iterator[tuple[str, str]]:
         for spec in self.methods:

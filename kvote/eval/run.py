@@ -17,11 +17,15 @@ from kvote.eval.subject import Subject
 
 Load = Callable[[], Subject]
 Tell = Callable[[Record], None]
+# Samples, each with the names of the methods that are missing.
+Todo = list[tuple[Unit, tuple[str, ...]]]
+# Another way to measure them: so many at a time.
+Elsewhere = Callable[[Plan, Todo, Load, int], Iterator[Record]]
 
 _WAIT_SECONDS = 1.0
 
 
-def pending(plan: Plan, folder: str | Path) -> list[tuple[Unit, tuple[str, ...]]]:
+def pending(plan: Plan, folder: str | Path) -> Todo:
     """Units that are not done, each with the names of its methods that are missing."""
     done = read_records(folder)
     found = []
@@ -32,12 +36,19 @@ def pending(plan: Plan, folder: str | Path) -> list[tuple[Unit, tuple[str, ...]]
     return found
 
 
-def run(plan: Plan, folder: str | Path, load: Load, *, workers: int = 1, tell: Tell = lambda record: None) -> int:
+def run(
+    plan: Plan,
+    folder: str | Path,
+    load: Load,
+    *,
+    workers: int = 1,
+    tell: Tell = lambda record: None,
+    elsewhere: Elsewhere | None = None,
+) -> int:
     """Measures what is missing and returns how many records came; each is written before ``tell`` hears of it."""
     todo, count = pending(plan, folder), 0
     with appending(folder) as out:
-        records = _here(plan, todo, load) if workers == 1 else _beside(plan, todo, load, workers)
-        for record in records:
+        for record in (elsewhere or (_here if workers == 1 else _beside))(plan, todo, load, workers):
             append(out, record)
             count += 1
             tell(record)
@@ -48,11 +59,11 @@ def records_of(plan: Plan, unit: Unit, names: Sequence[str], subject: Subject) -
     """A record for each of the methods; where likelihoods are compared, dense attention comes first."""
     sample, reference = make(unit, plan.seed, subject.count, plan.file_tasks()), Reference()
     if sample.continuation is not None and "dense" not in names:
-        measure(subject, sample, "dense", reference)
+        measure(subject, sample, "dense", reference, question_first=unit.question_first)
     ordered = [pair for pair in unit.specs if pair[0] in names]
     for name, spec in sorted(ordered, key=lambda pair: pair[1] != "dense"):
         begin = time.perf_counter()
-        told = measure(subject, sample, spec, reference)
+        told = measure(subject, sample, spec, reference, question_first=unit.question_first)
         yield {
             "key": unit.key(name),
             "task": unit.task,
@@ -65,14 +76,14 @@ def records_of(plan: Plan, unit: Unit, names: Sequence[str], subject: Subject) -
         }
 
 
-def _here(plan: Plan, todo: list[tuple[Unit, tuple[str, ...]]], load: Load) -> Iterator[Record]:
+def _here(plan: Plan, todo: Todo, load: Load, workers: int) -> Iterator[Record]:
     subject = load() if todo else None
     for unit, names in todo:
         assert subject is not None
         yield from records_of(plan, unit, names, subject)
 
 
-def _beside(plan: Plan, todo: list[tuple[Unit, tuple[str, ...]]], load: Load, workers: int) -> Iterator[Record]:
+def _beside(plan: Plan, todo: Todo, load: Load, workers: int) -> Iterator[Record]:
     """Processes share a queue of units, the costliest first. Raises KvoteError if one of them dies."""
     context = multiprocessing.get_context("spawn")
     given: Any = context.Queue()
