@@ -31,6 +31,7 @@ from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
+from kvote.methods.rotatekv import rotatekv
 from kvote.methods.snapkv import snapkv
 from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
@@ -64,6 +65,7 @@ __all__ = [
     "random",
     "randomkeep",
     "razorattention",
+    "rotatekv",
     "snapkv",
     "sparq",
     "streamingllm",
