@@ -1,7 +1,8 @@
 """Every method that is measured: which spec stands for which budget, and what shows that it acted.
 
-``{channels}``, ``{razor}`` and ``{duo}`` in a spec stand for calibrations: files that ``kvote calibrate`` writes for
-the embedded model, or made-up ones in the geometry of a large one. What this kvote does not know is left out.
+``{channels}``, ``{rotated}``, ``{razor}`` and ``{duo}`` in a spec are calibrations: files that ``kvote calibrate``
+writes for the embedded model, or made-up ones in the geometry of a large one. What this kvote does not know is left
+out.
 """
 
 import re
@@ -113,6 +114,12 @@ SUBJECTS: tuple[Subject, ...] = (
         acts=("encoded",),
     ),
     Subject("kivi, 4 bits", {}, "kivi(bits=4)", acts=("encoded",)),
+    Subject(
+        "rotatekv",
+        {0.25: "rotatekv(order={rotated}, bits=4)", 0.125: "rotatekv(order={rotated})"},
+        "rotatekv",
+        acts=("encoded",),
+    ),
     Subject("mikv", {0.5: "mikv(budget=0.2)"}, "mikv", acts=("encoded",)),
     Subject(
         "mikv, 2 bits",

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 # What the ``beside`` of ``needs`` may name.
-IDS, HIDDEN, MARKS = "token ids", "hidden states", "marks"
+IDS, HIDDEN, MARKS, INPUTS = "token ids", "hidden states", "marks", "layer inputs"
 
 
 @dataclass(frozen=True)
 class Beside:
     """``ids`` [b, t] int64 of the new tokens; ``hidden`` [b, t, width], the states that the attention module projects
     to queries, keys and values; ``marks``: by the name of marked spans (``Cache.mark_span``), which tokens are in one,
-    bool [b, t]. None where no part of the method needs it."""
+    bool [b, t]; ``inputs`` [b, t, width], the states that enter the layer, before any normalisation. None where no part
+    of the method needs it."""
 
     ids: Tensor | None = None
     hidden: Tensor | None = None
     marks: Mapping[str, Tensor] | None = None
+    inputs: Tensor | None = None
 
     def marked(self, name: str) -> Tensor:
         """Which tokens are in a span of that ``name``, bool [b, t]; none where there is no such span. For a method that
@@ -32,10 +34,16 @@ class Beside:
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
         """Applies ``function`` to every tensor."""
-        ids, hidden = (None if x is None else function(x) for x in (self.ids, self.hidden))
+        each = (None if x is None else function(x) for x in (self.ids, self.hidden, self.inputs))
+        ids, hidden, inputs = each
         marks = None if self.marks is None else {name: function(x) for name, x in self.marks.items()}
-        return replace(self, ids=ids, hidden=hidden, marks=marks)
+        return replace(self, ids=ids, hidden=hidden, marks=marks, inputs=inputs)
+
+    @property
+    def observed(self) -> "Beside":
+        """Without what only a store is shown."""
+        return self if self.inputs is None else replace(self, inputs=None)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.ids, self.hidden, *(self.marks or {}).values()) if x is not None]
+        return [x for x in (self.ids, self.hidden, self.inputs, *(self.marks or {}).values()) if x is not None]

@@ -4,7 +4,7 @@ in the docs is made from this, by trying."""
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvote.beside import HIDDEN, IDS, MARKS
+from kvote.beside import HIDDEN, IDS, INPUTS, MARKS
 from kvote.keep.keeper import Keeper
 from kvote.needs import Keys
 from kvote.read.tokens import Reader
@@ -113,8 +113,8 @@ RULES = (
         "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens",
     ),
     Rule(
-        lambda of: bool(of.store.needs.beside),
-        "a store is shown queries, keys and values, and nothing besides",
+        lambda of: bool(of.store.needs.beside - {INPUTS}),
+        "a store is shown queries, keys and values, and of all else only what enters the layer",
     ),
     Rule(
         lambda of: bool((of.keep.needs.beside | of.read.needs.beside) - {IDS, HIDDEN, MARKS}),

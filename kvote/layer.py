@@ -23,7 +23,7 @@ from kvote.settling import finish
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
 from kvote.store.raw import RawSegment
-from kvote.store.segment import Indexed, Segment
+from kvote.store.segment import ByLayer, Indexed, Segment
 from kvote.store.uneven import UnevenSegment
 
 
@@ -48,8 +48,9 @@ class Layer(LayerState):
     def start(self, step: Step) -> Segment:
         """Creates the storage at the first pass, when shapes, dtype and batch size are known."""
         if self.segment is None:
-            heads, value_dim = step.key.shape[1], step.value.shape[3]
-            self.segment = self.method.store.new_segment(heads, step.key, value_dim, self.turns)
+            heads, value_dim, store = step.key.shape[1], step.value.shape[3], self.method.store
+            store = store.of_layer(self.index) if isinstance(store, ByLayer) else store
+            self.segment = store.new_segment(heads, step.key, value_dim, self.turns)
             self.segment.add_sequences(step.key.shape[0])
             if isinstance(self.segment, Indexed) and self.method.store.offers.as_made:
                 for index in self.method.read.needs.indexes:
@@ -125,7 +126,7 @@ class Layer(LayerState):
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)
-            first = max(map(segment.length, rows))
+            first, beside = max(map(segment.length, rows)), group.beside(step.beside)
             segment.append(rows, group.cut(raw_key), group.cut(step.value), group.cut(step.positions[:, None])[:, 0])
             reading = Reading(
                 queries=Queries(group.cut(queries.rotated), None if raw_query is None else group.cut(raw_query)),
@@ -142,11 +143,11 @@ class Layer(LayerState):
                 memories=[layer.memory for layer in self.crew.layers] if self._looks_across else (),
                 number=self.number,
                 logits=step.logits,
-                beside=group.beside(step.beside),
+                beside=None if beside is None else beside.observed,
                 recording=self.record_past,
             )
             answer, lse, spans = answers_of(self, reading, step)
-            segment.watch(reading.queries, rows, step.ahead)
+            segment.watch(reading.queries, rows, step.ahead, beside)
             if again is not None or self.method.keep.observes(step.ahead):
                 parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
                 seen = Observation(*parts, self.rope, again, self.index, reading.beside)

@@ -104,6 +104,11 @@ METHODS = {
     "kivi-tokenselect": f"kivi(residual=32) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "kivi-tidaldecode": "kivi(residual=32) | tidaldecode(top_k=5, first=0)",
     "snapkv-kivi": "snapkv(budget=48, window=6) | kivi(residual=32)",
+    "rotatekv": "rotatekv(sinks=3)",
+    "rotatekv-tokenselect": f"rotatekv(sinks=3) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
+    "rotatekv-infllm": "rotatekv(bits=4, sinks=3) | "
+    "infllm(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1)",
+    "snapkv-rotatekv": "snapkv(budget=48, window=6) | rotatekv(sinks=3)",
     "razorattention-all": "razorattention(heads='{razor}', induction=0.5)",
     "razorattention": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1)",
     "razorattention-burst": "razorattention(heads='{razor}', induction=0.5, budget=12, sinks=2, burst=3)",

@@ -13,10 +13,12 @@ def example(kind: str, model: Fingerprint = _SMALL) -> Calibration:
         "channels": [list(range(model.head_dim))] * model.kv_heads,
         "razor": {"echo": falling, "induction": falling},
         "duo": {"gate": falling},
+        "rotated": list(range(model.kv_heads * model.head_dim)),
     }[kind]
-    return Calibration(kind, model, {"tokens": 1, "layers": {str(i): layer for i in range(model.layers)}})
+    more = {"heads": 4} if kind == "rotated" else {}
+    return Calibration(kind, model, {"tokens": 1, **more, "layers": {str(i): layer for i in range(model.layers)}})
 
 
 def examples() -> list[Calibration]:
     """One of every kind."""
-    return [example(kind) for kind in ("channels", "razor", "duo")]
+    return [example(kind) for kind in ("channels", "razor", "duo", "rotated")]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvote.cache import Cache
-from kvote.calibration import channels
+from kvote.calibration import channels, rotated
 from kvote.calibration.file import Calibration
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.errors import InputError, UnsupportedModelError
@@ -29,15 +29,35 @@ def measure_channels(
     of each when it is done. Raises InputError for fewer than ``LEAST`` tokens in all, UnsupportedModelError where
     layers differ in shape.
     """
+    return _measured(model, blocks, channels.KIND, channels.ChannelProducts(), progress)
+
+
+def measure_rotated(
+    model: Any,
+    blocks: Sequence[Tensor],
+    progress: Callable[[int], None] = lambda tokens: None,
+    heads: int = rotated.HEADS,
+) -> Calibration:
+    """The order of key channels, ``heads`` key heads rotated together, by the sum of keys without positions. Parameters
+    and errors as of ``measure_channels``."""
+    return _measured(model, blocks, rotated.KIND, rotated.RotatedSums(heads), progress)
+
+
+def _measured(
+    model: Any,
+    blocks: Sequence[Tensor],
+    kind: str,
+    reader: channels.ChannelProducts | rotated.RotatedSums,
+    progress: Callable[[int], None],
+) -> Calibration:
     tokens = sum(block.numel() for block in blocks)
     check_enough(tokens)
-    reader = channels.ChannelProducts()
     method = Method(spec="calibrate", read=reader)
     with torch.inference_mode():
         for block in blocks:
             model(input_ids=block.to(model.device), past_key_values=Cache(model, method), logits_to_keep=1)
             progress(block.numel())
-    calibration = Calibration(channels.KIND, Fingerprint.of(model), reader.data(tokens))
+    calibration = Calibration(kind, Fingerprint.of(model), reader.data(tokens))
     shape = (calibration.model.kv_heads, calibration.model.head_dim)
     for layer, sums in reader.sums.items():
         if tuple(sums.shape) != shape:

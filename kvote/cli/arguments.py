@@ -14,6 +14,7 @@ COMPARED = ("dense", "streamingllm", "random")
 # What can be calibrated.
 CALIBRATED = {
     "channels": "channels: key channels in the order of their weight in scores (doublesparsity)",
+    "rotated": "rotated: key channels in an order for 2 bits, once rotated (rotatekv)",
     "razor": "razor: how key heads attend to what they have seen before (razorattention)",
     "duo": "duo: gates of key heads, trained (duoattention)",
 }
@@ -254,8 +255,9 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--tokens",
         metavar="N",
         type=positive,
-        help="at most so many tokens of text: in all for channels (default: 131,072), of the one text that razor reads "
-        "(default: 10,001), of the longest text for duo (default: 32,000); none longer than the model was made for",
+        help="at most so many tokens of text: in all for channels and rotated (default: 131,072), of the one text that "
+        "razor reads (default: 10,001), of the longest text for duo (default: 32,000); none longer than the model was "
+        "made for",
     )
     command.add_argument(
         "--steps", metavar="N", type=positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"

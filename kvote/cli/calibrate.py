@@ -11,8 +11,9 @@ from kvote.calibration import Calibration, save
 from kvote.calibration.channels import KIND as CHANNELS
 from kvote.calibration.gates import SINKS, STEPS, WINDOW, train_duo
 from kvote.calibration.heads import DUO, RAZOR
-from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels
+from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels, measure_rotated
 from kvote.calibration.retrieval import TIMES, measure_razor
+from kvote.calibration.rotated import KIND as ROTATED
 from kvote.calibration.texts import LONGEST, phrases, world_texts
 from kvote.cli.load import Loaded, load, names_embedded
 from kvote.cli.plain import as_json, one_line
@@ -78,12 +79,13 @@ def _text(args: argparse.Namespace) -> str | None:
     return text
 
 
-def _channels(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
+def _over_text(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
     limit = args.tokens or BLOCKS * BLOCK
     blocks = _own_texts(loaded, limit) if text is None else _blocks(loaded, text, limit)
     tokens = sum(block.numel() for block in blocks)
     task = bar.add_task(args.what, total=tokens)
-    return measure_channels(loaded.model, blocks, lambda count: bar.advance(task, count)), tokens
+    measure = measure_channels if args.what == CHANNELS else measure_rotated
+    return measure(loaded.model, blocks, lambda count: bar.advance(task, count)), tokens
 
 
 def _razor(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
@@ -106,7 +108,8 @@ def _duo(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progre
 
 
 _MEASURES: dict[str, Callable[[Loaded, str | None, argparse.Namespace, Progress], Measured]] = {
-    CHANNELS: _channels,
+    CHANNELS: _over_text,
+    ROTATED: _over_text,
     RAZOR: _razor,
     DUO: _duo,
 }

@@ -1,5 +1,8 @@
-"""Token ids and hidden states of a pass, noted by hooks on the model while a cache whose method needs them exists."""
+"""Token ids, hidden states and layer inputs of a pass, noted by hooks on the model while a cache exists whose method
+needs them."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from kvote.beside import HIDDEN, IDS, MARKS, Beside
+from kvote.beside import HIDDEN, IDS, INPUTS, MARKS, Beside
 from kvote.errors import InputError
 from kvote.hf.compiling import uncompiled
 from kvote.phase import Turn
@@ -25,6 +28,8 @@ class Watch:
         for module in outer.values():
             self._handles.append(module.register_forward_pre_hook(_note_ids, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_forget, with_kwargs=True, always_call=True))
+        for module in _layers(model):
+            self._handles.append(module.register_forward_pre_hook(_note_inputs, with_kwargs=True))
         for module in model.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 self._handles.append(module.register_forward_pre_hook(_note_hidden, with_kwargs=True))
@@ -65,9 +70,9 @@ def taken(
     Raises InputError where something that the method ``needs`` is missing.
     """
     noted = turn.beside or Beside()
-    # Hidden states belong to one layer.
+    # Hidden states and inputs belong to one layer.
     turn.beside = Beside(noted.ids)
-    found = {IDS: noted.ids, HIDDEN: noted.hidden}
+    found = {IDS: noted.ids, HIDDEN: noted.hidden, INPUTS: noted.inputs}
     if at is not None:
         found = {name: None if x is None else x[:, slice(*at)] for name, x in found.items()}
     for name in sorted(needs & found.keys()):
@@ -75,15 +80,15 @@ def taken(
         if x is None or x.shape[:2] != (rows, len(columns)):
             how = "call the model with input_ids, not with inputs_embeds" if name == IDS else "use another method"
             raise InputError(f"{spec} needs the {name} of all tokens, which this pass does not show; {how}.")
-    ids, hidden = (found[name] if name in needs else None for name in (IDS, HIDDEN))
+    ids, hidden, inputs = (found[name] if name in needs else None for name in (IDS, HIDDEN, INPUTS))
     if MARKS not in needs:
-        return Beside(ids, hidden)
+        return Beside(ids, hidden, inputs=inputs)
     if not turn.marked:
         raise InputError(
             f"{spec} needs to know what spans of the text are, and none is marked; call cache.mark_span(name, start, "
             "stop) before they are read."
         )
-    return Beside(ids, hidden, turn.marked.shown(rows, columns, device))
+    return Beside(ids, hidden, turn.marked.shown(rows, columns, device), inputs)
 
 
 @uncompiled
@@ -98,12 +103,29 @@ def _note_ids(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 @uncompiled
 def _note_hidden(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for turn, states in _states(args, kwargs):
+        turn.beside = replace(turn.beside or Beside(), hidden=states)
+
+
+@uncompiled
+def _note_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for turn, states in _states(args, kwargs):
+        turn.beside = replace(turn.beside or Beside(), inputs=states)
+
+
+def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Turn, Tensor | None]]:
+    """The hidden states that a module was given, cut by cache."""
     given = kwargs.get("hidden_states", args[0] if args else None)
+    hidden = given.detach() if isinstance(given, Tensor) and given.dim() == 3 else None
     turns = _turns(args, kwargs)
-    for row, turn in enumerate(turns):
-        hidden = given.detach() if isinstance(given, Tensor) and given.dim() == 3 else None
-        ids = None if turn.beside is None else turn.beside.ids
-        turn.beside = Beside(ids, None if hidden is None else _of_row(hidden, row, len(turns)))
+    return [(turn, None if hidden is None else _of_row(hidden, row, len(turns))) for row, turn in enumerate(turns)]
+
+
+def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The members of lists of modules that attention is in."""
+    for modules in model.modules():
+        if isinstance(modules, torch.nn.ModuleList):
+            yield from (m for m in modules if any(isinstance(getattr(n, "layer_idx", None), int) for n in m.modules()))
 
 
 @uncompiled

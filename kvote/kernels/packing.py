@@ -35,6 +35,9 @@ class Packing:
     dtype: torch.dtype
     are_keys: bool
     by_token: bool = False
+    # Which share of the way from 0 to a group's minimum and maximum the steps span, of which one is at 0 (the quantiser
+    # of RotateKV); None: from the minimum to the maximum. Only the law packs so; all decode it.
+    clip: float | None = None
 
     @property
     def steps(self) -> int:
@@ -78,23 +81,41 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return steps.clamp(0, top).round().to(torch.uint8), scale, least
 
 
+def quantise_clipped(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``quantise``, between ``clip`` times the extremes of each group, in steps of which one is at 0: codes are
+    round(x / s) + z with z = round(-minimum / s), and the minimum that is kept is -z * s. Where s is 0, a group decodes
+    to its minimum."""
+    top = (1 << bits) - 1
+    least, most = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
+    scale = ((most - least) * clip / top).clamp(max=torch.finfo(x.dtype).max).to(x.dtype).float()
+    steps = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.round(-least * clip / steps)
+    codes = (torch.round(x.float() / steps) + zero).clamp(0, top)
+    kept = torch.where(scale > 0, -zero * scale, least)
+    return codes.to(torch.uint8), scale.to(x.dtype), kept.to(x.dtype)
+
+
 def dequantise(codes: Tensor, scale: Tensor, least: Tensor) -> Tensor:
     """The numbers that codes stand for, rounded once to the dtype of the scales."""
     return (codes.float() * scale.float() + least.float()).to(scale.dtype)
 
 
-def quantise_keys(keys: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantised(x: Tensor, bits: int, clip: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    return quantise(x, bits) if clip is None else quantise_clipped(x, bits, clip)
+
+
+def quantise_keys(keys: Tensor, bits: int, group: int, clip: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., n, d], scales and minima [..., n / group, d] of ``keys`` [..., n, d]."""
     *rest, n, d = keys.shape
     grouped = keys.reshape(*rest, n // group, group, d).transpose(-1, -2)
-    codes, scale, least = quantise(grouped, bits)
+    codes, scale, least = _quantised(grouped, bits, clip)
     return codes.transpose(-1, -2).reshape(keys.shape), scale[..., 0], least[..., 0]
 
 
-def quantise_values(values: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_values(values: Tensor, bits: int, group: int, clip: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., n, d], scales and minima [..., n, ceil(d / group)] of ``values`` [..., n, d]; the last group may be
     shorter."""
-    parts = [quantise(part, bits) for part in torch.split(values, group, dim=-1)]
+    parts = [_quantised(part, bits, clip) for part in torch.split(values, group, dim=-1)]
     codes, scale, least = zip(*parts, strict=True)
     return torch.cat(codes, dim=-1), torch.cat(scale, dim=-1), torch.cat(least, dim=-1)
 
@@ -128,10 +149,10 @@ def pack(x: Tensor, pages: Tensor, form: Packing, slots: Tensor) -> None:
     shifts = _shifts(form).to(x.device)
     if form.are_keys:
         if form.by_token:
-            codes, scale, least = quantise_values(_filled(x, form), form.bits, form.group)
+            codes, scale, least = quantise_values(_filled(x, form), form.bits, form.group, form.clip)
             scales[page, :, place], minima[page, :, place] = scale, least
         else:
-            codes, scale, least = quantise_keys(_filled(x, form), form.bits, form.group)
+            codes, scale, least = quantise_keys(_filled(x, form), form.bits, form.group, form.clip)
             first = slots[:: form.group]
             scales[first // PACKED, first % PACKED // form.group] = scale
             minima[first // PACKED, first % PACKED // form.group] = least
@@ -140,7 +161,7 @@ def pack(x: Tensor, pages: Tensor, form: Packing, slots: Tensor) -> None:
         row = (place // _LANES * rows)[:, None] + torch.arange(rows, device=x.device)
         words[page[:, None], row, (place % _LANES)[:, None]] = _as_words(steps.sum(-1))
         return
-    codes, scale, least = quantise_values(x, form.bits, form.group)
+    codes, scale, least = quantise_values(x, form.bits, form.group, form.clip)
     codes = _filled(codes, form)
     scales[page, :, place], minima[page, :, place] = scale, least
     tiles = torch.arange(form.width // _LANES, device=x.device) * (PACKED // form.steps)

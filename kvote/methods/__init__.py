@@ -34,6 +34,7 @@ from kvote.methods.quest import quest
 from kvote.methods.random import random
 from kvote.methods.randomkeep import randomkeep
 from kvote.methods.razorattention import razorattention
+from kvote.methods.rotatekv import rotatekv
 from kvote.methods.sentencekv import sentencekv
 from kvote.methods.snapkv import snapkv
 from kvote.methods.sparq import sparq
@@ -71,6 +72,7 @@ __all__ = [
     "random",
     "randomkeep",
     "razorattention",
+    "rotatekv",
     "sentencekv",
     "snapkv",
     "sparq",

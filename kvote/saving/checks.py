@@ -91,6 +91,37 @@ def offloaded(made: Any) -> None:
         raise ValueError("tokens on a disk are those of other sequences than there are")
 
 
+def apart(made: Any) -> None:
+    """The same, and sinks are tokens that are held."""
+    quantised(made)
+    exact, largest = made.packed.exact, made.largest
+    lists = isinstance(exact, list) and isinstance(largest, list)
+    if not lists or not len(exact) == len(largest) == made.sequences:
+        raise ValueError("sinks are those of other sequences than there are")
+    none = made.packed.none
+    for row, each in enumerate(exact):
+        fits = type(each) is type(none) and each.key.shape[1:] == none.key.shape[1:]
+        if not fits or each.value.shape[1:] != none.value.shape[1:] or each.key.dtype != none.key.dtype:
+            raise ValueError("sinks have another form")
+        _slots(each.slots, made.values.length(row))
+        _slots(each.heads, made.heads)
+    if any(type(each).__name__ != "Largest" for each in largest):
+        raise ValueError("what is known of sinks has another form")
+
+
+def exact(made: Any) -> None:
+    """Heads, slots, keys and values are of equally many tokens."""
+    parts = (made.heads, made.slots, made.key, made.value)
+    if len({len(part) for part in parts}) != 1 or any(part.dim() != 1 + (i > 1) for i, part in enumerate(parts)):
+        raise ValueError("sinks have another form")
+
+
+def largest(made: Any) -> None:
+    """Sizes and positions are of equally many entries."""
+    if made.sizes.dim() != 1 or made.sizes.shape != made.positions.shape or made.positions.dtype != torch.int64:
+        raise ValueError("what is known of sinks has another form")
+
+
 def prompt(made: Any) -> None:
     """Each encoded prompt has the heads and channels of what comes behind it."""
     if not len(made.bodies) == len(made.waiting) == made.raw.sequences:

@@ -127,6 +127,21 @@ def _fill_quantised(segment: Any, facts: dict[str, Any], maker: Maker) -> None:
             packed.before[row] = packed.before[row].expand(segment.heads, -1)
 
 
+def _describe_apart(segment: Any, describer: Describer, path: str) -> dict[str, Any]:
+    held = _describe_quantised(segment, describer, path)
+    for name, inner in {"exact": segment.packed.exact, "largest": segment.largest}.items():
+        held[name] = describer.value(inner, f"{path}.{name}")
+    return held
+
+
+def _fill_apart(segment: Any, facts: dict[str, Any], maker: Maker) -> None:
+    rest = {name: inner for name, inner in facts.items() if name not in ("exact", "largest")}
+    # Objects are numbered in the order in which they were described.
+    _fill_quantised(segment, rest, maker)
+    segment.packed.exact = maker.value(facts["exact"])
+    segment.largest = maker.value(facts["largest"])
+
+
 def _fill_native(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
     """A native layer gets some of its attributes with its first token only."""
     layer.dtype = None
@@ -147,7 +162,7 @@ register(
 register("layout", "kvote.prompt:Layout")
 register("turn", "kvote.hf.cache_layer:Turn", "beside")
 register("marked", "kvote.marked:Marked")
-register("beside", "kvote.beside:Beside")
+register("beside", "kvote.beside:Beside", "inputs")
 register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
 register("activity", "kvote.read.tokens:Activity")
@@ -167,7 +182,7 @@ register("raw pool", "kvote.store.pages:RawPool", describe=describe_pool, fill=f
 _RAW = "heads rope kernels _step _only _most_heads _coded _written indexes"
 register("raw", "kvote.store.raw:RawSegment", _RAW, check=check.raw)
 register("uneven", "kvote.store.uneven:UnevenSegment", _RAW, check=check.uneven)
-register("packed", "kvote.store.packed:PackedLanes", "heads form backend", check=check.packed)
+register("packed", "kvote.store.packed:PackedLanes", "heads form backend transform", check=check.packed)
 register(
     "quantised",
     "kvote.store.quantised:QuantisedSegment",
@@ -175,6 +190,15 @@ register(
     fill=_fill_quantised,
     check=check.quantised,
 )
+register(
+    "sinks apart",
+    "kvote.store.apart:ApartSegment",
+    describe=_describe_apart,
+    fill=_fill_apart,
+    check=check.apart,
+)
+register("exact tokens", "kvote.store.apart:Exact", check=check.exact)
+register("largest", "kvote.store.apart:Largest", check=check.largest)
 _PROMPT = _parts(tail="raw", bodies="prompts.bodies", waiting="waiting")
 register("prompt", "kvote.store.prompt:PromptSegment", check=check.prompt, **_PROMPT)
 register("waiting", "kvote.store.prompt:Waiting")

@@ -105,7 +105,10 @@ def _ends(pool: PagePool, fresh: np.ndarray) -> list[tuple[int, int]]:
 
 def _taken(pool: PagePool, name: str, pages: Tensor, ends: list[tuple[int, int]]) -> Tensor:
     """Some pages of a part; nothing is left of what stood behind the last token."""
-    taken = pool.parts[name][pages]
+    taken, erase = pool.parts[name][pages], pool.erasers.get(name)
     for at, used in ends:
-        pool.erase(name, taken[at], used)
+        if erase is not None:
+            erase(taken[at], used)
+        elif taken.dim() > 1 and taken.shape[1] == pool.page:
+            taken[at, used:] = 0
     return taken

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.kernels import packing
+from kvote.kernels.choice import named
 from kvote.kernels.contract import Backend, Recent
 from kvote.kernels.packing import PACKED, Packing
 from kvote.store.pages import Lane, PagePool
+from kvote.store.transform import Transform
 
 # Room left behind a lane where it has to move: a 64th of its pages. Growth copies a token 65 times at most, which is
 # what a raw token is copied 9 times or so.
@@ -20,18 +22,27 @@ _ROOM = 64
 class PackedLanes:
     """Keys or values [tokens, d] of each lane in the form of a ``Packing``; lanes are (sequence, key head).
 
-    ``backend``: the kernels that write and read them.
+    ``backend``: the kernels that write and read them. ``transform``: what is applied before tokens are packed, and
+    undone when they are unpacked.
     """
 
-    def __init__(self, heads: int, form: Packing, device: torch.device, *, backend: Backend) -> None:
-        self.heads, self.form, self.backend = heads, form, backend
+    def __init__(
+        self,
+        heads: int,
+        form: Packing,
+        device: torch.device,
+        *,
+        backend: Backend,
+        transform: Transform | None = None,
+    ) -> None:
+        self.heads, self.form, self.backend, self.transform = heads, form, backend, transform
         pages = torch.empty(0, form.page_bytes, dtype=torch.uint8, device=device)
         self.pool = PagePool({"pages": pages}, page=PACKED, room=_ROOM)
         self.pool.erasers["pages"] = partial(packing.erase, form)
 
     @property
     def nbytes(self) -> int:
-        return self.pool.nbytes
+        return self.pool.nbytes + (0 if self.transform is None else self.transform.nbytes)
 
     @property
     def token_bytes(self) -> float:
@@ -62,8 +73,10 @@ class PackedLanes:
         """Packs ``x`` [b, h, t, d] behind equally long lanes; keys come in whole groups, behind whole groups."""
         self.reserve(rows, x.shape[2])
         chosen, first = self._lanes(rows), self.length(rows[0])
+        x = x if self.transform is None else self.transform.apply(x)
         pages, flat = self.pool.parts["pages"], x.flatten(0, 1)
-        self.backend.packed.pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
+        pack = (self.backend if self.form.clip is None else named("reference")).packed.pack
+        pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
         for i in chosen:
             self.pool.lanes[i].length += x.shape[2]
 
@@ -71,7 +84,9 @@ class PackedLanes:
         """Tokens as they decode, [b, h, m + room, d]: a range, or lists int64 [b, m]; with a list for each of several
         query heads per key head, [b, heads, m], as many heads as lists. What lies in the last ``room`` is undefined."""
         pages, form, lanes = self.pool.parts["pages"], self.form, self._lanes(rows)
-        sequences, heads = len(rows), self.heads
+        sequences, heads, transform = len(rows), self.heads, self.transform
+        if transform is not None and transform.mixes and isinstance(tokens, Tensor) and tokens.dim() == 3:
+            return self._unpack_mixed(rows, tokens, room)
         m = len(tokens) if isinstance(tokens, range) else tokens.shape[-1]
         if isinstance(tokens, Tensor) and tokens.dim() == 3:
             # A head with a list of its own is a sequence of one head.
@@ -79,11 +94,19 @@ class PackedLanes:
             sequences, heads, tokens = len(lanes), tokens.shape[1], tokens.reshape(-1, m)
         out = torch.empty(len(lanes), m + room, form.dim, dtype=form.dtype, device=pages.device)
         self.backend.packed.unpack(pages, form, self.pool.table(lanes), tokens, sequences, out)
-        return out.view(len(rows), heads, m + room, form.dim)
+        out = out.view(len(rows), heads, m + room, form.dim)
+        return out if transform is None else transform.undo(out)
+
+    def _unpack_mixed(self, rows: list[int], tokens: Tensor, room: int) -> Tensor:
+        """The same for lists of query heads where key heads were mixed: each list is read in all key heads."""
+        b, heads, _ = tokens.shape
+        each = [self.unpack([row], tokens[i : i + 1, j], room) for i, row in enumerate(rows) for j in range(heads)]
+        own = [x[0, j % heads // (heads // self.heads)] for j, x in enumerate(each)]
+        return torch.stack(own).view(b, heads, -1, self.form.dim)
 
     def reads(self, groups: int) -> bool:
         """Whether queries of so many heads per key head read codes in place; else, tokens are decoded first."""
-        return groups <= self.backend.MAX_GROUPS
+        return self.transform is None and groups <= self.backend.MAX_GROUPS
 
     def held(self, rows: list[int], each: int = 0) -> tuple[Tensor, Packing, kernels.Lanes]:
         """As kernels read them; with ``each``, every lane so many times: once for each of its query heads."""
@@ -113,7 +136,9 @@ def attend(
     """Attention [b, heads, t, dv] of a few queries [b, heads, t, d] straight from the codes, and its log-sum-exp; None
     where no kernel can do that. All queries see the ``recent`` tokens, too, which are not packed."""
     t = query.shape[2]
-    if t > _STREAMED or keys.form.dim != values.form.dim or not keys.reads(query.shape[1] // keys.heads):
+    if t > _STREAMED or keys.form.dim != values.form.dim or values.transform is not None:
+        return None
+    if not keys.reads(query.shape[1] // keys.heads):
         return None
     held, read = (keys.held(rows), values.held(rows)), keys.backend.packed.attend
     answers = [read(query[:, :, i], *held, tokens, recent=recent, scale=scale, softcap=softcap) for i in range(t)]
@@ -124,6 +149,9 @@ def attend(
 
 def scores(query: Tensor, keys: PackedLanes, rows: list[int], tokens: range) -> Tensor:
     """q.k [b, r, heads, n] of ``query`` [b, heads, r, d] with packed keys."""
+    if keys.transform is not None:
+        blocks = [tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK)]
+        return torch.cat([kernels.scores(query, keys.unpack(rows, block)) for block in blocks], dim=-1)
     return keys.backend.packed.scores(query, keys.held(rows), tokens).transpose(1, 2)
 
 

@@ -40,7 +40,7 @@ class PagePool:
 
     def __init__(self, parts: dict[str, Tensor], *, page: int = PAGE, room: int = _ROOM) -> None:
         self.parts = parts
-        # Of parts in which tokens do not lie one after the other: what makes zeros of a page [...] from a token on.
+        # Where tokens do not lie one after the other in a part: what makes zeros of a page from a token on.
         self.erasers: dict[str, Callable[[Tensor, int], None]] = {}
         self.page, self.room = page, room
         self.owners = np.zeros(0, np.int32)
@@ -112,13 +112,6 @@ class PagePool:
         pages = 0 if id(self._family) in families else pages
         families.add(id(self._family))
         return tables + pages
-
-    def erase(self, name: str, page: Tensor, first: int) -> None:
-        """Makes zeros of what a ``page`` of the part called ``name`` holds of tokens from ``first`` on."""
-        if name in self.erasers:
-            self.erasers[name](page, first)
-        elif page.dim() and len(page) == self.page:
-            page[first:] = 0
 
     def table(self, lanes: tuple[int, ...]) -> kernels.Lanes:
         """Where some lanes lie, as the compiled kernels read it."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvote.beside import Beside
 from kvote.memory import storage_bytes
 from kvote.rope import Rope
 from kvote.store.bodies import Bodies, Body
@@ -93,7 +94,7 @@ class PromptSegment(RegionSegment):
         super().add_sequences(count)
         self.waiting += [Waiting() for _ in range(count)]
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
         for i, row in enumerate(rows):
             if self.bodies[row] is None:
                 self.waiting[row].take(queries.rotated[i], ahead)

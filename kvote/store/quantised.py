@@ -1,8 +1,8 @@
 """Quantised segments: packed tokens and, behind them, the most recent ones as the model made them.
 
 Of n tokens, keys are packed in whole runs of ``residual`` tokens, floor(n / residual) * residual of them, and values as
-soon as ``residual`` younger ones exist, max(0, n - residual) of them. Each token is packed once. A key that is packed
-before its value is replaced, where it is raw, by what it decodes to.
+soon as ``residual`` younger ones exist, max(0, n - residual) of them; so are keys that form groups by token. Each token
+is packed once. A key that is packed before its value is replaced, where it is raw, by what it decodes to.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,14 @@ class QuantisedSegment(RegionSegment):
     rotated when they are read; without, as the model rotated them."""
 
     def __init__(
-        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, bits: int, group: int, residual: int
+        self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, *, codec: Codec, residual: int
     ) -> None:
         self.residual = residual
-        self.packed = PackedRegion(heads, like, value_dim, Codec(bits, group))
+        self.packed = self.region(heads, like, value_dim, codec)
         super().__init__(heads, like, value_dim, rope, [self.packed])
+
+    def region(self, heads: int, like: Tensor, value_dim: int, codec: Codec) -> PackedRegion:
+        return PackedRegion(heads, like, value_dim, codec)
 
     @property
     def keys(self) -> PackedLanes:
@@ -62,7 +65,8 @@ class QuantisedSegment(RegionSegment):
     def _seal(self, rows: list[int]) -> bool:
         """Packs what is old enough of rows alike; whether raw pages became free."""
         n, (keys, values, first) = self.length(rows[0]), self._state(rows[0])
-        more_keys, more_values = max(keys, n // self.residual * self.residual), max(values, n - self.residual)
+        more_values = max(values, n - self.residual)
+        more_keys = more_values if self.packed.codec.keys_by_token else max(keys, n // self.residual * self.residual)
         if (more_keys, more_values) == (keys, values):
             return False
         raw = self.raw.pool
@@ -143,7 +147,8 @@ class Quantised:
         return Codec(self.bits, self.group).token_bytes(dim, dtype) + 4
 
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> QuantisedSegment:
-        return QuantisedSegment(heads, like, value_dim, rope, bits=self.bits, group=self.group, residual=self.residual)
+        codec = Codec(self.bits, self.group)
+        return QuantisedSegment(heads, like, value_dim, rope, codec=codec, residual=self.residual)
 
     def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
         return False

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvote.beside import Beside
 from kvote.kernels.contract import Choice, Row
 from kvote.needs import ANYWHERE, NOTHING, StoreOffers
 from kvote.read.tokens import Queries, Token, TokenSet
@@ -79,7 +80,7 @@ class RawSegment(RawTokens):
             lane.length += 1
         return answer
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
         pass
 
     def seal(self, ahead: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvote.beside import Beside
 from kvote.index.column import Index
 from kvote.needs import Needs, StoreOffers
 from kvote.rope import Rope
@@ -56,8 +57,9 @@ class Segment(Protocol):
         """Adds tokens: ``key`` [b, h, t, d], ``value`` [b, h, t, dv], original ``positions`` [b, t]."""
         ...
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
-        """Sees the queries of the pass whose tokens were just added; ``ahead`` as in ``keep.Observation``."""
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
+        """Sees the queries of the pass whose tokens were just added, and what the store needs ``beside`` them;
+        ``ahead`` as in ``keep.Observation``."""
         ...
 
     def mark(self) -> Any:
@@ -170,4 +172,13 @@ class Store(Protocol):
 
         Called of stores that offer ``shares_layers`` only.
         """
+        ...
+
+
+@runtime_checkable
+class ByLayer(Store, Protocol):
+    """A store that holds layers differently."""
+
+    def of_layer(self, index: int) -> Store:
+        """The store of layer ``index``."""
         ...

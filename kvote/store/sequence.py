@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvote.beside import Beside
 from kvote.store.reading import ReadRegions
 from kvote.store.region import Slots
 from kvote.tokens import Queries
@@ -26,7 +27,7 @@ class RegionSegment(ReadRegions):
     def append(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
         self.raw.append(rows, key, value, positions)
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
         pass
 
     def mark(self) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
+from kvote.beside import Beside
 from kvote.errors import MethodError
 from kvote.kernels import packing
 from kvote.kernels.packing import Packing
@@ -99,7 +100,7 @@ class TwoPrecisionSegment(RawSegment):
 
     # What the queries of a prompt are like.
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None) -> None:
+    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
         if not self.balanced or ahead is None:
             return
         # Behind a prompt's end, a pass may go on with drafts.

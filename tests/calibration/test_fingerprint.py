@@ -145,7 +145,7 @@ def test_a_config_that_says_nothing_of_heads_is_refused(held):
         Fingerprint.of(SimpleNamespace(config=config))
 
 
-@pytest.mark.parametrize("kind", ["channels", "razor", "duo"])
+@pytest.mark.parametrize("kind", ["channels", "rotated", "razor", "duo"])
 def test_the_files_of_the_embedded_model_are_those_of_the_embedded_model(kind):
     net = AutoModelForCausalLM.from_pretrained(embedded(), dtype=torch.float32)
     load(RESULTS / f"calibration-{kind}.json", kind).check(net)

@@ -43,6 +43,14 @@ def test_without_json_one_line_says_what_was_done(capsys, tmp_path):
     assert capsys.readouterr().out == f"channels of 4 layers, measured on 100 tokens: {out}\n"
 
 
+def test_rotated_channels_are_put_in_order(capsys, tmp_path):
+    out = tmp_path / "rotated.json"
+    assert main(["calibrate", "--what", "rotated", "--out", str(out), "--tokens", "100"]) == 0
+    assert capsys.readouterr().out == f"rotated of 4 layers, measured on 100 tokens: {out}\n"
+    orders = parse(f"rotatekv(order={str(out)!r})").store.orders
+    assert [(layer, sorted(order)) for layer, order in orders] == [(i, list(range(64))) for i in range(4)]
+
+
 def test_heads_are_searched_without_a_text(capsys, tmp_path):
     out = tmp_path / "razor.json"
     assert main(["calibrate", "--what", "razor", "--out", str(out), "--tokens", "301", "--json"]) == 0

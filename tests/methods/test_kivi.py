@@ -14,6 +14,7 @@ from kvote import MethodError
 from kvote.kernels import packing, reference
 from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
+from kvote.store.codec import Codec
 from kvote.store.quantised import QuantisedSegment
 from kvote.store.segment import Logits
 
@@ -28,7 +29,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def segment(
     bits: int = 2, group: int = 32, residual: int = 32, rope: Rope | None = None, **like: Any
 ) -> QuantisedSegment:
-    made = QuantisedSegment(HEADS, torch.empty(0, DIM, **like), DIM, rope, bits=bits, group=group, residual=residual)
+    made = QuantisedSegment(HEADS, torch.empty(0, DIM, **like), DIM, rope, codec=Codec(bits, group), residual=residual)
     made.add_sequences(1)
     return made
 
@@ -160,7 +161,7 @@ def test_a_loud_channel_or_token_spoils_no_other():
 def test_the_bytes_are_those_of_the_formula(bits, group, expected_bits):
     n, heads, dim, residual = 32_768, 8, 128, 128
     held = QuantisedSegment(
-        heads, torch.empty(0, dim, dtype=torch.bfloat16), dim, None, bits=bits, group=group, residual=residual
+        heads, torch.empty(0, dim, dtype=torch.bfloat16), dim, None, codec=Codec(bits, group), residual=residual
     )
     held.add_sequences(1)
     x = randn(1, heads, n, dim).bfloat16()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kvote.store.codec import Codec
 from kvote.store.quantised import QuantisedSegment
 
 HEADS, GROUPS, D, N = 2, 2, 32, 180
@@ -13,7 +14,7 @@ HEADS, GROUPS, D, N = 2, 2, 32, 180
 def test_a_list_gives_what_a_range_decodes_to_on_either_side_of_the_border(by_head: bool, m: int) -> None:
     torch.manual_seed(m)
     key, value = torch.randn(3, HEADS, N, D), torch.randn(3, HEADS, N, D)
-    segment = QuantisedSegment(HEADS, key[:, :, :1], D, None, bits=4, group=32, residual=32)
+    segment = QuantisedSegment(HEADS, key[:, :, :1], D, None, codec=Codec(4, 32), residual=32)
     rows = [0, 1, 2]
     segment.add_sequences(3)
     segment.append(rows, key, value, torch.arange(N).expand(3, N))
