@@ -223,6 +223,16 @@ SUBJECTS: tuple[Subject, ...] = (
         whole=0,
     ),
     Subject(
+        "loopserve",
+        # What is fed after the prompt, question and answer, is read besides.
+        dial(lambda s, n: f"loopserve(top_k={n - 24})"),
+        "loopserve(top_k=2048)",
+        ("selections", "reused"),
+        "read",
+        stepwise=True,
+        whole=0,
+    ),
+    Subject(
         "sentencekv",
         # Of what is kept, half is read, besides the ends of sentences and what follows them.
         dial(lambda s, n: f"sentencekv(ends=(2504, 2508), tokens={n // 2}, factor=2.0, first=4, last={n // 8})"),

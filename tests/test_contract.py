@@ -85,6 +85,8 @@ METHODS = {
     "mpcache-all": "mpcache(budget=500, coarse=1.0, fine=1.0)",
     "mpcache": "mpcache(budget=40, cluster=2, coarse=0.5, fine=0.3)",
     "mpcache-pairs": "mpcache(budget=40, cluster=2, share=2)",
+    "loopserve-all": "loopserve(alpha=1.0, top_k=500)",
+    "loopserve": "loopserve(alpha=1.0, top_k=12, every=2, window=3)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "cake-all": "cake(budget=500, window=6)",

@@ -24,6 +24,7 @@ from kvote.methods.kivi import kivi
 from kvote.methods.knorm import knorm
 from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
+from kvote.methods.loopserve import loopserve
 from kvote.methods.mikv import mikv
 from kvote.methods.mpcache import mpcache
 from kvote.methods.offload import offload
@@ -62,6 +63,7 @@ __all__ = [
     "knorm",
     "kvcrush",
     "kvzip",
+    "loopserve",
     "mikv",
     "mpcache",
     "offload",
