@@ -50,6 +50,8 @@ class Reading:
         for part, name in zip(parts, ("document", "question"), strict=False):
             mark_next(self.cache, name, self.cache.get_seq_length() + part.shape[1])
             logits = self._feed(self.cache, part)
+        # Methods that ask for it.
+        kvote.read_again(self.subject.model, self.cache, torch.cat(parts, dim=1), tokenizer=self.subject.tokenizer)
         self.seconds, self.nbytes = time.perf_counter() - begin, self.cache.nbytes()
         return logits
 

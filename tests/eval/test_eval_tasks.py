@@ -135,6 +135,12 @@ def test_an_answer_that_fills_its_room_is_read_whole_by_the_next_turn(subject):
     assert reading.cache.get_seq_length() == reading.ids.shape[1] + asked + 2 + again + 1
 
 
+def test_a_prompt_is_read_again_for_a_method_that_wants_it(subject):
+    sample = make(Unit("world", 200, 0, ()), 0, subject.count)
+    found = measure(subject, sample, "kvzip(budget=100)", Reference())
+    assert max(found["tokens_held"], 100) < Reading(subject, "dense", sample.document).ids.shape[1]
+
+
 def test_methods_evict_while_they_write(subject):
     sample = make(Unit("world", 128, 0, ()), 0, subject.count)
     long = Sample(sample.document, (Question(sample.questions[0].text, ("1",), "run", room=24),))
