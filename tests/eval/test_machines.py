@@ -104,8 +104,10 @@ def test_a_worker_with_another_model_is_refused_by_name(ray, tmp_path):
     assert read_records(tmp_path) == {}
 
 
-def test_an_address_where_nobody_listens_is_refused_at_once(tmp_path, capsys):
-    pytest.importorskip("ray")
+def test_an_address_where_nobody_listens_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    found = pytest.importorskip("ray")
+    # The other tests may have joined a cluster, which would be taken.
+    monkeypatch.setattr(found, "is_initialized", lambda: False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
