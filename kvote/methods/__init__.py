@@ -39,6 +39,7 @@ from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
 from kvote.methods.xkv import xkv
+from kvote.methods.zipcache import zipcache
 
 __all__ = [
     "adakv",
@@ -73,6 +74,7 @@ __all__ = [
     "tidaldecode",
     "tokenselect",
     "xkv",
+    "zipcache",
 ]
 
 
