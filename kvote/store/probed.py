@@ -114,8 +114,8 @@ class ProbedSegment(RegionSegment):
 @dataclass(frozen=True)
 class Salient:
     """The ``share`` of tokens that receives the most attention of probe queries is held in ``bits.high`` per number,
-    the others in ``bits.low``; ``gap`` generated tokens are encoded at a time. ``probes``: the share of queries that are
-    such, half of them the last ones and half drawn by lot with ``seed``."""
+    the others in ``bits.low``; ``gap`` generated tokens are encoded at a time. ``probes``: the share of queries that
+    are such, half of them the last ones and half drawn by lot with ``seed``."""
 
     bits: Bits
     share: float
