@@ -120,6 +120,7 @@ SUBJECTS: tuple[Subject, ...] = (
         "rotatekv",
         acts=("encoded",),
     ),
+    Subject("zipcache", {0.25: "zipcache", 0.125: "zipcache(share=0.1)"}, "zipcache", acts=("encoded",)),
     Subject("mikv", {0.5: "mikv(budget=0.2)"}, "mikv", acts=("encoded",)),
     Subject(
         "mikv, 2 bits",

@@ -111,6 +111,9 @@ METHODS = {
     "rotatekv-infllm": "rotatekv(bits=4, sinks=3) | "
     "infllm(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1)",
     "snapkv-rotatekv": "snapkv(budget=48, window=6) | rotatekv(sinks=3)",
+    "zipcache": "zipcache(gap=20)",
+    "zipcache-tidaldecode": "zipcache(gap=20, share=0.3) | tidaldecode(top_k=5, first=0)",
+    "snapkv-zipcache": "snapkv(budget=48, window=6) | zipcache(gap=20)",
     "razorattention-all": "razorattention(heads='{razor}', induction=0.5)",
     "razorattention": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1)",
     "razorattention-burst": "razorattention(heads='{razor}', induction=0.5, budget=12, sinks=2, burst=3)",
@@ -140,7 +143,10 @@ METHODS = {
 # What a prompt in one pass lets all heads read is more than passes do: so it is published.
 PASSES_MATTER = "duoattention"
 # What a prompt's end has encoded stays so when the prompt is rolled back into.
-STAYS_ENCODED = (METHODS["think"], METHODS["think-tidaldecode"], METHODS["xkv"], METHODS["xkv-tokenselect"])
+STAYS_ENCODED = tuple(
+    METHODS[name]
+    for name in ("think", "think-tidaldecode", "xkv", "xkv-tokenselect", "zipcache", "zipcache-tidaldecode")
+)
 COLUMNS = 70
 
 

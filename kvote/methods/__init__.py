@@ -44,6 +44,7 @@ from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
 from kvote.methods.tokenselect import tokenselect
 from kvote.methods.xkv import xkv
+from kvote.methods.zipcache import zipcache
 
 __all__ = [
     "actqkv",
@@ -83,6 +84,7 @@ __all__ = [
     "tidaldecode",
     "tokenselect",
     "xkv",
+    "zipcache",
 ]
 
 

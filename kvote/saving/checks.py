@@ -175,3 +175,44 @@ def two_precisions(made: Any) -> None:
     counts = [check_lanes(part.pool, made.heads) for part in made._low]
     if any(each != counts[0] or len(each) != len(rows) for each in counts):
         raise ValueError("keys and values are packed of unequally many tokens")
+
+
+def salient(made: Any) -> None:
+    """Codes, marks and what goes with them are of the same tokens, heads and channels."""
+    h, n, d = len(made.marks), made.positions.shape[1], made.high.channels.shape[2]
+    fits = made.marks.dtype == torch.uint8 and made.marks.shape == (h, -(-n // 8))
+    fits &= len(made.factor) == h and len(made.positions) in (1, h) and made.positions.dtype == torch.int32
+    for part, bits, which in (
+        (made.high, made.bits.high, made.salient()),
+        (made.low, made.bits.low, ~made.salient()),
+    ):
+        if bits not in (2, 4, 8):
+            raise ValueError("salient tokens have another form")
+        counts = which.sum(1)
+        for codes, width in ((part.keys, d), (part.values, made.factor.shape[1])):
+            fits &= codes.dtype == torch.uint8 and codes.shape == (int(counts.sum()), -(-width * bits // 8))
+        fits &= part.channels.shape == (2, h, d) and part.rows.dim() == 2
+        fits &= len(part.rows) == 2 and part.rows.shape[1] >= int(counts.max())
+    if not fits:
+        raise ValueError("salient tokens have another form")
+
+
+def probed(made: Any) -> None:
+    """Each encoded text has the heads and channels of what comes behind it, and probes are tokens behind it."""
+    rows = made.raw.sequences
+    if not len(made.prompts.bodies) == len(made.probes) == rows:
+        raise ValueError("encoded tokens are those of other sequences than there are")
+    for row, (body, probes) in enumerate(zip(made.prompts.bodies, made.probes, strict=True)):
+        if body is not None and body.read(range(0, 1))[0].shape != (made.heads, min(1, _tokens(body)), _dim(made)):
+            raise ValueError("an encoded text has another form")
+        if probes is None:
+            continue
+        query, slots = probes.query, probes.slots
+        if probes.places.shape != slots.shape or probes.places.dtype != torch.int64:
+            raise ValueError("probes have another form")
+        if query.dim() != 3 or query.shape[1:] != (len(slots), _dim(made)) or len(query) % made.heads:
+            raise ValueError("probes have another form")
+        if slots.dtype != torch.int64 or (
+            len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < made.length(row)
+        ):
+            raise ValueError("probes are tokens that are not held")

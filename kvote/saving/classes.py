@@ -197,6 +197,12 @@ register(
     fill=_fill_apart,
     check=check.apart,
 )
+_PROBED = _parts(tail="raw", bodies="prompts.bodies", probes="probes", heard="logits")
+register("probed", "kvote.store.probed:ProbedSegment", check=check.probed, **_PROBED)
+register("probes", "kvote.store.saliency:Probes")
+register("salient body", "kvote.store.salient:SalientBody", check=check.salient)
+register("salient part", "kvote.store.salient:Part")
+register("bits", "kvote.store.salient:Bits")
 register("exact tokens", "kvote.store.apart:Exact", check=check.exact)
 register("largest", "kvote.store.apart:Largest", check=check.largest)
 _PROMPT = _parts(tail="raw", bodies="prompts.bodies", waiting="waiting")
