@@ -84,6 +84,8 @@ METHODS = {
     "mpcache-pairs": "mpcache(budget=40, cluster=2, share=2)",
     "loopserve-all": "loopserve(alpha=1.0, top_k=500)",
     "loopserve": "loopserve(alpha=1.0, top_k=12, every=2, window=3)",
+    "tim-all": "tim(opens=(7,), closes=(9,), threshold=500)",
+    "tim": "tim(opens=(7, 12, 20, 90, 130, 200), closes=(9, 33, 70, 100, 180), threshold=1)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "cake-all": "cake(budget=500, window=6)",

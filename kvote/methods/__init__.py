@@ -40,6 +40,7 @@ from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
+from kvote.methods.tim import tim
 from kvote.methods.tokenselect import tokenselect
 from kvote.methods.xkv import xkv
 
@@ -77,6 +78,7 @@ __all__ = [
     "streamingllm",
     "think",
     "tidaldecode",
+    "tim",
     "tokenselect",
     "xkv",
 ]
