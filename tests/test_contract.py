@@ -117,6 +117,8 @@ METHODS = {
     f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "duoattention-all": "duoattention(heads='{duo}', window=500)",
     "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
+    "compresskv-all": "compresskv(heads='{semantic}', budget=500)",
+    "compresskv": "compresskv(heads='{semantic}', budget=24, first_k=2, window=6, least=8, most=2)",
     "think-all": "think(ratio=0.0, window=6, recent=5)",
     "think": "think(ratio=0.5, window=6, recent=5)",
     "snapkv-think": "snapkv(budget=20, window=6) | think(ratio=0.5, window=6, recent=5)",
@@ -145,9 +147,13 @@ def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str | Callab
         return request.param
     # In each layer one head keeps everything and one does not.
     scores = [[0.1, 0.9], [0.8, 0.2]]
-    return request.param.replace("{razor}", scored.file(scored.razor(net, scores))).replace(
-        "{duo}", scored.file(scored.duo(net, scores))
-    )
+    heads = net.config.num_attention_heads
+    semantic = scored.semantic(net, [[1 / (1 + head) for head in range(heads)]] * 2, [0.7, 0.3])
+    made = {"razor": scored.razor(net, scores), "duo": scored.duo(net, scores), "semantic": semantic}
+    spec: str = request.param
+    for name, held in made.items():
+        spec = spec.replace(f"{{{name}}}", scored.file(held))
+    return spec
 
 
 # How query heads share key heads is asked of every method where it can go wrong; all else is asked of one model.

@@ -19,6 +19,7 @@ CALIBRATED = {
     "channels": "channels: key channels in the order of their weight in scores (doublesparsity)",
     "razor": "razor: how key heads attend to what they have seen before (razorattention)",
     "duo": "duo: gates of key heads, trained (duoattention)",
+    "semantic": "semantic: query heads that find answers, and what layers lose by keeping little (compresskv)",
 }
 # Stands for a ``--compare`` without a value; no spec can be empty.
 ALL = ""
@@ -258,7 +259,8 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="N",
         type=_positive,
         help="at most so many tokens of text: in all for channels (default: 131,072), of the one text that razor reads "
-        "(default: 10,001), of the longest text for duo (default: 32,000); none longer than the model was made for",
+        "(default: 10,001), of the longest text for duo and semantic "
+        "(default: 32,000 and 8,000); none longer than the model was made for",
     )
     command.add_argument(
         "--steps", metavar="N", type=_positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"

@@ -10,6 +10,7 @@ from kvote.method import METHODS, Method
 from kvote.methods.actqkv import actqkv
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
+from kvote.methods.compresskv import compresskv
 from kvote.methods.critic import critic
 from kvote.methods.delta import delta
 from kvote.methods.dense import dense
@@ -48,6 +49,7 @@ __all__ = [
     "actqkv",
     "adakv",
     "cake",
+    "compresskv",
     "critic",
     "delta",
     "dense",
