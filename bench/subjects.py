@@ -84,6 +84,11 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("critic", dial(lambda s, n: f"critic(budget={s})"), "critic(budget=0.25)"),
     Subject("prefixkv", dial(lambda s, n: f"prefixkv(budget={s})"), "prefixkv(budget=0.25)"),
     Subject("kvcrush", dial(lambda s, n: f"kvcrush(budget={s})"), "kvcrush(budget=0.25)"),
+    Subject(
+        "compresskv",
+        dial(lambda s, n: f"compresskv(heads={{semantic}}, budget={s})"),
+        "compresskv(heads={semantic}, budget=0.25)",
+    ),
     Subject("snapkv", dial(lambda s, n: f"snapkv(budget={s})"), "snapkv(budget=0.25)"),
     Subject("adakv", dial(lambda s, n: f"adakv(budget={s})"), "adakv(budget=0.25)"),
     Subject("expectedattention", dial(lambda s, n: f"expectedattention(budget={s})"), "expectedattention(budget=0.25)"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvote.calibration import Calibration, Fingerprint, save
 from kvote.calibration.heads import DUO, RAZOR
+from kvote.calibration.spans import SEMANTIC
 
 Heads = list[list[float]]
 
@@ -21,6 +22,12 @@ def razor(net: Any, induction: Heads, echo: Heads | None = None) -> Calibration:
 def duo(net: Any, gates: Heads) -> Calibration:
     layers = {str(layer): {"gate": heads} for layer, heads in enumerate(gates)}
     return Calibration(DUO, Fingerprint.of(net), {"steps": 9, "layers": layers})
+
+
+def semantic(net: Any, spans: Heads, errors: list[float]) -> Calibration:
+    """``spans`` of the query heads, and the ``errors``, by layer."""
+    layers = {str(i): {"span": a, "error": b} for i, (a, b) in enumerate(zip(spans, errors, strict=True))}
+    return Calibration(SEMANTIC, Fingerprint.of(net), {"tokens": 9, "layers": layers})
 
 
 @cache

@@ -87,6 +87,8 @@ METHODS = {
     "mpcache-pairs": "mpcache(budget=40, cluster=2, share=2)",
     "loopserve-all": "loopserve(alpha=1.0, top_k=500)",
     "loopserve": "loopserve(alpha=1.0, top_k=12, every=2, window=3)",
+    "tim-all": "tim(opens=(7,), closes=(9,), threshold=500)",
+    "tim": "tim(opens=(7, 12, 20, 90, 130, 200), closes=(9, 33, 70, 100, 180), threshold=1)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "cake-all": "cake(budget=500, window=6)",
@@ -126,6 +128,8 @@ METHODS = {
     f"tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "duoattention-all": "duoattention(heads='{duo}', window=500)",
     "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
+    "compresskv-all": "compresskv(heads='{semantic}', budget=500)",
+    "compresskv": "compresskv(heads='{semantic}', budget=24, first_k=2, window=6, least=8, most=2)",
     "think-all": "think(ratio=0.0, window=6, recent=5)",
     "think": "think(ratio=0.5, window=6, recent=5)",
     "snapkv-think": "snapkv(budget=20, window=6) | think(ratio=0.5, window=6, recent=5)",
@@ -160,9 +164,13 @@ def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str | Callab
         return request.param
     # In each layer one head keeps everything and one does not.
     scores = [[0.1, 0.9], [0.8, 0.2]]
-    return request.param.replace("{razor}", scored.file(scored.razor(net, scores))).replace(
-        "{duo}", scored.file(scored.duo(net, scores))
-    )
+    heads = net.config.num_attention_heads
+    semantic = scored.semantic(net, [[1 / (1 + head) for head in range(heads)]] * 2, [0.7, 0.3])
+    made = {"razor": scored.razor(net, scores), "duo": scored.duo(net, scores), "semantic": semantic}
+    spec: str = request.param
+    for name, held in made.items():
+        spec = spec.replace(f"{{{name}}}", scored.file(held))
+    return spec
 
 
 # How query heads share key heads is asked of every method where it can go wrong; all else is asked of one model.

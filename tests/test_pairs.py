@@ -46,6 +46,9 @@ def _first(name: str, given: tuple[str, ...]):
     if name == "sentencekv":
         # It must be told which tokens end a sentence.
         return METHODS[name].build(ends=(7, 9))
+    if name == "tim":
+        # Or which open and close lists, where nothing is marked.
+        return METHODS[name].build(opens=(7,), closes=(9,))
     ways = dict(_ways(METHODS[name]))
     return ways[max((way for way in ways if set(way) <= set(given)), key=len)]
 

@@ -17,6 +17,7 @@ CALIBRATED = {
     "rotated": "rotated: key channels in an order for 2 bits, once rotated (rotatekv)",
     "razor": "razor: how key heads attend to what they have seen before (razorattention)",
     "duo": "duo: gates of key heads, trained (duoattention)",
+    "semantic": "semantic: query heads that find answers, and what layers lose by keeping little (compresskv)",
 }
 # Stands for a ``--compare`` without a value; no spec can be empty.
 ALL = ""
@@ -256,8 +257,8 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="N",
         type=positive,
         help="at most so many tokens of text: in all for channels and rotated (default: 131,072), of the one text that "
-        "razor reads (default: 10,001), of the longest text for duo (default: 32,000); none longer than the model was "
-        "made for",
+        "razor reads (default: 10,001), of the longest text for duo and semantic (default: 32,000 and 8,000); none longer "
+        "than the model was made for",
     )
     command.add_argument(
         "--steps", metavar="N", type=positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"

@@ -12,8 +12,11 @@ from kvote.calibration.channels import KIND as CHANNELS
 from kvote.calibration.gates import SINKS, STEPS, WINDOW, train_duo
 from kvote.calibration.heads import DUO, RAZOR
 from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels, measure_rotated
+from kvote.calibration.needles import text_needles, world_needles
 from kvote.calibration.retrieval import TIMES, measure_razor
 from kvote.calibration.rotated import KIND as ROTATED
+from kvote.calibration.semantic import SAMPLES, measure_semantic
+from kvote.calibration.spans import SEMANTIC
 from kvote.calibration.texts import LONGEST, phrases, world_texts
 from kvote.cli.load import Loaded, load, names_embedded
 from kvote.cli.plain import as_json, one_line
@@ -33,6 +36,9 @@ _MOST = 10**9
 # Its gates part within so many texts.
 _EMBEDDED_STEPS = 200
 
+# Tokens of the longest and of the shortest text in which heads look for an answer.
+_LONGEST, _SHORTEST = 8000, 256
+
 # What was measured, and on how many tokens.
 Measured = tuple[Calibration, int]
 
@@ -48,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     text = _text(args)
     loaded = load(args.model)
     try:
-        with progress("texts" if args.what == DUO else "tokens") as bar:
+        with progress("texts" if args.what in (DUO, SEMANTIC) else "tokens") as bar:
             calibration, tokens = _MEASURES[args.what](loaded, text, args, bar)
     except KvoteError:
         raise
@@ -107,11 +113,22 @@ def _duo(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progre
     return calibration, calibration.data["tokens"]
 
 
+def _semantic(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
+    longest = min(args.tokens or _LONGEST, loaded.trained or _LONGEST)
+    if longest < _SHORTEST:
+        raise InputError(f"Texts of three facts and a question take {_SHORTEST} tokens; allow longer ones.")
+    made = world_needles(longest, _FIRST_SEED) if text is None else text_needles(loaded.tokenizer, text, longest)
+    task = bar.add_task(args.what, total=SAMPLES)
+    calibration = measure_semantic(loaded.model, made, SAMPLES, progress=lambda count: bar.advance(task, count))
+    return calibration, calibration.data["tokens"]
+
+
 _MEASURES: dict[str, Callable[[Loaded, str | None, argparse.Namespace, Progress], Measured]] = {
     CHANNELS: _over_text,
     ROTATED: _over_text,
     RAZOR: _razor,
     DUO: _duo,
+    SEMANTIC: _semantic,
 }
 
 

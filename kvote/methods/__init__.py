@@ -10,6 +10,7 @@ from kvote.method import METHODS, Method
 from kvote.methods.actqkv import actqkv
 from kvote.methods.adakv import adakv
 from kvote.methods.cake import cake
+from kvote.methods.compresskv import compresskv
 from kvote.methods.critic import critic
 from kvote.methods.delta import delta
 from kvote.methods.dense import dense
@@ -42,6 +43,7 @@ from kvote.methods.sparq import sparq
 from kvote.methods.streamingllm import streamingllm
 from kvote.methods.think import think
 from kvote.methods.tidaldecode import tidaldecode
+from kvote.methods.tim import tim
 from kvote.methods.tokenselect import tokenselect
 from kvote.methods.xkv import xkv
 from kvote.methods.zipcache import zipcache
@@ -50,6 +52,7 @@ __all__ = [
     "actqkv",
     "adakv",
     "cake",
+    "compresskv",
     "critic",
     "delta",
     "dense",
@@ -82,6 +85,7 @@ __all__ = [
     "streamingllm",
     "think",
     "tidaldecode",
+    "tim",
     "tokenselect",
     "xkv",
     "zipcache",

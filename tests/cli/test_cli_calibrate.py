@@ -51,6 +51,16 @@ def test_rotated_channels_are_put_in_order(capsys, tmp_path):
     assert [(layer, sorted(order)) for layer, order in orders] == [(i, list(range(64))) for i in range(4)]
 
 
+def test_query_heads_that_find_answers_are_searched_in_texts_with_answers(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate_command, "SAMPLES", 3)
+    out = tmp_path / "semantic.json"
+    assert main(["calibrate", "--what", "semantic", "--out", str(out), "--tokens", "300"]) == 0
+    assert capsys.readouterr().out.startswith("semantic of 4 layers, measured on ")
+    assert parse(f"compresskv(heads={str(out)!r}, budget=100)").calibrations[0].kind == "semantic"
+    assert main(["calibrate", "--what", "semantic", "--out", str(out), "--tokens", "99"]) == 2
+    assert "take 256 tokens; allow longer ones" in capsys.readouterr().err
+
+
 def test_heads_are_searched_without_a_text(capsys, tmp_path):
     out = tmp_path / "razor.json"
     assert main(["calibrate", "--what", "razor", "--out", str(out), "--tokens", "301", "--json"]) == 0

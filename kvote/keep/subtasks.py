@@ -1,0 +1,154 @@
+"""Subtasks: stretches of a text that nobody needs once they have ended go, the oldest first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvote.beside import IDS, MARKS
+from kvote.errors import MethodError
+from kvote.keep.keeper import Held, Kept
+from kvote.keep.observation import Observation
+from kvote.keep.policies import Plain
+from kvote.memory import storage_bytes
+from kvote.needs import KeeperOffers, Needs
+from kvote.numbers import check_whole
+
+# What a token is to the tree of tasks: it opens or closes a list of subtasks, lies in one by a mark, or neither.
+OPENS, CLOSES, INSIDE = 1, -1, 2
+
+
+@dataclass
+class Visible:
+    """By sequence, of the tokens held: their ``ids`` int32 [n], and what they are to the tree (``parts`` int8 [n]).
+    ``ended``: sequences in which a list has ended since they were last asked; ``stale``: the first slot of what was
+    computed while tokens that were dropped since could be seen."""
+
+    ids: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, Tensor] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+    stale: dict[int, int] = field(default_factory=dict)
+
+    def add(self, row: int, ids: Tensor, parts: Tensor) -> None:
+        """Adds new tokens of a sequence."""
+        before = self.parts.get(row, parts[:0])
+        inside = torch.cat([before[-1:], parts]) == INSIDE
+        if bool((parts == CLOSES).any() | (inside[:-1] & ~inside[1:]).any()):
+            self.ended.add(row)
+        self.ids[row] = torch.cat([self.ids.get(row, ids[:0]), ids])
+        self.parts[row] = torch.cat([before, parts])
+
+    def select(self, index: list[int]) -> None:
+        self.ids = {i: self.ids[old] for i, old in enumerate(index) if old in self.ids}
+        self.parts = {i: self.parts[old] for i, old in enumerate(index) if old in self.parts}
+        self.ended = {i for i, old in enumerate(index) if old in self.ended}
+        self.stale = {i: self.stale[old] for i, old in enumerate(index) if old in self.stale}
+
+    def keep(self, row: int, slots: Tensor) -> None:
+        # The first that goes; all before it stay where they are.
+        gone = int((slots == torch.arange(len(slots), device=slots.device)).long().cumprod(0).sum())
+        self.stale[row] = min(gone, self.stale.get(row, gone))
+        for held in (self.ids, self.parts):
+            held[row] = held[row][slots.to(held[row].device)]
+
+    def truncate(self, row: int, length: int) -> None:
+        for held in (self.ids, self.parts):
+            if row in held:
+                held[row] = held[row][:length].clone()
+        if self.stale.get(row, 0) >= length:
+            self.stale.pop(row, None)
+
+    @property
+    def nbytes(self) -> int:
+        return storage_bytes([*self.ids.values(), *self.parts.values()])
+
+
+@dataclass(frozen=True)
+class Subtasks(Plain):
+    """Parameters as in ``methods/tim.py``, which documents them."""
+
+    opens: tuple[int, ...]
+    closes: tuple[int, ...]
+    threshold: int
+    mark: str
+    budget = None
+
+    offers = KeeperOffers(waits=True, equal_layers=True)
+
+    def __post_init__(self) -> None:
+        check_whole(self, threshold=0)
+        for name in ("opens", "closes"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list) or not all(type(each) is int and each >= 0 for each in value):
+                raise MethodError(f"{name} must be token ids, such as (91,); got {value!r}.")
+        if bool(self.opens) != bool(self.closes) or set(self.opens) & set(self.closes):
+            raise MethodError(
+                "opens and closes name the tokens that begin and end a list of subtasks, some of each and none of "
+                f"both; got {self.opens!r} and {self.closes!r}. Without any, lists are what cache.mark_span names."
+            )
+        if not isinstance(self.mark, str) or not self.mark:
+            raise MethodError(f"mark must be the name of spans, such as 'subtasks'; got {self.mark!r}.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(beside=frozenset({IDS} if self.opens else {IDS, MARKS}))
+
+    def new_memory(self) -> Visible:
+        return Visible()
+
+    def observes(self, ahead: int | None) -> bool:
+        return True
+
+    def observe(self, seen: Observation, memory: Visible) -> None:
+        assert seen.beside is not None
+        ids = seen.beside.ids
+        assert ids is not None
+        if self.opens:
+            opens, closes = (torch.tensor(each, device=ids.device) for each in (self.opens, self.closes))
+            parts = torch.isin(ids, opens) * OPENS + torch.isin(ids, closes) * CLOSES
+        else:
+            parts = seen.beside.marked(self.mark) * INSIDE
+        for row, own, part in zip(seen.rows, ids.int(), parts.to(torch.int8), strict=True):
+            memory.add(row, own, part)
+
+    def survivors(self, held: Held, memory: Visible) -> Kept | None:
+        if held.row not in memory.ended:
+            return None
+        memory.ended.discard(held.row)
+        parts = memory.parts[held.row]
+        gone = torch.zeros(len(parts), dtype=torch.bool, device=parts.device)
+        for start, stop in outdated(parts.tolist(), self.threshold):
+            gone[start:stop] = True
+        stay = (~gone).nonzero()[:, 0]
+        return Kept(stay) if len(stay) < held.length else None
+
+
+def outdated(parts: Sequence[int], threshold: int) -> list[tuple[int, int]]:
+    """The bodies ``start`` to ``stop`` of the lists that go, so that ``threshold`` of those that have ended, and hold
+    something, stay: the first to end goes first, and with it what lies in it."""
+    lists = [(a, b) for a, b in ended(parts) if a < b]
+    gone: list[tuple[int, int]] = []
+    while len(lists) > threshold:
+        (start, stop), *rest = lists
+        gone.append((start, stop))
+        # A list that was in this one is gone with it; one around it has become shorter, maybe empty.
+        lists = [(a, b) for a, b in rest if sum(not any(x <= i < y for x, y in gone) for i in range(a, b))]
+    return gone
+
+
+def ended(parts: Sequence[int]) -> list[tuple[int, int]]:
+    """The bodies of all lists that have ended, without what opens and closes them, in the order in which they did."""
+    open_, lists, marked = [], [], None
+    for i, part in enumerate(parts):
+        if part == INSIDE:
+            marked = i if marked is None else marked
+            continue
+        if marked is not None:
+            lists.append((marked, i))
+            marked = None
+        if part == OPENS:
+            open_.append(i + 1)
+        elif part == CLOSES and open_:
+            lists.append((open_.pop(), i))
+    return lists
