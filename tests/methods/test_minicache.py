@@ -70,7 +70,7 @@ def test_equal_opposite_and_empty_vectors_give_numbers(dtype):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.05, 0.4])
 def test_retained_tokens_are_those_of_the_range_and_exact(gamma):
-    angle = torch.rand(H, N, 1) ** 3 * 2
+    angle = 0.6 + torch.rand(H, N, 1) ** 3
     one = torch.randn(H, N, D)
     other = turned(one, angle)
     side = merged(one, other, 0.6, gamma)
