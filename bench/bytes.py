@@ -77,6 +77,13 @@ def _low_rank(n: int, keys: int = 512, values: int = 768) -> float:
     return shared + (keys + values) * _DIM * 2 + 4 * n / GEOMETRY.kv_heads
 
 
+def _merged(n: int) -> float:
+    """Half of the layers are whole; of two others, keys and values have a direction for both and a size in float32 for
+    each, and positions once. Random tokens are the same in all layers, but for the last, so next to none is retained.
+    """
+    return _whole(n) / 2 + n * (2 * _DIM * 2 / 2 + 2 * 4 + 4 / (2 * GEOMETRY.kv_heads)) / 2
+
+
 # Bytes per key head after a prompt of n tokens, for the specs of bench/subjects.py.
 FORMULAS: dict[str, Callable[[int], float]] = {
     "dense": _whole,
@@ -115,6 +122,7 @@ FORMULAS: dict[str, Callable[[int], float]] = {
     "mikv": lambda n: _demoted(n, 4),
     "mikv, 2 bits": lambda n: _demoted(n, 2),
     "think": lambda n: n * (_TOKEN - 2 * int(0.4 * _DIM)),
+    "minicache": _merged,
     "xkv": _low_rank,
     "xkv | tokenselect": lambda n: _low_rank(n) + _angles(_LIST),
 }

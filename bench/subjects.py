@@ -146,6 +146,8 @@ SUBJECTS: tuple[Subject, ...] = (
         weights=(0.25, 0.25, 0.25, 0.25),
         longest=32_768,
     ),
+    Subject("minicache", {0.5: "minicache"}, "minicache", acts=("encoded",)),
+    Subject("minicache, all layers", {0.5: "minicache(start=0.0)"}, "minicache(start=0.0)", acts=("encoded",)),
     Subject(
         "random",
         dial(lambda s, n: f"random({selection(n)})"),

@@ -7,6 +7,7 @@ import torch
 
 from kvote.method import Method
 from kvote.store.low_rank import SharedLowRank
+from kvote.store.merged import MergedPairs
 from kvote.store.offloaded import Offloaded
 from kvote.store.pages import PAGE
 from kvote.store.raw_tokens import ROOM, token_bytes
@@ -48,10 +49,11 @@ def peak_bytes(method: Method, shape: Shape, tokens: int, *, tokens_per_pass: in
     whole = _raw(method, shape, _held(method, tokens, tokens_per_pass) + ROOM)
     later = min(whole, _later(method, shape, tokens))
     # Layers that are encoded together.
-    together = min(shape.layers, method.store.group if isinstance(method.store, SharedLowRank) else 1)
+    together = min(shape.layers, method.store.group if isinstance(method.store, SharedLowRank | MergedPairs) else 1)
     if tokens > tokens_per_pass and not (method.keep.offers.drops and not method.keep.offers.waits):
-        # The first of them are held in both forms.
-        return int(shape.layers * whole + (together * later if later < whole else 0))
+        # The first of them are held in both forms; a merged pair takes little more than one of its layers did.
+        both = min(together * later, whole) if isinstance(method.store, MergedPairs) else together * later
+        return int(shape.layers * whole + (both if later < whole else 0))
     return int(together * whole + (shape.layers - together) * later)
 
 

@@ -142,6 +142,9 @@ METHODS = {
     "offload-tokenselect": f"offload(recent=3) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "xkv-all": "xkv(group=2, key_rank=1.0, value_rank=1.0)",
     "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
+    "minicache-all": "minicache(start=1.0)",
+    "minicache": "minicache(start=0.0, gamma=0.2)",
+    "minicache-tokenselect": f"minicache(start=0.0) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
     "xkv-tokenselect": f"xkv(group=2, key_rank=6, value_rank=6) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
 }
 # What a prompt in one pass lets all heads read is more than passes do: so it is published.
@@ -149,7 +152,16 @@ PASSES_MATTER = "duoattention"
 # What a prompt's end has encoded stays so when the prompt is rolled back into.
 STAYS_ENCODED = tuple(
     METHODS[name]
-    for name in ("think", "think-tidaldecode", "xkv", "xkv-tokenselect", "zipcache", "zipcache-tidaldecode")
+    for name in (
+        "think",
+        "think-tidaldecode",
+        "xkv",
+        "xkv-tokenselect",
+        "zipcache",
+        "zipcache-tidaldecode",
+        "minicache",
+        "minicache-tokenselect",
+    )
 )
 COLUMNS = 70
 

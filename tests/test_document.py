@@ -156,6 +156,7 @@ EVERY = {
     "kivi": "kivi(residual=32)",
     "think": "think(ratio=0.5, window=6, recent=5)",
     "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
+    "minicache": "minicache(start=0.0)",
     "tidaldecode": "tidaldecode(top_k=5, first=0)",
 }
 

@@ -19,6 +19,7 @@ METHODS = {
     "kivi": "kivi(residual=32)",
     "quest": "quest(token_budget=12, page=4, dense_layers=0)",
     "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
+    "minicache": "minicache(start=0.0)",
 }
 PROMPT, QUESTIONS = 200, (40, 90)
 

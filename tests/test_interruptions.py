@@ -50,6 +50,7 @@ METHODS: dict[str, Any] = {
     "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
     "think": "think(ratio=0.5, window=6, recent=5)",
     "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
+    "minicache": "minicache(start=0.0)",
     "kivi-tokenselect": f"kivi(residual=32) | tokenselect({_FEW}, chunk=1, tail=0, theta=2.0)",
 }
 LAYERS = 3

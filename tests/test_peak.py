@@ -19,6 +19,7 @@ SPECS = [
     "kivi(bits=4)",
     "think",
     "xkv(group=2, key_rank=8, value_rank=8)",
+    "minicache",
     "cake(budget=400)",
 ]
 

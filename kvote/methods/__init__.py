@@ -27,6 +27,7 @@ from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.loopserve import loopserve
 from kvote.methods.mikv import mikv
+from kvote.methods.minicache import minicache
 from kvote.methods.mpcache import mpcache
 from kvote.methods.offload import offload
 from kvote.methods.oracle import oracle
@@ -69,6 +70,7 @@ __all__ = [
     "kvzip",
     "loopserve",
     "mikv",
+    "minicache",
     "mpcache",
     "offload",
     "oracle",

@@ -167,6 +167,36 @@ def low_rank(made: Any) -> None:
         raise ValueError("a layer's block does not fit its basis")
 
 
+def side(made: Any) -> None:
+    """Sizes and retained tokens of both layers fit the directions that they share."""
+    shape, places = made.direction.shape, made.places
+    both = [*made.sizes, *made.retained]
+    if len(shape) != 3 or len(made.sizes) != 2 or len(made.retained) != 2 or places.dim() != 1:
+        raise ValueError("what two layers share has another form")
+    if any(not isinstance(part, Tensor) for part in both) or any(part.shape != shape[:2] for part in made.sizes):
+        raise ValueError("what two layers share has another form")
+    if any(part.shape != (len(places), shape[2]) for part in made.retained) or places.dtype != torch.int64:
+        raise ValueError("retained tokens have another form")
+    if len(places) and not (
+        bool((places.diff() > 0).all()) and 0 <= int(places[0]) <= int(places[-1]) < shape[0] * shape[1]
+    ):
+        raise ValueError("retained tokens stand where there are none")
+
+
+def pair(made: Any) -> None:
+    """Keys, values and positions are of equally many tokens."""
+    if made.positions.dim() != 1 or made.key.direction.shape[:2] != made.value.direction.shape[:2]:
+        raise ValueError("what two layers share has another form")
+    if made.key.direction.shape[1] != len(made.positions):
+        raise ValueError("what two layers share has another form")
+
+
+def merged(made: Any) -> None:
+    """It is one of two layers."""
+    if made.layer not in (0, 1):
+        raise ValueError("a pair has two layers")
+
+
 def two_precisions(made: Any) -> None:
     """Demoted keys and values are of equally many tokens."""
     rows = check_lanes(made.pool, made.heads)

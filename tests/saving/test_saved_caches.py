@@ -27,6 +27,7 @@ METHODS = {
     "evicting": "snapkv(budget=20, window=6)",
     "thin": "think(ratio=0.5, window=6, recent=5)",
     "low rank": "xkv(group=2, key_rank=6, value_rank=6)",
+    "merged": "minicache(start=0.0, gamma=0.2)",
     "two precisions": "mikv(budget=20)",
     "persistent": "tidaldecode(top_k=5, first=0)",
 }
