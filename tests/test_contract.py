@@ -113,9 +113,9 @@ METHODS = {
     "rotatekv-infllm": "rotatekv(bits=4, sinks=3) | "
     "infllm(block=4, sinks=2, window=32, top_k=2, representatives=2, chunk=1)",
     "snapkv-rotatekv": "snapkv(budget=48, window=6) | rotatekv(sinks=3)",
-    "zipcache": "zipcache(gap=20)",
+    "zipcache": "zipcache(gap=20, share=0.5)",
     "zipcache-tidaldecode": "zipcache(gap=20, share=0.3) | tidaldecode(top_k=5, first=0)",
-    "snapkv-zipcache": "snapkv(budget=48, window=6) | zipcache(gap=20)",
+    "snapkv-zipcache": "snapkv(budget=48, window=6) | zipcache(gap=20, share=0.5)",
     "razorattention-all": "razorattention(heads='{razor}', induction=0.5)",
     "razorattention": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1)",
     "razorattention-burst": "razorattention(heads='{razor}', induction=0.5, budget=12, sinks=2, burst=3)",
@@ -166,8 +166,13 @@ STAYS_ENCODED = tuple(
 COLUMNS = 70
 
 
-# What keeps and reads everything does little that the same method does not do with a small budget.
-SLOW = {name: pytest.mark.slow for name in METHODS if name.endswith("-all")}
+# What keeps and reads everything does little that the same method does not do with a small budget; and these stores are
+# asked alone.
+SLOW = {
+    name: pytest.mark.slow
+    for name in METHODS
+    if name.endswith("-all") or ("-" in name and ("rotatekv" in name or "zipcache" in name))
+}
 
 
 @pytest.fixture(params=[pytest.param(spec, id=name, marks=SLOW.get(name, ())) for name, spec in METHODS.items()])

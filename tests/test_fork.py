@@ -17,6 +17,8 @@ METHODS = {
     "snapkv": "snapkv(budget=150, window=6)",
     "h2o": "h2o(budget=150)",
     "kivi": "kivi(residual=32)",
+    "rotatekv": "rotatekv(sinks=3)",
+    "zipcache": "zipcache(gap=20)",
     "quest": "quest(token_budget=12, page=4, dense_layers=0)",
     "xkv": "xkv(group=2, key_rank=6, value_rank=6)",
     "minicache": "minicache(start=0.0)",

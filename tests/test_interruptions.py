@@ -46,6 +46,8 @@ METHODS: dict[str, Any] = {
     "mikv": "mikv(budget=20)",
     "mikv-all": "mikv(budget=500)",
     "kivi": "kivi(residual=32)",
+    "rotatekv": "rotatekv(sinks=3)",
+    "zipcache": "zipcache(gap=20)",
     "razorattention": "razorattention(heads='{razor}', induction=0.5, sinks=2, least=8, share=0.1)",
     "duoattention": "duoattention(heads='{duo}', sinks=2, window=9)",
     "think": "think(ratio=0.5, window=6, recent=5)",

@@ -24,6 +24,8 @@ METHODS = {
     "dense": "dense",
     "selecting": SELECTING,
     "packed": "kivi(residual=32)",
+    "sinks apart": "rotatekv(sinks=3)",
+    "salient": "zipcache(gap=20)",
     "evicting": "snapkv(budget=20, window=6)",
     "thin": "think(ratio=0.5, window=6, recent=5)",
     "low rank": "xkv(group=2, key_rank=6, value_rank=6)",
@@ -215,6 +217,11 @@ LIES = {
     "raw tokens in the wrong place": ("packed", lambda facts: segment(facts).__setitem__("_first", [64, 64])),
     "bodies of other sequences": ("thin", lambda facts: segment(facts)["bodies"].pop()),
     "no bodies": ("thin", lambda facts: segment(facts).__setitem__("bodies", [])),
+    "sinks of other sequences": ("sinks apart", lambda facts: segment(facts)["exact"].pop()),
+    "largest of other sequences": ("sinks apart", lambda facts: segment(facts)["largest"].pop()),
+    "probes of other sequences": ("salient", lambda facts: segment(facts)["probes"].pop()),
+    "bits of another number": ("salient", lambda facts: pool(facts, "bits").__setitem__("low", 4)),
+    "bits that there are not": ("salient", lambda facts: pool(facts, "bits").__setitem__("low", 0)),
     "balances of other sequences": ("two precisions", lambda facts: segment(facts)["balances"].pop()),
 }
 
