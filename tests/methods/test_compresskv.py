@@ -61,6 +61,7 @@ def test_all_heads_of_a_layer_keep_what_its_best_heads_look_at():
     cache = fed(net, method(net))
     sizes = list(capacities(tuple(ERRORS), BUDGET, 12, 2))
     kept = held(cache)
+    assert cache.method.keep.offers.equal_heads
     # Generated tokens stay.
     tiny.feed(net, cache, tiny.ids(1, 5, seed=3), passes=1)
     assert [layer.segment.length(0) for layer in cache.managed] == [size + 5 for size in sizes]
@@ -121,6 +122,8 @@ def test_budgets_of_the_published_rule():
     assert list(capacities((0.4, 0.1, 0.2, 0.3), 64, 32, 3)) == [83, 45, 58, 70]
     # Shares of 32 of 0.63, 0.07, 0.3 are cut to 20 and 2, and rounded to 10: nothing is left over.
     assert list(capacities((0.63, 0.07, 0.30), 43, 32, 3)) == [53, 34, 42]
+    # Rounding gave one too many, which the least important gives back.
+    assert list(capacities((0.5, 0.3, 0.2), 33, 32, 3)) == [34, 33, 32]
     # What exceeds three means goes to the most important of the others.
     assert list(capacities((0.9, 0.06, 0.04, 0.0, 0.0), 64, 32, 3)) == [176, 42, 38, 32, 32]
     assert list(capacities((0.0, 0.0), 20, 32, 3)) == [20, 20]
@@ -130,9 +133,9 @@ def test_a_head_that_looks_at_the_whole_span_scores_high_however_little_it_gives
     ids = torch.tensor([[1, 2, 50, 51, 52, 3, 4, 51, 52]])
     needle = Needle(ids, range(2, 5), prompt=7)
     weights = torch.zeros(3, 2, 9)
-    # The first head looks at what says it, but never at the token that is given; the second at that alone; the third
+    # The first head looks at all that says it but the token that is given; the second at that alone; the third
     # somewhere else.
-    weights[0, :, 2] = 0.9
+    weights[0, :, 2], weights[0, 0, 4], weights[0, 1, 3] = 0.5, 0.4, 0.4
     weights[1, 0, 3] = weights[1, 1, 4] = 0.3
     weights[2, :, 0] = 1.0
     torch.testing.assert_close(span_scores(weights, needle), torch.tensor([1.8, 0.6, 0.0]))
