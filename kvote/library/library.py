@@ -279,7 +279,7 @@ def _count(held: Tensor, row: Tensor, step: int | None, tail: int, short: int) -
     same = shared(held, row)
     if same == len(held) == len(row) and not short:
         return same
-    return 0 if step is None else reusable(same, (len(held) + short, len(row)), max(tail, short), step)
+    return 0 if step is None else reusable(same, (len(held), len(row) - max(0, short - tail)), tail, step)
 
 
 def _cut(held: Cache, count: int) -> Cache | None:

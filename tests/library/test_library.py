@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kvote
 from kvote import Cache, InputError, Library, Method
+from kvote.library.scope import Reading
 from kvote.models import embedded, world
 from tests.test_contract import METHODS
 
@@ -63,6 +64,15 @@ def test_a_hit_gives_what_a_miss_would_have_given(net, method, question_follows)
         assert held == same
     known = library.statistics
     assert (known.prompts, known.hits > 0, known.tokens_reused >= 70) == (4, True, True)
+
+
+def test_what_is_lent_ends_before_the_tokens_that_chose_what_they_read(net):
+    first, second = tiny.ids(1, 40), prompt(3)
+    spec, library = "oracle(top_k=4, tail=8)", Library()
+    read, _ = Library().cache(net, spec, first, question_follows=False)
+    library.keep("scope", read, first, 1.0)
+    _, reused, _ = library.lend("scope", Cache(net, spec), second, Reading(32, question_follows=False))
+    assert reused == 32
 
 
 @pytest.mark.parametrize(
