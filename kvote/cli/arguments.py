@@ -257,8 +257,8 @@ def _calibrate(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="N",
         type=positive,
         help="at most so many tokens of text: in all for channels and rotated (default: 131,072), of the one text that "
-        "razor reads (default: 10,001), of the longest text for duo and semantic (default: 32,000 and 8,000); none longer "
-        "than the model was made for",
+        "razor reads (default: 10,001), of the longest text for duo and semantic (default: 32,000 and 8,000); none "
+        "longer than the model was made for",
     )
     command.add_argument(
         "--steps", metavar="N", type=positive, help="texts that duo trains with (default: 2,000; embedded model: 200)"
