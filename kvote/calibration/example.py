@@ -13,10 +13,11 @@ def example(kind: str, model: Fingerprint = _SMALL) -> Calibration:
         "channels": [list(range(model.head_dim))] * model.kv_heads,
         "razor": {"echo": falling, "induction": falling},
         "duo": {"gate": falling},
+        "patterns": [["vertical_slash", 1000, 6096]] * model.heads,
     }[kind]
     return Calibration(kind, model, {"tokens": 1, "layers": {str(i): layer for i in range(model.layers)}})
 
 
 def examples() -> list[Calibration]:
     """One of every kind."""
-    return [example(kind) for kind in ("channels", "razor", "duo")]
+    return [example(kind) for kind in ("channels", "razor", "duo", "patterns")]

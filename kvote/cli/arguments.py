@@ -19,6 +19,7 @@ CALIBRATED = {
     "channels": "channels: key channels in the order of their weight in scores (doublesparsity)",
     "razor": "razor: how key heads attend to what they have seen before (razorattention)",
     "duo": "duo: gates of key heads, trained (duoattention)",
+    "patterns": "patterns: how query heads attend in prompts (minference)",
 }
 # Stands for a ``--compare`` without a value; no spec can be empty.
 ALL = ""

@@ -11,7 +11,9 @@ from kvote.calibration import Calibration, save
 from kvote.calibration.channels import KIND as CHANNELS
 from kvote.calibration.gates import SINKS, STEPS, WINDOW, train_duo
 from kvote.calibration.heads import DUO, RAZOR
-from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels
+from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels, measure_patterns
+from kvote.calibration.patterns import KIND as PATTERNS
+from kvote.calibration.patterns import TOKENS
 from kvote.calibration.retrieval import TIMES, measure_razor
 from kvote.calibration.texts import LONGEST, phrases, world_texts
 from kvote.cli.load import Loaded, load, names_embedded
@@ -105,10 +107,21 @@ def _duo(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progre
     return calibration, calibration.data["tokens"]
 
 
+def _patterns(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
+    limit = min(args.tokens or TOKENS, loaded.trained or TOKENS)
+    if text is None:
+        ids = torch.cat([block[0] for block in _own_texts(loaded, limit)])[:limit]
+    else:
+        ids = torch.tensor(loaded.tokenizer(text).input_ids, dtype=torch.long)[:limit]
+    calibration = measure_patterns(loaded.model, ids[None])
+    return calibration, len(ids)
+
+
 _MEASURES: dict[str, Callable[[Loaded, str | None, argparse.Namespace, Progress], Measured]] = {
     CHANNELS: _channels,
     RAZOR: _razor,
     DUO: _duo,
+    PATTERNS: _patterns,
 }
 
 

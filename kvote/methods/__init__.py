@@ -25,6 +25,7 @@ from kvote.methods.knorm import knorm
 from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.mikv import mikv
+from kvote.methods.minference import minference
 from kvote.methods.mpcache import mpcache
 from kvote.methods.offload import offload
 from kvote.methods.oracle import oracle
@@ -62,6 +63,7 @@ __all__ = [
     "kvcrush",
     "kvzip",
     "mikv",
+    "minference",
     "mpcache",
     "offload",
     "oracle",
