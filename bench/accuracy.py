@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accuracy_table import picture, render
-from baselines import random_steps
+from baselines import random_prompts, random_steps
 from common import RESULTS, load_embedded, save
 from embedded import TRAINED, within
 from subjects import PROMPT, Subject, built, known
@@ -120,6 +120,8 @@ class Examiner:
         what: dict[str, Any] = {name: sum(getattr(layer, name) for layer in layers) for name in _COUNTED}
         what["bytes"], what["rotary"] = nbytes, cache.nbytes() - sum(layer.nbytes for layer in layers)
         what["held"] = sum(layer.tokens_held for layer in held) / len(held) / len(ids)
+        # What decides for prompts alone leaves generated tokens everything.
+        layers = held if method.read.offers.apart else layers
         what["read"] = sum(layer.tokens_read for layer in layers) / len(layers)
         return torch.stack(said, dim=1).tolist(), what
 
@@ -231,6 +233,8 @@ def against(
         return None
     if subject.kind == "keep":
         method = parse(f"randomkeep(budget={examiner.tokens_in(points[0]['bytes'], way)})")
+    elif subject.block:
+        method = random_prompts(round(sum(point["read"] for point in points) / len(points)), subject.block)
     elif subject.stepwise:
         method = random_steps(round(share * PROMPT), subject.whole)
     else:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 
 from kvote.method import Method
+from kvote.needs import WHOLE, Needs
+from kvote.read.in_prompts import InPrompts
 from kvote.read.tokens import Everything, Reading, Span, TokenSet
 
 # Two answers count as different if chance alone would make such a difference less often than this.
@@ -41,6 +43,43 @@ def random_steps(top_k: int, dense: int) -> Method:
     # Two layers is what most of those have with which it is compared.
     layers = "" if dense == 2 else f", {dense} layers whole"
     return Method(f"random generated steps, {top_k} tokens{layers}", read=RandomSteps(top_k=top_k, dense=dense))
+
+
+@dataclass(frozen=True)
+class RandomPrompts(InPrompts):
+    """Rows of a prompt read their own block of ``block`` tokens, sinks, and tokens drawn by lot for all of them, of
+    these two ``top_k`` together; generated tokens read everything."""
+
+    top_k: int = 256
+    block: int = 16
+    own_needs = Needs(lists=True)
+    own_cuts = WHOLE
+
+    def read_prompt(self, reading: Reading, count: int) -> Iterator[Span]:
+        reading.activity.selections += len(reading.rows)
+        row = 0
+        while row < count:
+            slot = reading.first + row
+            start = slot - slot % self.block
+            stop = min(count, row + self.block - slot % self.block)
+            near = TokenSet(range(start, reading.first + stop), causal=stop - row > 1)
+            index = torch.arange(start)
+            if start > self.top_k:
+                generator = torch.Generator().manual_seed(1000 * start + reading.number)
+                drawn = (
+                    _SINKS + torch.randperm(start - _SINKS, generator=generator)[: self.top_k - _SINKS].sort().values
+                )
+                index = torch.cat([torch.arange(_SINKS), drawn])
+            far = [TokenSet(index.expand(len(reading.rows), 1, -1), causal=False)] if start else []
+            reading.activity.tokens_read = len(index) + len(near)
+            yield Span(row, stop, [*far, near])
+            row = stop
+
+
+def random_prompts(tokens: int, block: int) -> Method:
+    """Each row of a prompt reads ``tokens`` tokens, its own block of ``block`` among them."""
+    reader = RandomPrompts(top_k=tokens - block, block=block)
+    return Method(f"random prompts, {tokens} tokens, blocks of {block}", read=reader)
 
 
 Verdict = Literal["beats", "equals", "loses"]

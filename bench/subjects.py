@@ -43,6 +43,8 @@ class Subject:
     stepwise: bool = False
     weights: Weights = (1.0,)
     longest: int | None = None
+    # Rows of a block in prompts, if it changes nothing but how they read.
+    block: int = 0
     # Layers of the embedded model that it leaves as they are, if it is stepwise.
     whole: int = 2
 
@@ -259,6 +261,17 @@ SUBJECTS: tuple[Subject, ...] = (
         "mpcache(budget=0.25, share=2)",
         ("dropped", "selections", "reused"),
         weights=(1 / 2, 1 / 2),
+    ),
+    Subject(
+        "minference",
+        # One diagonal in a block of 16 rows is 16 tokens.
+        {
+            0.125: "minference(vertical=50, slash=18, first=4, nearest=16, block=16)",
+        },
+        "minference",
+        ("selections",),
+        "read",
+        block=16,
     ),
     Subject(
         "snapkv | tokenselect",

@@ -94,7 +94,7 @@ RULES = (
     Rule(
         lambda of: of.read.needs.whole_layers and not of.keep.offers.whole_layers,
         "the reader pairs query and key heads by their places in the whole layer, but some of them keep their "
-        "tokens apart; write head_map='gqa'",
+        "tokens apart; write head_map='gqa', or leave patterns out",
     ),
     Rule(
         _layers_differ,
@@ -111,6 +111,10 @@ RULES = (
             and (of.read.needs.equal_layers or of.keep.offers.layers_alike % of.read.needs.layers_alike > 0)
         ),
         "the reader takes over the tokens that another layer has picked, but layers do not keep the same tokens",
+    ),
+    Rule(
+        lambda of: of.read.offers.apart and of.read.needs.prompts,
+        "prompts would be read by a reader of their own, and the other one must have read them itself",
     ),
     Rule(
         lambda of: bool(of.store.needs.beside - {INPUTS}),

@@ -66,6 +66,15 @@ def alike(held: list[int], valid: Tensor | None, t: int) -> list[tuple[list[int]
     return groups
 
 
+def one_by_one(groups: list[tuple[list[int], Tensor | None]]) -> list[tuple[list[int], Tensor | None]]:
+    """The same rows, each a group of its own."""
+    return [
+        ([row], None if columns is None else columns[i : i + 1])
+        for rows, columns in groups
+        for i, row in enumerate(rows)
+    ]
+
+
 def answer_pads(
     out: Tensor, step: Step, segment: Segment, held: list[int], asides: Callable[[Queries, list[int]], list[Answer]]
 ) -> bool:

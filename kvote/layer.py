@@ -10,7 +10,7 @@ from kvote.asking import answers_of, asides_of
 from kvote.columns import pad_past, remember_columns
 from kvote.crew import Crew as Crew
 from kvote.errors import InputError
-from kvote.groups import Group, alike, answer_pads
+from kvote.groups import Group, alike, answer_pads, one_by_one
 from kvote.inference import outside_inference
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
@@ -121,8 +121,8 @@ class Layer(LayerState):
         groups = alike(before, step.valid, t)
         if len(groups) > 1 and self._joins(groups, step):
             groups = [(list(range(b)), None)]
-        if step.decode and self.method.read.offers.alone:
-            groups = [([row], columns) for rows, columns in groups for row in rows]
+        if self.method.read.offers.alone if step.decode else self.method.read.offers.apart:
+            groups = one_by_one(groups)
         out = None
         for rows, columns in groups:
             group = Group(rows, columns, b)
@@ -145,6 +145,7 @@ class Layer(LayerState):
                 logits=step.logits,
                 beside=None if beside is None else beside.observed,
                 recording=self.record_past,
+                ahead=step.ahead,
             )
             answer, lse, spans = answers_of(self, reading, step)
             segment.watch(reading.queries, rows, step.ahead, beside)

@@ -17,6 +17,7 @@ from kvote.errors import MethodError
 from kvote.keep.keeper import Keeper
 from kvote.keep.policies import KeepAll
 from kvote.needs import Cuts, Keys, Needs
+from kvote.read.in_prompts import joined
 from kvote.read.tokens import Everything, Reader
 from kvote.store.raw import Raw
 from kvote.store.segment import Store
@@ -75,12 +76,16 @@ class Method:
         parts: dict[str, Any] = {}
         for room, default in _NO_OPINION.items():
             mine, theirs = getattr(self, room), getattr(other, room)
-            if not isinstance(mine, default) and not isinstance(theirs, default):
+            both = not isinstance(mine, default) and not isinstance(theirs, default)
+            parts[room] = theirs if isinstance(mine, default) else mine
+            if both and room == "read":
+                # One of prompts and one of generated tokens.
+                parts[room], both = joined(mine, theirs), joined(mine, theirs) is None
+            if both:
                 raise MethodError(
                     f"{self.spec} and {other.spec} both decide what to {room}; compose methods that answer "
                     "different questions."
                 )
-            parts[room] = theirs if isinstance(mine, default) else mine
         return Method(f"{self.spec} | {other.spec}", **parts, calibrations=self.calibrations + other.calibrations)
 
 

@@ -54,6 +54,8 @@ class Needs:
 
     Of the model: ``rotation``: the part takes it out of keys itself. ``beside``: what of a pass it is shown besides
     queries, keys and values (``kvote.beside``).
+
+    ``prompts``: the part, a reader, must read prompts itself, of which it remembers something.
     """
 
     keys: Keys = Keys.ANY
@@ -68,6 +70,7 @@ class Needs:
     rotation: bool = False
     beside: frozenset[str] = frozenset()
     layers_alike: int = 1
+    prompts: bool = False
 
     @property
     def other_layers(self) -> bool:
@@ -89,6 +92,7 @@ class Needs:
             self.rotation or other.rotation,
             self.beside | other.beside,
             math.lcm(self.layers_alike, other.layers_alike),
+            self.prompts or other.prompts,
         )
 
 
@@ -131,11 +135,13 @@ class ReaderOffers:
     """``uneven_heads``: it reads right where key heads hold different numbers of tokens. ``cuts``: where in a prompt,
     in front of its ``tail``, what is read does not depend on what follows. ``adds_up``: it remembers sums over passes,
     so its memory is an ``AddsUp``, and no token may move. ``alone``: rows of a batch may read different numbers of
-    tokens, so it is given generated tokens row by row."""
+    tokens, so it is given generated tokens row by row. ``apart``: prompts are read by a reader of their own, row
+    by row."""
 
     uneven_heads: bool = False
     adds_up: bool = False
     alone: bool = False
+    apart: bool = False
     cuts: Cuts = WHOLE
 
 

@@ -65,8 +65,8 @@ def _ways(published: Published) -> Iterator[tuple[tuple[str, ...], Method]]:
 
 
 def _built(published: Published, needed: list[str], given: dict[str, Any]) -> Method | None:
-    """The method, with whichever calibration it takes; None if it does not like what is given."""
-    calibrations = examples() if needed else [None]
+    """The method, with whichever calibration it takes if it needs one; None if it does not like what is given."""
+    calibrations = [None, *examples()] if needed else [None]
     tried = (_attempt(published, {**given, **dict.fromkeys(needed, held)}) for held in calibrations)
     return next((method for method in tried if method is not None), None)
 

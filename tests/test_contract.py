@@ -89,6 +89,10 @@ METHODS = {
     "loopserve": "loopserve(alpha=1.0, top_k=12, every=2, window=3)",
     "tim-all": "tim(opens=(7,), closes=(9,), threshold=500)",
     "tim": "tim(opens=(7, 12, 20, 90, 130, 200), closes=(9, 33, 70, 100, 180), threshold=1)",
+    "minference-all": "minference(slash=500)",
+    "minference": "minference(pattern='a_shape', sinks=2, local=9, block=4)",
+    "minference-tokenselect": "minference(pattern='a_shape', sinks=2, local=9, block=4) | "
+    f"tokenselect({_FEW}, tail=0, theta=2.0)",
     "h2o-quest": "h2o(budget=20) | quest(token_budget=6, page=2, dense_layers=0)",
     "h2o-doublesparsity": lambda net: parse("h2o(budget=20)") | double_sparsity(top_k=5, dense_layers=0)(net),
     "cake-all": "cake(budget=500, window=6)",
@@ -149,6 +153,8 @@ METHODS = {
 }
 # What a prompt in one pass lets all heads read is more than passes do: so it is published.
 PASSES_MATTER = "duoattention"
+# Short passes that may be rolled back are drafts, and read what generated tokens do.
+PROMPTS_ALONE = "minference"
 # What a prompt's end has encoded stays so when the prompt is rolled back into.
 STAYS_ENCODED = tuple(
     METHODS[name]
@@ -313,6 +319,8 @@ def test_a_crop_deeper_than_the_recording_is_refused_or_right(net, method, batch
         return
     fresh = tiny.cache(net, method)
     tiny.feed(net, fresh, tokens[:, :40], cut(mask, 40))
+    if str(method).startswith(PROMPTS_ALONE):
+        fresh.activate_past_recording()
     extra, longer = more(3, cut(mask, 40))
     got = tiny.feed(net, cache, extra, longer)
     if cache.method.store.needs.lasting and method != METHODS["kivi-all"]:

@@ -35,6 +35,7 @@ METHODS: dict[str, Any] = {
     "critic": "critic(budget=20)",
     "prefixkv": "prefixkv(budget=20)",
     "kvcrush": "kvcrush(budget=20, window=6)",
+    "minference": "minference(first=2, nearest=4, vertical=6, slash=6, last=8, block=4)",
     "mpcache": "mpcache(budget=20, cluster=2, share=2)",
     "expectedattention": "expectedattention(budget=20, sinks=2, future=16)",
     "randomkeep": "randomkeep(budget=20, sinks=2, window=6)",

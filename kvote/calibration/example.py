@@ -16,6 +16,7 @@ def example(kind: str, model: Fingerprint = _SMALL) -> Calibration:
         "duo": {"gate": falling},
         "rotated": list(range(model.kv_heads * model.head_dim)),
         "semantic": {"span": queries, "error": 1 / model.layers},
+        "patterns": [["vertical_slash", 1000, 6096]] * model.heads,
     }[kind]
     more = {"heads": 4} if kind == "rotated" else {}
     return Calibration(kind, model, {"tokens": 1, **more, "layers": {str(i): layer for i in range(model.layers)}})
@@ -23,4 +24,4 @@ def example(kind: str, model: Fingerprint = _SMALL) -> Calibration:
 
 def examples() -> list[Calibration]:
     """One of every kind."""
-    return [example(kind) for kind in ("channels", "razor", "duo", "rotated", "semantic")]
+    return [example(kind) for kind in ("channels", "razor", "duo", "rotated", "semantic", "patterns")]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvote.cache import Cache
-from kvote.calibration import channels, rotated
+from kvote.calibration import channels, patterns, rotated
 from kvote.calibration.file import Calibration
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.errors import InputError, UnsupportedModelError
@@ -68,6 +68,22 @@ def _measured(
         if not bool(sums.isfinite().all()):
             raise InputError(f"Layer {layer} gave numbers that are not finite; load the model in a wider precision.")
     return calibration
+
+
+def measure_patterns(model: Any, ids: Tensor) -> Calibration:
+    """The pattern of every query head in prompts, by one text, token ids [1, n].
+
+    Raises InputError for a text of which no pattern would leave anything out.
+    """
+    tokens = ids.shape[1]
+    tried = tuple(patterns.candidates(tokens))
+    if any(pattern.covers(tokens, patterns.BLOCK) for pattern in tried):
+        raise InputError(f"Patterns leave nothing out of {tokens:,} tokens; give a text of at least {patterns.LEAST}.")
+    search = patterns.PatternSearch(tried)
+    with torch.inference_mode():
+        cache = Cache(model, Method("calibrate", read=search))
+        model(input_ids=ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    return Calibration(patterns.KIND, Fingerprint.of(model), search.data(tokens))
 
 
 def check_enough(tokens: int) -> None:

@@ -18,6 +18,7 @@ CALIBRATED = {
     "razor": "razor: how key heads attend to what they have seen before (razorattention)",
     "duo": "duo: gates of key heads, trained (duoattention)",
     "semantic": "semantic: query heads that find answers, and what layers lose by keeping little (compresskv)",
+    "patterns": "patterns: how query heads attend in prompts (minference)",
 }
 # Stands for a ``--compare`` without a value; no spec can be empty.
 ALL = ""

@@ -11,8 +11,17 @@ from kvote.calibration import Calibration, save
 from kvote.calibration.channels import KIND as CHANNELS
 from kvote.calibration.gates import SINKS, STEPS, WINDOW, train_duo
 from kvote.calibration.heads import DUO, RAZOR
-from kvote.calibration.measure import BLOCK, BLOCKS, blocks_of, measure_channels, measure_rotated
+from kvote.calibration.measure import (
+    BLOCK,
+    BLOCKS,
+    blocks_of,
+    measure_channels,
+    measure_patterns,
+    measure_rotated,
+)
 from kvote.calibration.needles import text_needles, world_needles
+from kvote.calibration.patterns import KIND as PATTERNS
+from kvote.calibration.patterns import TOKENS
 from kvote.calibration.retrieval import TIMES, measure_razor
 from kvote.calibration.rotated import KIND as ROTATED
 from kvote.calibration.semantic import SAMPLES, measure_semantic
@@ -123,12 +132,23 @@ def _semantic(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: P
     return calibration, calibration.data["tokens"]
 
 
+def _patterns(loaded: Loaded, text: str | None, args: argparse.Namespace, bar: Progress) -> Measured:
+    limit = min(args.tokens or TOKENS, loaded.trained or TOKENS)
+    if text is None:
+        ids = torch.cat([block[0] for block in _own_texts(loaded, limit)])[:limit]
+    else:
+        ids = torch.tensor(loaded.tokenizer(text).input_ids, dtype=torch.long)[:limit]
+    calibration = measure_patterns(loaded.model, ids[None])
+    return calibration, len(ids)
+
+
 _MEASURES: dict[str, Callable[[Loaded, str | None, argparse.Namespace, Progress], Measured]] = {
     CHANNELS: _over_text,
     ROTATED: _over_text,
     RAZOR: _razor,
     DUO: _duo,
     SEMANTIC: _semantic,
+    PATTERNS: _patterns,
 }
 
 

@@ -27,6 +27,7 @@ from kvote.methods.kvcrush import kvcrush
 from kvote.methods.kvzip import kvzip
 from kvote.methods.loopserve import loopserve
 from kvote.methods.mikv import mikv
+from kvote.methods.minference import minference
 from kvote.methods.minicache import minicache
 from kvote.methods.mpcache import mpcache
 from kvote.methods.offload import offload
@@ -70,6 +71,7 @@ __all__ = [
     "kvzip",
     "loopserve",
     "mikv",
+    "minference",
     "minicache",
     "mpcache",
     "offload",

@@ -25,7 +25,7 @@ class BestSentences(ReadsLists):
     last: int
     longest: int
 
-    needs = replace(LISTS, beside=frozenset({IDS}))
+    needs = replace(LISTS, beside=frozenset({IDS}), prompts=True)
     # Rows of a batch end their sentences at other times.
     offers = ReaderOffers(alone=True)
 

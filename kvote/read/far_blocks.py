@@ -26,7 +26,7 @@ class FarBlocks(PlainReader):
 
     # What blocks are represented by depends on all queries that saw them near.
     offers = ReaderOffers(adds_up=True)
-    needs = Needs(keys=Keys.UNROTATED, lists=True, equal_heads=True)
+    needs = Needs(keys=Keys.UNROTATED, lists=True, equal_heads=True, prompts=True)
 
     def __post_init__(self) -> None:
         check_whole(self, block=1, sinks=0, window=1, top_k=1, representatives=1, chunk=1)

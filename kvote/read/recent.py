@@ -20,7 +20,7 @@ class SinksAndRecent(PlainReader):
     sinks: int
     window: int
 
-    needs = Needs(keys=Keys.UNROTATED)
+    needs = Needs(keys=Keys.UNROTATED, prompts=True)
 
     def read(self, reading: Reading) -> Iterator[Span]:
         size = self.sinks + self.window

@@ -49,8 +49,8 @@ class Reading:
     of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
     unless the reader needs ``other_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
     ``beside``: token ids and hidden states of the query rows, where the reader's needs name them. ``recording``: a
-    caller may still roll this pass back. ``answered`` [b, heads, r]: once a span was read, the log-sum-exp of all that
-    its queries read.
+    caller may still roll this pass back. ``ahead``: as in ``Step``. ``answered`` [b, heads, r]: once a span was read,
+    the log-sum-exp of all that its queries read.
     """
 
     queries: Queries
@@ -69,6 +69,7 @@ class Reading:
     logits: Logits | None = None
     beside: Beside | None = None
     recording: bool = False
+    ahead: int | None = 0
     answered: Tensor | None = None
 
     def scaled(self, scores: Tensor) -> Tensor:

@@ -16,6 +16,17 @@ def test_the_sign_test_counts_only_what_one_of_them_answered():
     assert verdict("0" * 12, "1" * 12)[0] == "loses"
 
 
+def test_random_prompts_read_as_many_tokens_and_generated_tokens_all():
+    from baselines import random_prompts
+
+    net = tiny.model()
+    cache = kvote.Cache(net, random_prompts(12, block=4))
+    tiny.feed(net, cache, tiny.ids(2, 52))
+    assert [(layer.tokens_read, layer.selections) for layer in cache.report().layers] == [(12, 2)] * 2
+    tiny.feed(net, cache, tiny.ids(2, 1))
+    assert [layer.tokens_read for layer in cache.report().layers] == [53, 53]
+
+
 def test_random_steps_read_as_many_tokens_and_only_when_generating():
     from baselines import random_steps
 

@@ -82,6 +82,13 @@ def test_gates_are_trained(capsys, tmp_path):
     assert parse(f"duoattention(heads={str(out)!r})").keep.others == 4
 
 
+def test_patterns_are_searched(capsys, tmp_path):
+    out = tmp_path / "patterns.json"
+    assert main(["calibrate", "--what", "patterns", "--out", str(out), "--tokens", "260"]) == 0
+    assert capsys.readouterr().out == f"patterns of 4 layers, measured on 260 tokens: {out}\n"
+    assert list(parse(f"minference(patterns={str(out)!r})").read.own) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
