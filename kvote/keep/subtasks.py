@@ -15,7 +15,7 @@ from kvote.memory import storage_bytes
 from kvote.needs import KeeperOffers, Needs
 from kvote.numbers import check_whole
 
-# What a token is to the tree of tasks: it opens or closes a list of subtasks, lies in one by a mark, or neither.
+# A token opens or closes a list of subtasks, or lies in one by a mark.
 OPENS, CLOSES, INSIDE = 1, -1, 2
 
 
@@ -40,13 +40,12 @@ class Visible:
         self.parts[row] = torch.cat([before, parts])
 
     def select(self, index: list[int]) -> None:
-        self.ids = {i: self.ids[old] for i, old in enumerate(index) if old in self.ids}
-        self.parts = {i: self.parts[old] for i, old in enumerate(index) if old in self.parts}
+        for name in ("ids", "parts", "stale"):
+            held = getattr(self, name)
+            setattr(self, name, {i: held[old] for i, old in enumerate(index) if old in held})
         self.ended = {i for i, old in enumerate(index) if old in self.ended}
-        self.stale = {i: self.stale[old] for i, old in enumerate(index) if old in self.stale}
 
     def keep(self, row: int, slots: Tensor) -> None:
-        # The first that goes; all before it stay where they are.
         gone = int((slots == torch.arange(len(slots), device=slots.device)).long().cumprod(0).sum())
         self.stale[row] = min(gone, self.stale.get(row, gone))
         for held in (self.ids, self.parts):
@@ -116,24 +115,21 @@ class Subtasks(Plain):
         if held.row not in memory.ended:
             return None
         memory.ended.discard(held.row)
-        parts = memory.parts[held.row]
-        gone = torch.zeros(len(parts), dtype=torch.bool, device=parts.device)
-        for start, stop in outdated(parts.tolist(), self.threshold):
-            gone[start:stop] = True
-        stay = (~gone).nonzero()[:, 0]
-        return Kept(stay) if len(stay) < held.length else None
+        stay = torch.ones_like(memory.parts[held.row])
+        for start, stop in outdated(memory.parts[held.row].tolist(), self.threshold):
+            stay[start:stop] = 0
+        slots = stay.nonzero()[:, 0]
+        return Kept(slots) if len(slots) < held.length else None
 
 
 def outdated(parts: Sequence[int], threshold: int) -> list[tuple[int, int]]:
-    """The bodies ``start`` to ``stop`` of the lists that go, so that ``threshold`` of those that have ended, and hold
-    something, stay: the first to end goes first, and with it what lies in it."""
+    """The bodies ``start`` to ``stop`` of the lists that go, so that ``threshold`` of those that have ended, and still
+    hold something, stay: the first to end goes first, and with it what lies in it."""
     lists = [(a, b) for a, b in ended(parts) if a < b]
     gone: list[tuple[int, int]] = []
     while len(lists) > threshold:
-        (start, stop), *rest = lists
-        gone.append((start, stop))
-        # A list that was in this one is gone with it; one around it has become shorter, maybe empty.
-        lists = [(a, b) for a, b in rest if sum(not any(x <= i < y for x, y in gone) for i in range(a, b))]
+        gone.append(lists.pop(0))
+        lists = [(a, b) for a, b in lists if sum(not any(x <= i < y for x, y in gone) for i in range(a, b))]
     return gone
 
 
