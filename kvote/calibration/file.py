@@ -62,7 +62,7 @@ def command(kind: str) -> str:
 
 @contextmanager
 def no_files() -> Iterator[None]:
-    """Within it, ``load`` refuses: specs that come from others must not open files here."""
+    """Within it, ``load`` and methods that write files refuse: specs that come from others must not open files here."""
     token = _ALLOWED.set(False)
     try:
         yield
@@ -70,9 +70,14 @@ def no_files() -> Iterator[None]:
         _ALLOWED.reset(token)
 
 
+def files_allowed() -> bool:
+    """Whether files may be opened: not within ``no_files``."""
+    return _ALLOWED.get()
+
+
 def load(path: str | Path, kind: str) -> Calibration:
     """Reads a calibration of that kind. Raises InputError for anything that is not one, and within ``no_files``."""
-    if not _ALLOWED.get():
+    if not files_allowed():
         raise InputError("A calibration file cannot be named here; the operator of the server chooses such methods.")
     try:
         text = read_regular(path, _LARGEST).decode("utf-8")

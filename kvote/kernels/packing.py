@@ -87,7 +87,8 @@ def quantise_clipped(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor,
     to its minimum."""
     top = (1 << bits) - 1
     least, most = x.float().amin(-1, keepdim=True), x.float().amax(-1, keepdim=True)
-    scale = ((most - least) * clip / top).clamp(max=torch.finfo(x.dtype).max).to(x.dtype).float()
+    largest = min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max)
+    scale = ((most - least) * clip / top).clamp(max=largest).to(x.dtype).float()
     steps = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = torch.round(-least * clip / steps)
     codes = (torch.round(x.float() / steps) + zero).clamp(0, top)

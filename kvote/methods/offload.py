@@ -1,5 +1,7 @@
 """Offloading: the cache on a disk. No published system: what engines call a tier."""
 
+from kvote.calibration.file import files_allowed
+from kvote.errors import MethodError
 from kvote.method import Method, published
 from kvote.store.offloaded import Offloaded
 from kvote.store.spill import check_folder
@@ -23,4 +25,6 @@ def offload(folder: str | None = None, recent: int = 1024) -> Method:
     Missing: indexes of readers (sketches, page bounds), which are kept beside tokens in memory only, and main memory as
     the tier of a GPU.
     """
+    if not files_allowed():
+        raise MethodError("offload writes to the disk of the server; its operator chooses such methods.")
     return Method(store=Offloaded(check_folder("offload", folder), recent))

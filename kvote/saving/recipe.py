@@ -51,11 +51,11 @@ def spec_of(method: Method) -> str:
 
 
 def same(one: Method, other: Method) -> bool:
-    """Whether two methods do the same, wherever their calibrations came from."""
+    """Whether two methods do the same, wherever their calibrations came from and their files lie."""
     if one.calibrations or other.calibrations:
         mine, theirs = ([facts_of(calibration) for calibration in m.calibrations] for m in (one, other))
         return spec_of(one) == spec_of(other) and mine == theirs
-    return one == other
+    return replace(one, spec=spec_of(one)) == replace(other, spec=spec_of(other))
 
 
 def build(facts: Any, names: Sequence[str] = ()) -> Method:

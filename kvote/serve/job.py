@@ -68,7 +68,7 @@ class Job:
     # The engine's own.
     cache: Cache | None = None
     read: int = 0
-    # Of ``ids``, those that had been read for an earlier request; and the seconds that it took to read the others.
+    # Of ``ids``, those that had been read for an earlier request; and the seconds that it takes to read them all.
     reused: int = 0
     reading_seconds: float = 0.0
     rows: "list[Row]" = field(default_factory=list)

@@ -31,7 +31,9 @@ class Prefixes:
         scope = self._of(job, fresh.method)
         if scope is None:
             return fresh, 0
-        cache, reused, _ = self.library.lend(scope, fresh, torch.tensor([list(job.ids)]), self._reading(job))
+        cache, reused, spared = self.library.lend(scope, fresh, torch.tensor([list(job.ids)]), self._reading(job))
+        # What is held of the whole prompt is worth what reading all of it would take.
+        job.reading_seconds += spared
         return cache, reused
 
     def keep(self, job: Job, cache: Cache, seconds: float) -> None:

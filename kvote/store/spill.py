@@ -140,10 +140,10 @@ def _runs(places: np.ndarray, step: int) -> list[tuple[int, int, int]]:
 def check_folder(method: str, folder: str | None) -> str:
     """A folder to write into; without one, /var/tmp, which is meant for what is large, where there is such a folder.
     Raises MethodError."""
-    if folder is None:
-        return "/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir()
     if not hasattr(os, "preadv"):
         raise MethodError(f"{method}: this system has no preadv, by which files are read.")
+    if folder is None:
+        return "/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir()
     if not isinstance(folder, str) or not Path(folder).is_dir() or not os.access(folder, os.W_OK):
         raise MethodError(f"{method}: {folder!r} is no folder that can be written into.")
     return folder

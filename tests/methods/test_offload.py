@@ -11,6 +11,7 @@ import torch
 import kvote
 from kvote import methods
 from kvote.errors import MethodError, StorageError
+from kvote.saving.caches import equal
 from kvote.store.offloaded import OffloadedSegment
 
 COLUMNS = 300
@@ -136,6 +137,7 @@ def test_a_saved_cache_names_no_folder_and_goes_on_elsewhere(net, tmp_path):
     assert b"here" not in (tmp_path / "cache.kv").read_bytes()
     again = kvote.Cache.load(tmp_path / "cache.kv", net)
     assert again.method.spec == "offload(recent=8)"
+    assert equal(again, cache)
     got, expected = (tiny.feed(net, each, tiny.ids(1, 3, 5)) for each in (again, cache))
     torch.testing.assert_close(got, expected)
     clone = pickle.loads(pickle.dumps(segments(cache)[0].disk))

@@ -40,6 +40,12 @@ def test_equal_numbers_decode_to_themselves():
     assert torch.equal(packing.dequantise(*packing.quantise_clipped(x, 2, 0.8)), x)
 
 
+def test_numbers_of_double_precision_are_rounded_as_those_of_single():
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    got, expected = (packing.dequantise(*packing.quantise_clipped(each, 2, 0.8)) for each in (x.double(), x))
+    torch.testing.assert_close(got, expected.double())
+
+
 def entering(net, tokens: Tensor) -> list[Tensor]:
     """What enters each layer, [columns, width]."""
     found = []

@@ -111,6 +111,7 @@ def test_the_responses_interface_answers_and_streams(server):
         ({"kv_method": "nonsense"}, "no method 'nonsense'"),
         ({"kv_method": "tokenselect(top_k=-1)"}, "top_k"),
         ({"kv_method": "doublesparsity(channels='/etc/passwd')"}, "cannot be named here"),
+        ({"kv_method": "dense | offload(folder='/var/tmp')"}, "writes to the disk of the server"),
         ({"document": "doc-none"}, "no document"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"response_format": {"type": "json_object"}}, "response_format"),

@@ -65,6 +65,16 @@ def test_the_same_prompt_again_reads_its_last_token_alone(sharing):
     assert again[1] == again[2] - 1
 
 
+def test_a_prompt_that_was_read_in_parts_is_worth_what_all_of_it_takes(sharing):
+    library = Library()
+    own, text = sharing(library), texts()[0]
+    asked(own, text)
+    (once,) = (prefix.seconds for prefix in library._held)
+    asked(own, text)
+    (again,) = (prefix.seconds for prefix in library._held)
+    assert again > 0.9 * once
+
+
 def test_a_conversation_goes_on_behind_what_was_read(server, sharing):
     own = sharing(Library())
     messages = [{"role": "user", "content": texts()[0]}]

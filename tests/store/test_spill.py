@@ -120,3 +120,10 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
     for folder in (str(tmp_path / "none"), 3):
         with pytest.raises(MethodError, match="is no folder that can be written into"):
             check_folder("offload", folder)
+
+
+def test_a_system_without_preadv_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "preadv")
+    for folder in (None, str(tmp_path)):
+        with pytest.raises(MethodError, match="no preadv"):
+            check_folder("offload", folder)
