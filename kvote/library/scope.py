@@ -22,11 +22,14 @@ class Reading:
     tokenizer: Any = None
 
 
-def scope_of(model: PreTrainedModel, method: Method, reading: Reading) -> str | None:
+def scope_of(
+    model: PreTrainedModel, method: Method, reading: Reading, known: dict[str, Any] | None = None
+) -> str | None:
     """SHA-256 of all that decides what a cache holds of given tokens; None for a method that cannot be told apart from
     another one of its name.
 
-    All weights are looked at, so that a model that has been trained meanwhile is another model.
+    All weights are looked at, so that a model that has been trained meanwhile is another model, unless its identity is
+    ``known``.
     """
     how = recipe.describe(method)
     if "build" not in how:
@@ -36,7 +39,7 @@ def scope_of(model: PreTrainedModel, method: Method, reading: Reading) -> str | 
         words = identity.of_tokenizer(reading.tokenizer)
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     told = [
-        identity.of_model(model),
+        identity.of_model(model) if known is None else known,
         config,
         _adapters(model),
         how,

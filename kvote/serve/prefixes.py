@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from kvote import Cache, Library, Method
 from kvote.library.scope import Reading, scope_of
+from kvote.saving import identity
 from kvote.serve.job import Job
 
 # Prompts that are read in a moment anyway.
@@ -23,8 +24,9 @@ class Prefixes:
 
     def __init__(self, model: PreTrainedModel, library: Library, *, chunk: int, shares: bool) -> None:
         self.library, self.chunk, self.shares = library, chunk, shares
-        # Weights are looked at once for each method: those of a server do not change.
-        self._scope = lru_cache(256)(lambda method, reading: scope_of(model, method, reading))
+        # Weights are looked at once: those of a server do not change, and clients may name any number of methods.
+        known = identity.of_model(model)
+        self._scope = lru_cache(256)(lambda method, reading: scope_of(model, method, reading, known))
 
     def find(self, job: Job, fresh: Cache) -> tuple[Cache, int]:
         """A cache for the prompt, and how many of its tokens were read already; ``fresh`` and 0 if none were."""

@@ -5,6 +5,7 @@ import pytest
 
 from kvote import Library
 from kvote.models import world
+from kvote.saving import identity
 from kvote.serve.engine import Limits
 from kvote.serve.prefixes import Prefixes
 
@@ -109,6 +110,15 @@ def test_a_library_in_a_folder_serves_the_next_server(sharing, tmp_path):
         asked(sharing(library), first)
     with Library(tmp_path) as library:
         assert asked(sharing(library), second)[1] > 500
+
+
+def test_weights_are_looked_at_once_for_all_methods(sharing, monkeypatch):
+    looked, found = [], identity.of_weights
+    monkeypatch.setattr(identity, "of_weights", lambda model: looked.append(model) or found(model))
+    own = sharing(Library())
+    for method in ("dense", "tokenselect(top_k=64, sinks=4, window=128)"):
+        asked(own, texts()[0], method)
+    assert len(looked) == 1
 
 
 def test_memory_is_bounded(sharing):
