@@ -35,7 +35,7 @@ def mpcache(
     has layers that take over both, in groups that are not known). All else is read whole.
 
     Differs from the published code: its thresholds were set by task to keep 15% to 66% of a prompt, of products without
-    scale; ``budget`` is the threshold that keeps so many, and ``scaled=False`` takes weights of such products. Later
+    scale; ``budget`` is the threshold that keeps so many, and without ``scaled`` weights are of such products. Later
     ones of the last queries are hidden from earlier ones, which the code does not do. Where first and last clusters
     are among the best anyway, the next best are read (the code reads fewer). Query heads that share keys score each for
     itself (it has no such models). What is dropped is freed.

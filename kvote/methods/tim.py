@@ -13,7 +13,7 @@ def tim(
 
     A list begins behind a token of one of the ids ``opens`` and ends before the one of ``closes`` that belongs to it;
     both stay, so the text stays well-formed, and so does all that is outside of lists: thoughts and conclusions. Lists
-    may lie in lists. Without ids, a list is what ``cache.mark_span(mark, start, stop)`` names, and ends with the first
+    may lie in lists. Without ids, a list is a span of the name ``mark`` (``cache.mark_span``), and ends with the first
     token behind. Once more than ``threshold`` lists that hold something have ended, the one that ended first goes, in
     all layers and heads, in prompts (when they have ended) as in what is generated. Tokens held are read at the
     positions 0, 1, 2, ..., so neither memory nor positions bound the length of a text.

@@ -75,7 +75,7 @@ class Spill:
                 except OSError as error:
                     raise StorageError(
                         f"{len(content) * self.block:,} bytes of a cache could not be written into {self.folder}: "
-                        f"{error.strerror}. What was held before is as it was; free some room, or name another folder."
+                        f"{error.strerror}. Free some room or name another folder, and call cache.reset()."
                     ) from error
                 data, at = data[done:], at + done
                 self.written += done

@@ -81,7 +81,7 @@ def test_the_page_of_a_method_in_full(capsys):
     words = " ".join(capsys.readouterr().out.split())
     assert "chunk 512 queries of a prompt that share one selection, made with their average." in words
     assert "sinks 128 see top_k." in words
-    assert "- with the defaults: critic, dense, " in words
+    assert "- with the defaults: compresskv, critic, dense, " in words
     assert "- with per_head=False: cake, " in words
     assert "- not, since both decide what to read: " in words
 

@@ -34,7 +34,7 @@ def refused(capsys, *argv: str) -> str:
         (["ask", "--tokens", "0"], "--tokens: must be a whole number of at least 1, got '0'"),
         (["ask", "--max-new-tokens", "-3"], "--max-new-tokens: must be a whole number of at least 1"),
         (["ask", "--tokens", "20"], "--tokens 20 is too small for what the question asks: 4 facts need a document"),
-        (["ask", "--method", "xyz"], "There is no method 'xyz'; there are adakv, cake,"),
+        (["ask", "--method", "xyz"], "There is no method 'xyz'; there are actqkv, adakv, cake,"),
         (["ask", "--method", "tokenselect(top=5)"], "tokenselect has no parameter 'top'; it has top_k,"),
         (["ask", "--method", "tokenselect(top_k=0)"], "top_k must be a whole number of at least 1; got 0."),
         (["ask", "--method", "tokenselect("], "'tokenselect(' is not a method; write for example"),

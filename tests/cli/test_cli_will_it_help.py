@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(capsys, tmp_path,
         (["--model", ".", "--context", "9"], "Cannot read a config from '.'"),
         (
             ["--model", embedded(), "--context", "9", "--method", "wonder"],
-            "There is no method 'wonder'; there are adakv, cake,",
+            "There is no method 'wonder'; there are actqkv, adakv, cake,",
         ),
         (["--model", embedded(), "--context", "9", "--method", "tokenselect(top_k=0)"], "top_k must be a whole number"),
     ],
