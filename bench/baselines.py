@@ -10,7 +10,8 @@ import torch
 from kvote.method import Method
 from kvote.needs import WHOLE, Needs
 from kvote.read.in_prompts import InPrompts
-from kvote.read.tokens import Everything, Reading, Span, TokenSet
+from kvote.read.reader import Everything, Reading
+from kvote.tokens import Span, TokenSet
 
 # Two answers count as different if chance alone would make such a difference less often than this.
 LEVEL = 0.01

@@ -91,8 +91,8 @@ def replayed(geometry: Geometry, tokens: int, decisions: str, sketch: str, sweep
         assert layer.segment.rope is not None
         raw = layer.segment.rope.undo(last.query, layer.segment.rope.angles(last.positions, geometry.dtype))
         cos, sin = layer.segment.rope.angles(step.positions, geometry.dtype)
-        turned = layer.segment.rope.apply(raw, (cos[:, None], sin[:, None]))
-        again = type(step)(**{**vars(step), "query": turned})
+        rotated = layer.segment.rope.apply(raw, (cos[:, None], sin[:, None]))
+        again = type(step)(**{**vars(step), "query": rotated})
         reused = layer.activity.reused
         seconds = once(partial(layer.attend, again), sweep)
         (hits if layer.activity.reused > reused else misses).append(seconds)

@@ -71,7 +71,7 @@ def step_rows(work: Any, clock: Any, length: str, copy: float | None) -> Iterato
     scored = b * (edge - sizes.sinks) * sizes.token_bytes
     index = work.listed(work.select(query, edge), edge)
     listed = 2 * b * index.shape[-1] * sizes.token_bytes
-    scoring = work.turned(query, sizes.window).float()
+    scoring = work.rotated(query, sizes.window).float()
     for bits in (0, 8, 4):
         work.sketch(bits)
         bits_said = f", {bits}-bit sketch" if bits else ""

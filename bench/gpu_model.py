@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, L
 
 import kvote
 from kvote.layer import Step
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 METHODS = ("dense", "tokenselect(theta=2.0)", "tokenselect(theta=2.0, sketch='int8')", "tokenselect(theta=-1.0)")
 SMALL = "tokenselect(top_k=8, sinks=4, window=16, chunk=16, theta=2.0)"
@@ -71,7 +71,7 @@ def kvote_cache(model: Any, method: str, tokens: int) -> Any:
             key, value = (x[:, :, start : start + _PASS] for x in (keys, values))
             positions = torch.arange(start, start + key.shape[2], device=model.device)[None]
             query = key[:, :, :1].repeat_interleave(groups, 1)
-            segment = layer.start(Step(query, key, value, positions, None, 0, Logits(key.shape[-1] ** -0.5)))
+            segment = layer.start(Step(query, key, value, positions, None, 0, Scaling(key.shape[-1] ** -0.5)))
             raw = key if segment.rope is None else segment.rope.undo(key, segment.rope.angles(positions, key.dtype))
             segment.append([0], raw, value, positions)
         layer.seen = tokens

@@ -112,7 +112,7 @@ class Work:
         out, _ = fast.packed.attend(query[:, :, 0], *packed, range(self.tokens), scale=self.sizes.scale, softcap=None)
         return out
 
-    def turned(self, query: Tensor, first: int) -> Tensor:
+    def rotated(self, query: Tensor, first: int) -> Tensor:
         """Queries [batch, heads, rows, dim] at positions from ``first`` on."""
         places = slice(first, first + query.shape[2])
         return fast.rotate(query, (self.cos[None, places], self.sin[None, places]), False)
@@ -120,7 +120,7 @@ class Work:
     def select(self, query: Tensor, edge: int, bits: int = 0) -> Tensor:
         """Winners [batch, 1, top_k] among the tokens up to ``edge``."""
         sizes, nominate = self.sizes, max(4096, 4 * self.sizes.top_k) if bits == 4 else 0
-        scoring = self.turned(query, sizes.window).float().mean(dim=2, keepdim=True)
+        scoring = self.rotated(query, sizes.window).float().mean(dim=2, keepdim=True)
         given = scoring, self.keys, self.lanes, self.sketch(bits), bits, sizes.sinks, [edge], sizes.top_k, nominate
         return fast.select(*given)
 
@@ -142,7 +142,7 @@ class Work:
         shape = self.batch, 1, sizes.kv_heads, m, sizes.dim
         key, value = (torch.empty(shape, dtype=self.keys.dtype, device=self.device) for _ in range(2))
         fast.gather(self.keys, self.values, self.lanes, index, (self.cos[:m], self.sin[:m]), False, (key, value))
-        placed = self.turned(query, m - query.shape[2])
+        placed = self.rotated(query, m - query.shape[2])
         return fast.attend(placed, key[:, 0], value[:, 0], scale=sizes.scale, causal=True)[0]
 
     def chunk(self, query: Tensor, reach: int, bits: int = 0) -> Tensor:
@@ -159,7 +159,7 @@ class Work:
     def read_list(self, query: Tensor, index: Tensor) -> Tensor:
         m = index.shape[-1]
         angles = self.cos[:m], self.sin[:m]
-        return self._decode(self.turned(query, m - 1), index[:, 0], angles)
+        return self._decode(self.rotated(query, m - 1), index[:, 0], angles)
 
     def dense(self, query: Tensor) -> Tensor:
         return self._decode(query, range(self.tokens), None)
@@ -235,7 +235,7 @@ def _check_votes(work: Work) -> Iterator[tuple[str, float]]:
     sizes, key = work.sizes, work.plain(work.keys)
     edge = work.tokens - sizes.window
     for bits in (0, 8, 4):
-        scoring = work.turned(work.query(1), sizes.window).float()
+        scoring = work.rotated(work.query(1), sizes.window).float()
         keys = key[:, :, sizes.sinks : edge]
         if bits:
             keys = reference.sketched(keys - reference.centre(key, PAGE), bits)
@@ -293,15 +293,17 @@ def _check_lists(work: Work) -> Iterator[tuple[str, float]]:
         query = work.query(1)
         index = work.listed(work.select(query, edge, bits), edge)
         placed, values = _listed(work, index)
-        turned = work.turned(query, index.shape[-1] - 1)
-        law = law_of(turned, placed, values, sizes.scale)[:, :, 0]
+        rotated = work.rotated(query, index.shape[-1] - 1)
+        law = law_of(rotated, placed, values, sizes.scale)[:, :, 0]
         yield f"list decode, {bits or 16} bits", _off(work.read_list(query, index), law)
     query = work.query(sizes.chunk)
     index = work.chunk_list(query, sizes.chunk)
     placed, values = _listed(work, index)
     m = index.shape[-1]
     mask = torch.ones(sizes.chunk, m, dtype=torch.bool, device=work.device).tril(m - sizes.chunk)
-    law = reference.attend(work.turned(query, m - sizes.chunk).float(), placed, values, scale=sizes.scale, mask=mask)[0]
+    law = reference.attend(work.rotated(query, m - sizes.chunk).float(), placed, values, scale=sizes.scale, mask=mask)[
+        0
+    ]
     yield "chunk over a list", _off(work.chunk_over(query, index), law)
 
 

@@ -55,7 +55,7 @@ from kvote.measure.probe import measure as measure_machine
 from kvote.measure.shape import shape
 from kvote.method import Method
 from kvote.methods import dense, tokenselect
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 HEADS, KV_HEADS, DIM = 32, 8, 64
 FEW = 64
@@ -172,7 +172,7 @@ def kvote_cache(method: Any, model: Any, source: Contender) -> Contender:
             key, value = (x[:, :, start : min(n, start + PASS)] for x in (given.keys, given.values))
             positions = torch.arange(start, start + key.shape[2])[None]
             query = key[:, :, :1].repeat_interleave(HEADS // KV_HEADS, 1)
-            segment = layer.start(Step(query, key, value, positions, None, 0, Logits(DIM**-0.5)))
+            segment = layer.start(Step(query, key, value, positions, None, 0, Scaling(DIM**-0.5)))
             raw = key if segment.rope is None else segment.rope.undo(key, segment.rope.angles(positions, key.dtype))
             segment.append([0], raw, value, positions)
         layer.seen = n

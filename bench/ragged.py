@@ -14,10 +14,10 @@ import torch
 from common import save, table
 from torch import Tensor
 
-from kvote.groups import alike
 from kvote.layer import Layer
 from kvote.measure.clock import Call, alternating
 from kvote.measure.geometry import Geometry
+from kvote.row_groups import rows_alike
 from kvote.spec import parse
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     geometry, ratio = Geometry(), options.longest / options.shortest
     lengths = [round(options.shortest * ratio ** (i / (options.rows - 1))) for i in range(options.rows)]
-    assert len(alike(lengths, None, 1)) == options.rows
+    assert len(rows_alike(lengths, None, 1)) == options.rows
     with torch.no_grad():
         key, value = geometry.tokens(options.longest, options.rows)
         begins = options.longest - torch.tensor(lengths)

@@ -18,17 +18,17 @@ from kvote.index.labels import LabelIndex, Labels
 from kvote.kernels import reference
 from kvote.measure.clock import Call, alternating
 from kvote.read.per_head import winners
-from kvote.read.tokens import Queries, TokenSet
-from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import Queries, TokenSet
 
 HEADS, KV_HEADS, DIM, LABELS, TOP_K = 32, 8, 128, 32, 256
 
 
-def filled(tokens: int) -> RawSegment:
+def filled(tokens: int) -> UncompressedSegment:
     """A segment of random tokens in bfloat16, labelled."""
     key, value = (torch.randn(1, KV_HEADS, tokens, DIM).bfloat16() for _ in range(2))
-    segment = RawSegment(KV_HEADS, key, DIM, None)
+    segment = UncompressedSegment(KV_HEADS, key, DIM, None)
     segment.add_sequences(1)
     segment.append([0], key, value, torch.arange(tokens)[None])
     channels = torch.stack([torch.randperm(DIM)[:LABELS] for _ in range(KV_HEADS)])
@@ -37,7 +37,7 @@ def filled(tokens: int) -> RawSegment:
 
 
 def measure(tokens: int, rounds: int) -> dict[str, Any]:
-    segment, query, logits = filled(tokens), torch.randn(1, HEADS, 1, DIM).bfloat16(), Logits(DIM**-0.5)
+    segment, query, logits = filled(tokens), torch.randn(1, HEADS, 1, DIM).bfloat16(), Scaling(DIM**-0.5)
     held = segment.indexes["labels"]
     assert isinstance(held, Labels)
     scores = held.scores(query, [0], 0, tokens)

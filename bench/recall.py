@@ -37,9 +37,9 @@ from kvote.method import Method
 from kvote.models import world
 from kvote.models.presets import preset
 from kvote.read.head_votes import SKETCHES, HeadVotes
-from kvote.read.tokens import Reading
+from kvote.read.reader import Reading
 from kvote.spec import parse
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 ROOM = 48  # tokens left for a question and its answer
 QUESTIONS = 8
@@ -77,7 +77,7 @@ class Listening(HeadVotes):
         return super()._select(reading, query, edges)
 
 
-Listened = tuple[list[RawSegment], dict[int, list[Heard]], int]
+Listened = tuple[list[UncompressedSegment], dict[int, list[Heard]], int]
 
 
 def listening(spec: str) -> tuple[Method, Listening]:
@@ -115,11 +115,11 @@ def listen_to_prose(model: Any, tokenizer: Any, tokens: int, seed: int) -> Liste
     return [layer.segment for layer in cache.managed], reader.heard, reader.sinks
 
 
-def stored(source: RawSegment, kind: str) -> RawSegment:
+def stored(source: UncompressedSegment, kind: str) -> UncompressedSegment:
     """The keys and values of ``source`` once more, with a sketch of that kind beside them."""
     key, value = source.decode([0], 0, source.length(0))
     bits = SKETCHES[kind]
-    segment = RawSegment(source.heads, key, value.shape[-1], source.rope)
+    segment = UncompressedSegment(source.heads, key, value.shape[-1], source.rope)
     segment.add_sequences(1)
     if bits:
         segment.add_index(SketchIndex(bits), 0)
@@ -138,13 +138,13 @@ def attention(query: Tensor, key: Tensor) -> Tensor:
 def two_bits(key: Tensor) -> Tensor:
     """What two bits per channel, with one scale per token, keep of keys [..., d]."""
     turn = torch.linalg.qr(torch.randn(key.shape[-1], key.shape[-1], generator=torch.Generator().manual_seed(0)))[0]
-    turned = key.float() @ turn
-    scale = turned.square().mean(-1, keepdim=True).sqrt().half().float()
-    codes = torch.bucketize(turned / scale.clamp_min(1e-30), MIDWAY)
+    rotated = key.float() @ turn
+    scale = rotated.square().mean(-1, keepdim=True).sqrt().half().float()
+    codes = torch.bucketize(rotated / scale.clamp_min(1e-30), MIDWAY)
     return LEVELS[codes] * scale @ turn.T
 
 
-def judge(segment: RawSegment, heard: list[Heard], sinks: int) -> list[Any]:
+def judge(segment: UncompressedSegment, heard: list[Heard], sinks: int) -> list[Any]:
     """Per query, [top_k][way to vote]: mass of the winners, their votes, and the share of the exact winners in them."""
     segments = {kind: stored(segment, kind) for kind in SKETCHES}
     key = segment.decode([0], 0, segment.length(0))[0][0]

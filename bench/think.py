@@ -12,19 +12,27 @@ import torch
 
 from kvote.layer import Layer, Step
 from kvote.measure.clock import once
-from kvote.read.tokens import Queries
-from kvote.settling import seal
+from kvote.settling import compress
 from kvote.spec import parse
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
 
-def step(count: int, seen: int, ahead: int | None) -> Step:
+def step(count: int, seen: int, prompt_left: int | None) -> Step:
     made = {name: torch.randn(1, h, count, DIM).bfloat16() for name, h in (("query", HEADS), ("key", KV_HEADS))}
     places = torch.arange(seen, seen + count)[None]
     value = torch.randn(1, KV_HEADS, count, DIM).bfloat16()
-    return Step(**made, value=value, positions=places, valid=None, solo=1, logits=Logits(DIM**-0.5), ahead=ahead)
+    return Step(
+        **made,
+        value=value,
+        positions=places,
+        valid=None,
+        tail_queries=1,
+        scaling=Scaling(DIM**-0.5),
+        prompt_left=prompt_left,
+    )
 
 
 def filled(method: str, tokens: int) -> Layer:
@@ -33,9 +41,9 @@ def filled(method: str, tokens: int) -> Layer:
     made = step(tokens, 0, 0)
     segment = layer.start(made)
     segment.append([0], made.key, made.value, made.positions)
-    segment.watch(Queries(made.query), [0], 0)
+    segment.observe_queries(Queries(made.query), [0], 0)
     layer.seen = tokens
-    seal(layer)
+    compress(layer)
     return layer
 
 

@@ -116,7 +116,7 @@ def heard(model: Any, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return queries, keys
 
 
-def turned(model: Any, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+def rotated(model: Any, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
     """``x`` [heads, n, d] rotated to ``positions`` [n], or back from them."""
     cos, sin = (a[0, :, : x.shape[-1] // 2].float() for a in model.model.rotary_emb(x, positions[None]))
     return reference.rotate(x, cos, -sin if back else sin)
@@ -133,7 +133,7 @@ def looked_at(model: Any, ids: Tensor) -> list[dict[str, Any]]:
         # The last token that a query sees is its own.
         logits = reference.scores(query[None], key[None])[0] * query.shape[-1] ** -0.5
         true = logits.masked_fill(torch.arange(n) > at[:, None, None], -torch.inf).softmax(-1).mean(1)
-        raw = turned(model, query, at, back=True), turned(model, key, torch.arange(n), back=True)
+        raw = rotated(model, query, at, back=True), rotated(model, key, torch.arange(n), back=True)
         told: dict[str, Any] = {"layer": layer, "sinks": float(true[:, :SINKS].sum(1).mean())}
         for far, near in ((512, 0), (1024, 512), (1536, 1024)):
             band = [true[i, max(SINKS, p + 1 - far) : p + 1 - near].sum() for i, p in enumerate(at.tolist())]
@@ -156,7 +156,7 @@ def voted(
     behind: Tensor,
 ) -> dict[str, float]:
     """What the winners of votes hold of the attention ``true`` [queries, n], and what was voted for."""
-    query = turned(model, raw[0], torch.full((raw[0].shape[1],), window))
+    query = rotated(model, raw[0], torch.full((raw[0].shape[1],), window))
     logits = reference.scores(query[None], raw[1][None]).narrow(-1, SINKS, max(edges) - SINKS)
     votes = reference.votes_within(logits, SINKS, edges)
     votes = votes[0] / raw[0].shape[0]

@@ -12,7 +12,6 @@ if typing.TYPE_CHECKING:
     from kvote.cache import Cache
     from kvote.conversation import Conversation
     from kvote.document import Document
-    from kvote.echo import read_again
     from kvote.errors import (
         BusyCacheError,
         CropError,
@@ -30,6 +29,7 @@ if typing.TYPE_CHECKING:
     from kvote.library.library import Library
     from kvote.method import Method
     from kvote.prepacking import prefill
+    from kvote.repeat import read_again
     from kvote.report import LayerReport, Report
     from kvote.rows import Rows
     from kvote.stream import Stream
@@ -60,7 +60,7 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "detach": "hf.facts",
     "prefill": "prepacking",
-    "read_again": "echo",
+    "read_again": "repeat",
 }
 # Modules that are part of the interface.
 _MODULES = ("methods", "models")

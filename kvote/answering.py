@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from kvote.beside import MARKS
 from kvote.cache import Cache
 from kvote.errors import InputError, KvoteError, NotFiniteError, OutOfMemoryError
+from kvote.extra_inputs import MARKS
 from kvote.hf.greedy import LogitsError, finite, generate, passes, where_not_finite
 from kvote.report import Report
-from kvote.store.raw import Raw
+from kvote.store.uncompressed import Uncompressed
 
 # Default lengths of an answer: of a chat model, and of a base model.
 TALKING, COMPLETING = 256, 32
@@ -100,7 +100,7 @@ class Responder:
         """A sentence that names the first layer that gives what is no number, found by reading ``ids`` again."""
         again, fine = Cache(self.model, cache.method), True
         again.expect(ids.shape[1])
-        again.turn.marked = cache.turn.marked
+        again.announced.marked = cache.announced.marked
         with torch.no_grad(), where_not_finite(self.model) as found:
             for part in passes(ids, self.model, self.tokens_per_pass):
                 output = self.model(input_ids=part, past_key_values=again, use_cache=True, logits_to_keep=1)
@@ -119,15 +119,15 @@ class Responder:
 def mark_next(cache: Cache, name: str, stop: int) -> None:
     """Marks what ``cache`` reads next, up to column ``stop``, where its method asks for marks."""
     start = cache.get_seq_length()
-    if MARKS in cache.method.needs.beside and start < stop:
-        cache.turn.marked = cache.turn.marked.until(start)
+    if MARKS in cache.method.needs.extra_inputs and start < stop:
+        cache.announced.marked = cache.announced.marked.until(start)
         cache.mark_span(name, start, stop)
 
 
 def takes_back(cache: Cache) -> bool:
     """Whether an answer can be forgotten without a trace: it makes the method drop nothing, and encode nothing, which
     would come back as it decodes."""
-    return bool(cache.is_croppable) and isinstance(cache.method.store, Raw)
+    return bool(cache.is_croppable) and isinstance(cache.method.store, Uncompressed)
 
 
 def copied(cache: Cache) -> Cache:

@@ -14,21 +14,22 @@ from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
 
-from kvote.beside import MARKS
 from kvote.errors import InactiveCacheError, InputError
-from kvote.heads import HeadGroups, in_groups
-from kvote.hf.beside import watch
-from kvote.hf.cache_layer import CacheLayer, Turn, columns_of, forget_states, has_states
+from kvote.extra_inputs import MARKS
+from kvote.heads import HeadGroups, in_head_groups
+from kvote.hf.cache_layer import CacheLayer, columns_of, forget_states, has_states
 from kvote.hf.compiling import uncompiled
 from kvote.hf.facts import facts_of, ropes_of
+from kvote.hf.input_hooks import input_hooks
 from kvote.hf.model import native_layers
-from kvote.layer import Crew, Layer
+from kvote.layer import Layer, LayerStack
 from kvote.made_for import checked
 from kvote.marked import Marked
 from kvote.method import Method
 from kvote.numbers import is_whole
 from kvote.passes import Passes
-from kvote.reads import Reads
+from kvote.phase import AnnouncedPrompt
+from kvote.read_counts import ReadCounts
 from kvote.report import Report, nbytes_of, report_of
 from kvote.standing import agree, check_agreement, check_crop, fewest, holds
 from kvote.store.family import FORK
@@ -54,8 +55,8 @@ class Cache(TransformersCache):
         self.method, self._model = checked(model, method), ref(model)
         for calibration in self.method.calibrations:
             calibration.check(model)
-        self.turn, self.passes = Turn(), Passes()
-        self._reads: Reads | None = None
+        self.announced, self.passes = AnnouncedPrompt(), Passes()
+        self._reads: ReadCounts | None = None
         layers: list[Any] = []
         previous = None
         facts = facts_of(model)
@@ -63,25 +64,25 @@ class Cache(TransformersCache):
         ours = facts.layers
         self.method.read.check(len(ours))
         ropes = ropes_of(ours) if self.method.needs_rope else {}
-        crew = Crew[Layer]()
+        stack = LayerStack[Layer]()
         for index, held in enumerate(native_layers(model)):
             if index in ours:
                 fact = ours[index]
                 rope = ropes.get(index)
-                groups = in_groups(index, self.method, rope, len(ours), fact.key_heads, self.passes)
-                layer = groups or Layer(index, self.method, rope, len(ours), crew, passes=self.passes)
-                held = previous = CacheLayer(layer, self.turn, previous, fact.rotated, fact.rotary)
+                head_groups = in_head_groups(index, self.method, rope, len(ours), fact.key_heads, self.passes)
+                layer = head_groups or Layer(index, self.method, rope, len(ours), stack, passes=self.passes)
+                held = previous = CacheLayer(layer, self.announced, previous, fact.rotated, fact.rotary)
                 if fact.rotary is not None:
-                    fact.rotary.watch()
+                    fact.rotary.note_positions()
             layers.append(held)
         super().__init__(layers=layers)
         # Held, not used.
-        self._watch = watch(model) if self.method.needs.beside - {MARKS} else None
+        self._input_hooks = input_hooks(model) if self.method.needs.extra_inputs - {MARKS} else None
         # Where a pass begins and ends: of kvote's layers, of those that count columns, and of those that do not.
         self._ends = (min(ours), max(ours))
         self.counting = [index for index, layer in enumerate(layers) if columns_of(layer) is not None]
         self.states = [index for index, layer in enumerate(layers) if has_states(layer)]
-        self.passes.unmarked = bool(self.states)
+        self.passes.has_native_states = bool(self.states)
 
     @property
     def managed(self) -> list[Layer]:
@@ -103,9 +104,9 @@ class Cache(TransformersCache):
         if not is_whole(tokens) or not 0 <= tokens <= _MOST_TOKENS:
             raise InputError(f"expect takes a number of tokens from 0 to {_MOST_TOKENS:,}; got {tokens!r}.")
         self.passes.claim(self)
-        self.turn.end = self.get_seq_length() + tokens
-        self.turn.question_follows = question_follows
-        with self._turn_taken:
+        self.announced.end = self.get_seq_length() + tokens
+        self.announced.question_follows = question_follows
+        with self._exclusive:
             for layer in self._own:
                 layer.expect(tokens)
 
@@ -117,7 +118,7 @@ class Cache(TransformersCache):
         Raises InputError for columns that have been read already, and for what is no span.
         """
         self.passes.claim(self)
-        self.turn.marked.add(name, start, stop, self.get_seq_length())
+        self.announced.marked.add(name, start, stop, self.get_seq_length())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` columns in every layer, or, if one of them cannot, in none.
@@ -149,7 +150,7 @@ class Cache(TransformersCache):
                 elif more or isinstance(layer, CacheLayer) or getattr(layer, "record_past", False):
                     layer.crop(more)
             if not interrupted:
-                self.turn.marked.crop(columns, columns - remove)
+                self.announced.marked.crop(columns, columns - remove)
 
     def forget_shown(self, columns: int) -> None:
         """Forgets the last ``columns`` columns of one sequence, fed while past was recorded, after keepers were shown
@@ -158,14 +159,14 @@ class Cache(TransformersCache):
         self.check()
         seen = self.get_seq_length()
         with self._changing():
-            self.turn.marked.crop(seen - columns, seen)
+            self.announced.marked.crop(seen - columns, seen)
             for layer in self.layers:
                 if isinstance(layer, CacheLayer):
                     for part in layer.layer.parts:
                         part.forget_shown(columns)
                 else:
                     layer.crop(-columns)
-            self.turn.end = 0
+            self.announced.end = 0
 
     def holds(self, columns: int) -> bool:
         """Whether every layer holds ``columns`` columns, as after a pass that was not interrupted."""
@@ -177,17 +178,17 @@ class Cache(TransformersCache):
         check_agreement(self)
 
     @property
-    def _turn_taken(self) -> AbstractContextManager[Any]:
+    def _exclusive(self) -> AbstractContextManager[Any]:
         """Forks that share pages change one after the other."""
         return nullcontext() if self.passes.lock is None else self.passes.lock
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """For what changes all layers: interrupted in the middle of it, they cannot be relied on any more."""
-        with self._turn_taken:
-            self.passes.torn = True
+        with self._exclusive:
+            self.passes.corrupt = True
             yield
-            self.passes.torn = False
+            self.passes.corrupt = False
 
     @uncompiled
     def update(
@@ -236,7 +237,7 @@ class Cache(TransformersCache):
         self.passes.check()
         ends = sorted({*self.counting, *self.states})
         if not self.passes.reach(layer_idx, state, ends[0], ends[-1]):
-            self.passes.torn = True
+            self.passes.corrupt = True
             self.passes.check()
 
     @uncompiled
@@ -253,7 +254,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self.turn.marked.select(beam_idx, self._rows)
+            self.announced.marked.select(beam_idx, self._rows)
             super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -261,7 +262,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self.turn.marked.select(torch.arange(self._rows).repeat_interleave(repeats), self._rows)
+            self.announced.marked.select(torch.arange(self._rows).repeat_interleave(repeats), self._rows)
             super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -269,7 +270,7 @@ class Cache(TransformersCache):
         self.passes.claim(self)
         self.check()
         with self._changing():
-            self.turn.marked.select(indices, self._rows)
+            self.announced.marked.select(indices, self._rows)
             super().batch_select_indices(indices)
 
     @property
@@ -284,7 +285,7 @@ class Cache(TransformersCache):
                 forget_states(self.layers[index])
             super().reset()
             self.passes.begin_anew()
-            self.turn.end, self.turn.marked = 0, Marked()
+            self.announced.end, self.announced.marked = 0, Marked()
 
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, indexes, tables and what readers remember, in every layer."""
@@ -354,13 +355,13 @@ class Cache(TransformersCache):
         for layer in self.managed:
             if layer.rope is not None:
                 memo[id(layer.rope)] = layer.rope
-        with self._turn_taken:
+        with self._exclusive:
             clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
 
     def watch_reads(self) -> None:
         """From now on, counts which tokens every generated one reads, for ``reads``. Steps take longer."""
-        self._reads = Reads()
+        self._reads = ReadCounts()
         for layer in self.managed:
             layer.reads = self._reads
 

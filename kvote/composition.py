@@ -4,10 +4,10 @@ in the docs is made from this, by trying."""
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvote.beside import HIDDEN, IDS, INPUTS, MARKS
+from kvote.extra_inputs import HIDDEN, IDS, INPUTS, MARKS
 from kvote.keep.keeper import Keeper
 from kvote.needs import Keys
-from kvote.read.tokens import Reader
+from kvote.read.reader import Reader
 from kvote.store.segment import Store
 
 
@@ -82,7 +82,7 @@ RULES = (
         "what is stored is made of keys as the model rotated them, but the reader needs them without rotation",
     ),
     Rule(
-        lambda of: of.keep.needs.echo > 0 and not of.store.offers.as_made,
+        lambda of: of.keep.needs.repeat_chunk > 0 and not of.store.offers.as_made,
         "a prompt is read again before it is known which of its tokens stay, and would be encoded by then; "
         "use a method that holds tokens as the model made them",
     ),
@@ -117,11 +117,11 @@ RULES = (
         "prompts would be read by a reader of their own, and the other one must have read them itself",
     ),
     Rule(
-        lambda of: bool(of.store.needs.beside - {INPUTS}),
+        lambda of: bool(of.store.needs.extra_inputs - {INPUTS}),
         "a store is shown queries, keys and values, and of all else only what enters the layer",
     ),
     Rule(
-        lambda of: bool((of.keep.needs.beside | of.read.needs.beside) - {IDS, HIDDEN, MARKS}),
+        lambda of: bool((of.keep.needs.extra_inputs | of.read.needs.extra_inputs) - {IDS, HIDDEN, MARKS}),
         "a part asks for more of a pass than its token ids, hidden states and marks",
     ),
 )

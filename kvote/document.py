@@ -16,17 +16,17 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvote.answering import COMPLETING, TALKING, Responder, copied, mark_next, takes_back
 from kvote.answering import Answer as Answer
-from kvote.beside import MARKS
 from kvote.cache import Cache
 from kvote.conversation import Conversation
-from kvote.echo import read_again
 from kvote.errors import InputError, KvoteError
+from kvote.extra_inputs import MARKS
 from kvote.hf.cache_layer import recording
 from kvote.hf.settings import settings_of
 from kvote.library.library import Library
 from kvote.method import Method
 from kvote.numbers import is_whole
 from kvote.prompt import document_ids, layout_of, question_ids
+from kvote.repeat import read_again
 from kvote.stream import Stream
 
 TOKENS_PER_PASS = 4096
@@ -245,7 +245,7 @@ class Document:
         begin = time.perf_counter()
         asked = self._queries if self.cache.method.keep.offers.drops else None
         # A library shares what was read for any reason, so without marks.
-        if self._library is not None and asked is None and MARKS not in self.cache.method.needs.beside:
+        if self._library is not None and asked is None and MARKS not in self.cache.method.needs.extra_inputs:
             self.cache = self._library.read(self)
             self.prefill_seconds = time.perf_counter() - begin
             return

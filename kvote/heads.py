@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from kvote.errors import UnsupportedModelError
-from kvote.keep.keeper import Share
+from kvote.keep.keeper import HeadAssignment
 from kvote.layer import Layer, Step
 from kvote.method import Method
 from kvote.passes import Passes
-from kvote.read.tokens import Everything
+from kvote.read.reader import Everything
 from kvote.rope import Rope
-from kvote.store.raw import Raw
+from kvote.store.uncompressed import Uncompressed
 
 
 @dataclass
@@ -41,23 +41,23 @@ class HeadGroups:
 
     index: int
     method: Method
-    groups: list[HeadGroup] = field(default_factory=list)
+    head_groups: list[HeadGroup] = field(default_factory=list)
 
     @property
     def parts(self) -> list[Layer]:
-        return [group.layer for group in self.groups]
+        return [head_group.layer for head_group in self.head_groups]
 
     @property
     def seen(self) -> int:
-        return self.groups[0].layer.seen
+        return self.head_groups[0].layer.seen
 
     @property
     def sequences(self) -> int:
-        return self.groups[0].layer.sequences
+        return self.head_groups[0].layer.sequences
 
     @property
     def record_past(self) -> bool:
-        return self.groups[0].layer.record_past
+        return self.head_groups[0].layer.record_past
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
@@ -75,7 +75,7 @@ class HeadGroups:
     def run(self, step: Step) -> Tensor:
         """Does what ``Layer.run`` does. Raises UnsupportedModelError if the layer has other key heads than the model's
         config tells."""
-        kv_heads = sum(len(group.heads) for group in self.groups)
+        kv_heads = sum(len(head_group.heads) for head_group in self.head_groups)
         if step.key.shape[1] != kv_heads:
             raise UnsupportedModelError(
                 f"Layer {self.index} has {step.key.shape[1]} key heads and not the {kv_heads} of the model's config "
@@ -83,17 +83,17 @@ class HeadGroups:
             )
         b, heads, t, _ = step.query.shape
         out = step.value.new_empty(b, t, heads, step.value.shape[3])
-        for group in self.groups:
-            out[:, :, group.query_heads(heads // step.key.shape[1])] = group.layer.run(group.step(step))
+        for head_group in self.head_groups:
+            out[:, :, head_group.query_heads(heads // step.key.shape[1])] = head_group.layer.run(head_group.step(step))
         return out
 
     def expect(self, tokens: int) -> None:
         for layer in self.parts:
             layer.expect(tokens)
 
-    def crop(self, columns: int, ahead: int | None = None) -> None:
+    def crop(self, columns: int, prompt_left: int | None = None) -> None:
         for layer in self.parts:
-            layer.crop(columns, ahead)
+            layer.crop(columns, prompt_left)
 
     def select(self, index: list[int]) -> None:
         for layer in self.parts:
@@ -106,15 +106,15 @@ class HeadGroups:
     def positions(self, row: int) -> list[Tensor]:
         """Original positions of the tokens held, one int32 tensor per key head of the layer."""
         held: dict[int, Tensor] = {}
-        for group in self.groups:
-            segment = group.layer.segment
+        for head_group in self.head_groups:
+            segment = head_group.layer.segment
             none = torch.empty(0, dtype=torch.int32)
-            each = [none] * len(group.heads) if segment is None else segment.positions(row)
-            held |= dict(zip(group.heads, each, strict=True))
+            each = [none] * len(head_group.heads) if segment is None else segment.positions(row)
+            held |= dict(zip(head_group.heads, each, strict=True))
         return [held[head] for head in sorted(held)]
 
 
-def in_groups(
+def in_head_groups(
     index: int, method: Method, rope: Rope | None, layers: int, kv_heads: int, passes: Passes | None = None
 ) -> HeadGroups | None:
     """The layer as groups of heads that ``method`` keeps differently; None where it keeps all in one way. ``passes``:
@@ -123,17 +123,17 @@ def in_groups(
     split = method.keep.split(index, kv_heads)
     if split is None:
         return None
-    groups, drops = [], method.keep.offers.drops
-    for share in split:
-        if share.heads:
-            own = _of(share, method)
-            layer = Layer(index, own, rope, share.sharers or layers, others_drop=drops, passes=passes)
-            groups.append(HeadGroup(share.heads, layer))
-    return HeadGroups(index, method, groups)
+    head_groups, drops = [], method.keep.offers.drops
+    for assignment in split:
+        if assignment.heads:
+            own = _of(assignment, method)
+            layer = Layer(index, own, rope, assignment.budget_shares or layers, others_drop=drops, passes=passes)
+            head_groups.append(HeadGroup(assignment.heads, layer))
+    return HeadGroups(index, method, head_groups)
 
 
-def _of(share: Share, method: Method) -> Method:
+def _of(assignment: HeadAssignment, method: Method) -> Method:
     """The method of some heads: the layer's, with the keeper of its share."""
-    if share.apart:
-        return replace(method, keep=share.keeper, store=Raw(), read=Everything())
-    return replace(method, keep=share.keeper)
+    if assignment.dense:
+        return replace(method, keep=assignment.keeper, store=Uncompressed(), read=Everything())
+    return replace(method, keep=assignment.keeper)

@@ -5,26 +5,27 @@ from functools import partial
 
 from torch import Tensor
 
-from kvote.affordable import check_budget
-from kvote.asking import answers_of, asides_of
-from kvote.columns import pad_past, remember_columns
-from kvote.crew import Crew as Crew
+from kvote.attend import attend_spans, slotless_answers
+from kvote.byte_budget import check_budget
 from kvote.errors import InputError
-from kvote.groups import Group, alike, answer_pads, one_by_one
 from kvote.inference import outside_inference
 from kvote.keep.observation import Observation
 from kvote.keep.policies import KeepAll
 from kvote.keep.record import Record
+from kvote.layer_stack import LayerStack as LayerStack
 from kvote.layer_state import LayerState
-from kvote.passes import Mark, unheard
-from kvote.read.tokens import Activity, Everything, Queries, Reading, Token
-from kvote.rollback import check_crop, crop, forget_shown, mark_of, restore
+from kvote.padding import drop_padded, note_padding
+from kvote.passes import Checkpoint, not_read_again
+from kvote.read.reader import Activity, Everything, Reading, Token
+from kvote.rollback import check_crop, checkpoint_of, crop, forget_shown, restore
+from kvote.row_groups import RowGroup, answer_pads, one_by_one, rows_alike
 from kvote.settling import finish
 from kvote.step import Step as Step
 from kvote.store.pages import PAGE
-from kvote.store.raw import RawSegment
 from kvote.store.segment import ByLayer, Indexed, Segment
+from kvote.store.uncompressed import UncompressedSegment
 from kvote.store.uneven import UnevenSegment
+from kvote.tokens import Queries
 
 
 @dataclass
@@ -33,11 +34,11 @@ class Layer(LayerState):
     becomes a token."""
 
     # All layers of the cache in their order, this one among them, for what spans layers.
-    crew: "Crew[Layer]" = field(default_factory=Crew, repr=False)
+    stack: "LayerStack[Layer]" = field(default_factory=LayerStack, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._hears = self.method.keep.needs.echo > 0
+        self._hears = self.method.keep.needs.repeat_chunk > 0
         self._looks_across = self.method.read.needs.other_layers
 
     @property
@@ -50,7 +51,7 @@ class Layer(LayerState):
         if self.segment is None:
             heads, value_dim, store = step.key.shape[1], step.value.shape[3], self.method.store
             store = store.of_layer(self.index) if isinstance(store, ByLayer) else store
-            self.segment = store.new_segment(heads, step.key, value_dim, self.turns)
+            self.segment = store.new_segment(heads, step.key, value_dim, self.step_rope)
             self.segment.add_sequences(step.key.shape[0])
             if isinstance(self.segment, Indexed) and self.method.store.offers.as_made:
                 for index in self.method.read.needs.indexes:
@@ -60,8 +61,8 @@ class Layer(LayerState):
             self.reserve()
             check_budget(self)
             # What a class inherits may not hold for what it changes.
-            offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, RawSegment)
-            self.steps = offered and type(self.method.keep) is KeepAll and not self.method.needs.beside
+            offered = "step" in vars(type(self.method.read)) and isinstance(self.segment, UncompressedSegment)
+            self.one_call_step = offered and type(self.method.keep) is KeepAll and not self.method.needs.extra_inputs
         return self.segment
 
     def expect(self, tokens: int) -> None:
@@ -85,22 +86,22 @@ class Layer(LayerState):
         """
         return self.passes.whole([self], self.run, step)
 
-    def mark(self) -> Mark:
-        return mark_of(self)
+    def checkpoint(self) -> Checkpoint:
+        return checkpoint_of(self)
 
-    def restore(self, mark: Mark) -> bool:
-        """Forgets what a pass has added since ``mark``; False if it has dropped or encoded something."""
-        return restore(self, mark)
+    def restore(self, checkpoint: Checkpoint) -> bool:
+        """Forgets what a pass has added since ``checkpoint``; False if it has dropped or encoded something."""
+        return restore(self, checkpoint)
 
     @outside_inference
     def run(self, step: Step) -> Tensor:
         """Does what ``attend`` does, for a caller that handles interruptions."""
         segment, again = self.start(step), self.passes.repeats
         if self._hears and again is None and self.method.keep.due(self.record.memory):
-            raise unheard(self.method.spec)
+            raise not_read_again(self.method.spec)
         if self.expected:
             self.reserve()
-        if self.steps and step.decode and self.reads is None:
+        if self.one_call_step and step.decode and self.reads is None:
             answer = self._step(step)
             if answer is not None:
                 return answer
@@ -109,67 +110,69 @@ class Layer(LayerState):
         if b != self.sequences:
             raise InputError(f"This cache holds {self.sequences} sequences, but the batch has {b}; reset the cache.")
         if step.past is not None or self.columns is not None:
-            pad_past(self, step.past)
-        remember_columns(self, step.valid, b, t)
-        raw_key, raw_query = step.key, None
-        rope = self.turns
+            drop_padded(self, step.past)
+        note_padding(self, step.valid, b, t)
+        held_key, unrotated_query = step.key, None
+        rope = self.step_rope
         if rope is not None:
             angles = rope.angles(step.positions, step.key.dtype)
-            raw_key, raw_query = rope.undo(step.key, angles), rope.undo(step.query, angles)
-        queries = Queries(step.query, raw_query)
+            held_key, unrotated_query = rope.undo(step.key, angles), rope.undo(step.query, angles)
+        queries = Queries(step.query, unrotated_query)
         before = [] if b == 1 and step.valid is None else [segment.length(row) for row in range(b)]
-        groups = alike(before, step.valid, t)
-        if len(groups) > 1 and self._joins(groups, step):
-            groups = [(list(range(b)), None)]
+        row_groups = rows_alike(before, step.valid, t)
+        if len(row_groups) > 1 and self._joins(row_groups, step):
+            row_groups = [(list(range(b)), None)]
         if self.method.read.offers.alone if step.decode else self.method.read.offers.apart:
-            groups = one_by_one(groups)
+            row_groups = one_by_one(row_groups)
         out = None
-        for rows, columns in groups:
-            group = Group(rows, columns, b)
-            first, beside = max(map(segment.length, rows)), group.beside(step.beside)
-            segment.append(rows, group.cut(raw_key), group.cut(step.value), group.cut(step.positions[:, None])[:, 0])
+        for rows, columns in row_groups:
+            block = RowGroup(rows, columns, b)
+            first, extra_inputs = max(map(segment.length, rows)), block.extra_inputs(step.extra_inputs)
+            segment.append(rows, block.cut(held_key), block.cut(step.value), block.cut(step.positions[:, None])[:, 0])
             reading = Reading(
-                queries=Queries(group.cut(queries.rotated), None if raw_query is None else group.cut(raw_query)),
+                queries=Queries(
+                    block.cut(queries.rotated), None if unrotated_query is None else block.cut(unrotated_query)
+                ),
                 segment=segment,
                 rows=rows,
                 first=first,
-                solo=min(step.solo, max(map(segment.length, rows)) - first),
+                tail_queries=min(step.tail_queries, max(map(segment.length, rows)) - first),
                 decode=step.decode,
                 layer=self.index,
                 sequences=b,
                 rope=rope,
                 activity=self.activity,
                 memory=self.memory,
-                memories=[layer.memory for layer in self.crew.layers] if self._looks_across else (),
+                memories=[layer.memory for layer in self.stack.layers] if self._looks_across else (),
                 number=self.number,
-                logits=step.logits,
-                beside=None if beside is None else beside.observed,
+                scaling=step.scaling,
+                extra_inputs=None if extra_inputs is None else extra_inputs.observed,
                 recording=self.record_past,
-                ahead=step.ahead,
+                prompt_left=step.prompt_left,
             )
-            answer, lse, spans = answers_of(self, reading, step)
-            segment.watch(reading.queries, rows, step.ahead, beside)
-            if again is not None or self.method.keep.observes(step.ahead):
-                parts = (reading.queries, lse, segment, rows, first, spans, step.logits, step.ahead)
-                seen = Observation(*parts, self.rope, again, self.index, reading.beside)
+            answer, lse, spans = attend_spans(self, reading, step)
+            segment.observe_queries(reading.queries, rows, step.prompt_left, extra_inputs)
+            if again is not None or self.method.keep.observes(step.prompt_left):
+                parts = (reading.queries, lse, segment, rows, first, spans, step.scaling, step.prompt_left)
+                seen = Observation(*parts, self.rope, again, self.index, reading.extra_inputs)
                 if again is None:
                     self.record.waiting.append(seen)
                 else:
                     # It is about tokens that stay, by queries that will be gone.
                     self.method.keep.observe(seen, self.record.memory)
-            if group.is_everything:
+            if block.is_everything:
                 out = answer
                 break
             if out is None:
                 out = answer.new_zeros(b, heads, t, answer.shape[3])
-            group.put(out, answer)
+            block.put(out, answer)
         out = step.query.new_zeros(b, heads, t, step.value.shape[3]) if out is None else out
         if step.valid is not None:
-            asides = partial(asides_of, self, logits=step.logits)
-            self.holes |= answer_pads(out, step, segment, before, asides)
+            slotless = partial(slotless_answers, self, scaling=step.scaling)
+            self.right_padded |= answer_pads(out, step, segment, before, slotless)
         self.seen += t
-        self.ahead = max(0, step.ahead or 0)
-        self.prompted |= step.ahead is not None
+        self.prompt_left = max(0, step.prompt_left or 0)
+        self.prompted |= step.prompt_left is not None
         # Counting costs as much as a short decode step, and pages come by the dozen.
         counts = t > 1 or self.seen % PAGE == 0
         if counts:
@@ -177,14 +180,17 @@ class Layer(LayerState):
         if not self.record_past:
             finish(self)
             if counts:
-                for layer in self.crew.layers if self.method.spans_layers else [self]:
+                for layer in self.stack.layers if self.method.spans_layers else [self]:
                     layer.count()
         return out.transpose(1, 2)
 
-    def _joins(self, groups: list[tuple[list[int], Tensor | None]], step: Step) -> bool:
+    def _joins(self, row_groups: list[tuple[list[int], Tensor | None]], step: Step) -> bool:
         """Whether rows of different length are answered in one call: each adds a generated token, and reads all that it
         holds."""
-        whole = all(columns is None for _, columns in groups) and sum(len(rows) for rows, _ in groups) == self.sequences
+        whole = (
+            all(columns is None for _, columns in row_groups)
+            and sum(len(rows) for rows, _ in row_groups) == self.sequences
+        )
         return (
             whole
             and step.decode
@@ -192,23 +198,28 @@ class Layer(LayerState):
             and type(self.method.read) is Everything
             and isinstance(self.segment, UnevenSegment)
             and self.segment.joins(step.query.shape[1])
-            and not self.method.keep.observes(step.ahead)
+            and not self.method.keep.observes(step.prompt_left)
         )
 
     def _step(self, step: Step) -> Tensor | None:
         """As ``run`` for one generated token of one sequence, in one call of reader and segment: nothing is dropped,
         encoded or padded. None, and nothing has changed, where that cannot be."""
-        if step.valid is not None or step.past is not None or step.ahead is not None or step.sink_logits is not None:
+        if (
+            step.valid is not None
+            or step.past is not None
+            or step.prompt_left is not None
+            or step.sink_logits is not None
+        ):
             return None
-        if self.columns is not None or self.holes or step.query.shape[0] != 1 or self.sequences != 1:
+        if self.columns is not None or self.right_padded or step.query.shape[0] != 1 or self.sequences != 1:
             return None
-        token = Token(step.query, step.key, step.value, int(step.positions), step.logits)
-        answer = self.method.read.step(token, self.segment, self.turns, self.memory, self.activity)  # type: ignore[attr-defined]
+        token = Token(step.query, step.key, step.value, int(step.positions), step.scaling)
+        answer = self.method.read.step(token, self.segment, self.step_rope, self.memory, self.activity)  # type: ignore[attr-defined]
         if answer is None:
             return None
         self.activity.calls += 1
         self.seen += 1
-        self.ahead = 0
+        self.prompt_left = 0
         if self.seen % PAGE == 0:
             self.count()
         out: Tensor = answer.to(step.query.dtype)
@@ -219,10 +230,10 @@ class Layer(LayerState):
         dropped."""
         check_crop(self, columns)
 
-    def crop(self, columns: int, ahead: int | None = None) -> None:
-        """Forgets the last ``columns`` columns. ``ahead``: what follows is the rest of the same announced prompt, of
-        which so many tokens are to come; None: it is another. Raises CropError as ``check_crop``."""
-        crop(self, columns, ahead)
+    def crop(self, columns: int, prompt_left: int | None = None) -> None:
+        """Forgets the last ``columns`` columns. ``prompt_left``: what follows is the rest of the same announced prompt,
+        of which so many tokens are to come; None: it is another. Raises CropError as ``check_crop``."""
+        crop(self, columns, prompt_left)
 
     def forget_shown(self, columns: int) -> None:
         """Forgets the last ``columns`` columns, which were recorded as what may be rolled back, once the keeper has
@@ -248,6 +259,6 @@ class Layer(LayerState):
         self.record = Record(self.method.keep)
         self.passes.hold(-self.counted)
         self.counted = 0
-        self.seen = self.settled = self.encoded = self.shown = self.expected = self.ahead = 0
-        self.record_past = self.prompted = self.holes = False
+        self.seen = self.settled = self.encoded = self.shown = self.expected = self.prompt_left = 0
+        self.record_past = self.prompted = self.right_padded = False
         self.activity = Activity()

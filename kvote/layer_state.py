@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from kvote.crew import Crew
 from kvote.keep.record import Record
+from kvote.layer_stack import LayerStack
 from kvote.method import Method
 from kvote.passes import Passes
-from kvote.read.tokens import Activity, Memory
-from kvote.reads import Reads
+from kvote.read.reader import Activity, Memory
+from kvote.read_counts import ReadCounts
 from kvote.rope import Rope
 from kvote.store.segment import Segment
 from kvote.store.uneven import UnevenSegment
@@ -26,7 +26,7 @@ class LayerState:
     # Layers of this size that share a budget of bytes.
     layers: float = 1
     # All layers of the cache in their order, this one among them, for what spans layers.
-    crew: Crew[Any] = field(default_factory=Crew, repr=False)
+    stack: LayerStack[Any] = field(default_factory=LayerStack, repr=False)
     # Whether other key heads of its layer or of others drop tokens, so that no token may be taken out here either.
     others_drop: bool = False
     # All layers of the cache, and all groups of their heads, share one.
@@ -47,28 +47,28 @@ class LayerState:
     # Tokens announced but not yet seen; memory for them is set aside in one piece.
     expected: int = 0
     # Tokens of an announced prompt still to come.
-    ahead: int = 0
+    prompt_left: int = 0
     # Whether tokens of a prompt came since the keeper was last asked.
     prompted: bool = False
     # Whether padding ever stood behind tokens, so that positions may not count the tokens of a row.
-    holes: bool = False
-    # How often something was dropped, encoded or shown to a keeper, which no mark can take back.
+    right_padded: bool = False
+    # How often something was dropped, encoded or shown to a keeper, which no checkpoint can take back.
     changes: int = 0
     # Bytes held when they were last counted.
     counted: int = 0
     # Whether a generated token may be stored and answered in one call of the reader.
-    steps: bool = False
+    one_call_step: bool = False
     # Counts of what generated tokens read; None unless asked for.
-    reads: Reads | None = field(default=None, repr=False)
+    reads: ReadCounts | None = field(default=None, repr=False)
     record: Record = field(init=False)
 
     def __post_init__(self) -> None:
         self.record = Record(self.method.keep)
         # What the parts of the method say of themselves is asked once.
         self.keeps = self.method.keep.offers
-        self.turns = self.rope if self.method.unrotated else None
+        self.step_rope = self.rope if self.method.unrotated else None
         self.shares_layers = self.method.store.offers.shares_layers
-        self.number = self.crew.add(self)
+        self.number = self.stack.add(self)
 
     @property
     def sequences(self) -> int:

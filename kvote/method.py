@@ -18,13 +18,13 @@ from kvote.keep.keeper import Keeper
 from kvote.keep.policies import KeepAll
 from kvote.needs import Cuts, Keys, Needs
 from kvote.read.in_prompts import joined
-from kvote.read.tokens import Everything, Reader
-from kvote.store.raw import Raw
+from kvote.read.reader import Everything, Reader
 from kvote.store.segment import Store
+from kvote.store.uncompressed import Uncompressed
 
 Parameters = ParamSpec("Parameters")
 # The part of each room that leaves the decision to whatever a method is composed with.
-_NO_OPINION = {"keep": KeepAll, "store": Raw, "read": Everything}
+_NO_OPINION = {"keep": KeepAll, "store": Uncompressed, "read": Everything}
 _OWN = Path(__file__).parent / "methods"
 
 
@@ -38,7 +38,7 @@ class Method:
 
     spec: str = "custom"
     keep: Keeper = field(default_factory=KeepAll)
-    store: Store = field(default_factory=Raw)
+    store: Store = field(default_factory=Uncompressed)
     read: Reader = field(default_factory=Everything)
     calibrations: tuple[Calibration, ...] = ()
 

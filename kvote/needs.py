@@ -47,13 +47,13 @@ class Needs:
 
     Of what is held: ``keys``; ``lists``: single tokens can be read; ``indexes``: columns derived from keys, which are
     held beside them. ``equal_heads``, ``equal_layers``: all key heads of a layer, or all layers, hold the same tokens;
-    ``layers_alike``: layers do in groups of so many neighbours, counted from the first;
-    ``whole_layers``: the key heads of a layer are held together. ``uneven_heads``: key heads may hold different numbers
-    of tokens. ``lasting``: no token is dropped while generating. ``echo``: a prompt is read again once it has ended,
-    so many tokens at a time (``kvote.echo``), and stays as the model made it until then; 0: it is not.
+    ``layers_alike``: layers do in groups of so many neighbours, counted from the first; ``whole_layers``: the key heads
+    of a layer are held together. ``uneven_heads``: key heads may hold different numbers of tokens. ``lasting``: no
+    token is dropped while generating. ``repeat_chunk``: a prompt is read again once it has ended, so many tokens at a
+    time (``kvote.repeat``), and stays as the model made it until then; 0: it is not.
 
-    Of the model: ``rotation``: the part takes it out of keys itself. ``beside``: what of a pass it is shown besides
-    queries, keys and values (``kvote.beside``).
+    Of the model: ``rotation``: the part takes it out of keys itself. ``extra_inputs``: what of a pass it is shown
+    besides queries, keys and values (``kvote.extra_inputs``).
 
     ``prompts``: the part, a reader, must read prompts itself, of which it remembers something.
     """
@@ -66,9 +66,9 @@ class Needs:
     whole_layers: bool = False
     uneven_heads: bool = False
     lasting: bool = False
-    echo: int = 0
+    repeat_chunk: int = 0
     rotation: bool = False
-    beside: frozenset[str] = frozenset()
+    extra_inputs: frozenset[str] = frozenset()
     layers_alike: int = 1
     prompts: bool = False
 
@@ -88,9 +88,9 @@ class Needs:
             self.whole_layers or other.whole_layers,
             self.uneven_heads or other.uneven_heads,
             self.lasting or other.lasting,
-            max(self.echo, other.echo),
+            max(self.repeat_chunk, other.repeat_chunk),
             self.rotation or other.rotation,
-            self.beside | other.beside,
+            self.extra_inputs | other.extra_inputs,
             math.lcm(self.layers_alike, other.layers_alike),
             self.prompts or other.prompts,
         )

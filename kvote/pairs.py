@@ -55,9 +55,9 @@ def _ways(published: Published) -> Iterator[tuple[tuple[str, ...], Method]]:
     calibration, with an example of one."""
     signature = inspect.signature(published.build).parameters
     needed = [name for name, parameter in signature.items() if Calibration in get_args(parameter.annotation)]
-    turned = {name: not p.default for name, p in signature.items() if isinstance(p.default, bool)}
-    changes: list[dict[str, Any]] = [{}, *({name: value} for name, value in turned.items())]
-    changes += [{a: turned[a], b: turned[b]} for a, b in combinations(turned, 2)]
+    flipped = {name: not p.default for name, p in signature.items() if isinstance(p.default, bool)}
+    changes: list[dict[str, Any]] = [{}, *({name: value} for name, value in flipped.items())]
+    changes += [{a: flipped[a], b: flipped[b]} for a, b in combinations(flipped, 2)]
     for change in changes:
         method = _built(published, needed, change)
         if method is not None:

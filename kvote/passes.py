@@ -18,8 +18,9 @@ R = TypeVar("R")
 _handing_over = threading.Lock()
 
 
-class Mark(NamedTuple):
-    """The state of a layer before a pass; ``held`` is the segment's own mark, None where there was no segment yet."""
+class Checkpoint(NamedTuple):
+    """The state of a layer before a pass; ``held`` is the segment's own checkpoint, None where there was no segment
+    yet."""
 
     held: Any
     memory: Any
@@ -33,25 +34,25 @@ class Mark(NamedTuple):
 class Part(Protocol):
     """A part of a cache that a pass changes: a layer, or the heads of one that are kept apart."""
 
-    def mark(self) -> Mark:
-        """Makes the mark that ``restore`` needs. Cheap: a decode step makes one for every layer."""
+    def checkpoint(self) -> Checkpoint:
+        """Makes the checkpoint that ``restore`` needs. Cheap: a decode step makes one for every layer."""
         ...
 
-    def restore(self, mark: Mark) -> bool:
-        """Goes back to ``mark``; False if something was dropped or encoded since, so that it cannot."""
+    def restore(self, checkpoint: Checkpoint) -> bool:
+        """Goes back to ``checkpoint``; False if something was dropped or encoded since, so that it cannot."""
         ...
 
 
 @dataclass
 class Passes:
-    """Shared by the layers of a cache. ``torn``: a change was interrupted and could not be taken back, so what the
+    """Shared by the layers of a cache. ``corrupt``: a change was interrupted and could not be taken back, so what the
     layers hold is worth nothing any more. ``thread`` used the cache last. ``held``: bytes of all layers when they were
     last counted, ``peak`` the most they ever were. ``repeats``: slots, by sequence, of the tokens that the pass at work
     reads again."""
 
-    torn: bool = False
+    corrupt: bool = False
     # Whether the model has native layers whose states an interrupted pass leaves changed.
-    unmarked: bool = False
+    has_native_states: bool = False
     thread: int = 0
     # The batch of several caches that this one has joined, as a weak reference.
     joined: Any = None
@@ -97,7 +98,7 @@ class Passes:
 
     def check(self) -> None:
         """Raises InterruptedPassError if the layers hold nothing that can be relied on."""
-        if self.torn:
+        if self.corrupt:
             raise InterruptedPassError(
                 "This cache was interrupted while something changed that cannot be taken back (tokens were dropped, "
                 "encoded or moved, or native layers overwrote their states); "
@@ -106,7 +107,7 @@ class Passes:
 
     def whole(self, parts: Sequence[Part], run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls ``run`` and returns its result. Whatever interrupts it, all of ``parts`` are as they were before, or
-        ``torn`` is set.
+        ``corrupt`` is set.
 
         Raises InterruptedPassError as ``check``.
         """
@@ -118,15 +119,15 @@ class Passes:
     def _whole(self, parts: Sequence[Part], run: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         self.check()
         # Set first and taken back last, so that an interruption of what follows counts as well.
-        self.torn = True
-        marks = [part.mark() for part in parts]
+        self.corrupt = True
+        checkpoints = [part.checkpoint() for part in parts]
         try:
             result = run(*args, **kwargs)
         except BaseException:
-            restored = [part.restore(mark) for part, mark in zip(parts, marks, strict=True)]
-            self.torn = self.unmarked or not all(restored)
+            restored = [part.restore(checkpoint) for part, checkpoint in zip(parts, checkpoints, strict=True)]
+            self.corrupt = self.has_native_states or not all(restored)
             raise
-        self.torn = False
+        self.corrupt = False
         return result
 
     def claim(self, cache: object) -> None:
@@ -146,7 +147,7 @@ class Passes:
 
 def whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
     """Does what ``Passes.whole`` does for several caches: all are as they were before, or those that could not be taken
-    back are ``torn``."""
+    back are ``corrupt``."""
     # In one order for all threads.
     locks = {id(passes.lock): passes.lock for passes, _ in parts if passes.lock is not None}
     with ExitStack() as held:
@@ -158,18 +159,18 @@ def whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[
 def _whole_of_all(parts: Sequence[tuple[Passes, Sequence[Part]]], run: Callable[[], R]) -> R:
     for passes, _ in parts:
         passes.check()
-    marks = [[part.mark() for part in own] for _, own in parts]
+    checkpoints = [[part.checkpoint() for part in own] for _, own in parts]
     try:
         for passes, _ in parts:
-            passes.torn = True
+            passes.corrupt = True
         result = run()
     except BaseException:
-        for (passes, own), before in zip(parts, marks, strict=True):
-            restored = [part.restore(mark) for part, mark in zip(own, before, strict=True)]
-            passes.torn = passes.unmarked or not all(restored)
+        for (passes, own), before in zip(parts, checkpoints, strict=True):
+            restored = [part.restore(checkpoint) for part, checkpoint in zip(own, before, strict=True)]
+            passes.corrupt = passes.has_native_states or not all(restored)
         raise
     for passes, _ in parts:
-        passes.torn = False
+        passes.corrupt = False
     return result
 
 
@@ -188,7 +189,7 @@ def _is_inside(thread: int, cache: object) -> bool:
     return False
 
 
-def unheard(spec: str) -> InputError:
+def not_read_again(spec: str) -> InputError:
     """The refusal of a pass behind a prompt that should have been read again first."""
     return InputError(
         f"{spec} drops tokens of a prompt once that was read again, which it was not; call "

@@ -10,7 +10,7 @@ from kvote.store.low_rank import SharedLowRank
 from kvote.store.merged import MergedPairs
 from kvote.store.offloaded import Offloaded
 from kvote.store.pages import PAGE
-from kvote.store.raw_tokens import ROOM, token_bytes
+from kvote.store.uncompressed_tokens import ROOM, token_bytes
 
 # Bytes of a position.
 _POSITION = 4
@@ -45,11 +45,13 @@ def peak_bytes(method: Method, shape: Shape, tokens: int, *, tokens_per_pass: in
     """
     if isinstance(method.store, Offloaded) and not method.keep.offers.waits:
         here = min(tokens, method.store.recent + PAGE + tokens_per_pass)
-        return int(shape.layers * (_raw(method, shape, here) * 9 / 8 + _POSITION * tokens * shape.heads))
-    whole = _raw(method, shape, _held(method, tokens, tokens_per_pass) + ROOM)
+        return int(shape.layers * (_uncompressed_bytes(method, shape, here) * 9 / 8 + _POSITION * tokens * shape.heads))
+    whole = _uncompressed_bytes(method, shape, _held(method, tokens, tokens_per_pass) + ROOM)
     later = min(whole, _later(method, shape, tokens))
     # Layers that are encoded together.
-    together = min(shape.layers, method.store.group if isinstance(method.store, SharedLowRank | MergedPairs) else 1)
+    together = min(
+        shape.layers, method.store.layers_per_basis if isinstance(method.store, SharedLowRank | MergedPairs) else 1
+    )
     if tokens > tokens_per_pass and not (method.keep.offers.drops and not method.keep.offers.waits):
         # The first of them are held in both forms; a merged pair takes little more than one of its layers did.
         both = min(together * later, whole) if isinstance(method.store, MergedPairs) else together * later
@@ -78,11 +80,11 @@ def _later(method: Method, shape: Shape, tokens: int) -> float:
         others = tokens - kept if store.offers.retains else 0
     # An eighth of unused pages behind lanes; what was set aside beside encoded tokens is for those to come.
     spare = 2 * PAGE if method.keep.offers.drops else ROOM
-    important = _raw(method, shape, kept) if store.offers.retains else encoded * kept
-    return important * 9 / 8 + encoded * others + _raw(method, shape, spare)
+    important = _uncompressed_bytes(method, shape, kept) if store.offers.retains else encoded * kept
+    return important * 9 / 8 + encoded * others + _uncompressed_bytes(method, shape, spare)
 
 
-def _raw(method: Method, shape: Shape, tokens: int) -> float:
+def _uncompressed_bytes(method: Method, shape: Shape, tokens: int) -> float:
     """Bytes of ``tokens`` tokens of a layer as the model made them, with the indexes that a reader scores with."""
     each: float = token_bytes(shape.dim, shape.dim, shape.dtype)
     each += sum(index.token_bytes(shape.dim, shape.dtype) for index in method.read.needs.indexes)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.marked import Marked
 from kvote.prepacked import Prepacked
 
@@ -11,20 +11,20 @@ _DRAFTS = 32
 
 
 class Phase(NamedTuple):
-    """``solo``: how many of the last tokens end a prompt or a turn. ``decode``: a single generated token. ``ahead``:
-    tokens of the prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None
-    where all its tokens are generated ones."""
+    """``tail_queries``: how many of the last tokens end a prompt or a turn. ``decode``: a single generated token.
+    ``prompt_left``: tokens of the prompt still to come after this pass; negative where the pass goes on behind the
+    prompt's end; None where all its tokens are generated ones."""
 
-    solo: int
+    tail_queries: int
     decode: bool = False
-    ahead: int | None = 0
+    prompt_left: int | None = 0
 
 
-GENERATED = Phase(1, True, None)
+GENERATED_TOKEN = Phase(1, True, None)
 
 
 @dataclass
-class Turn:
+class AnnouncedPrompt:
     """The prompt that was announced: the column where it ends (0: none was), and whether a question follows it."""
 
     end: int = 0
@@ -32,7 +32,7 @@ class Turn:
     # Spans of the text that have names.
     marked: Marked = field(default_factory=Marked)
     # What the running pass brings beside queries, keys and values, where the method needs it.
-    beside: Beside | None = None
+    extra_inputs: ExtraInputs | None = None
     # How the running pass lays the prompts of a batch into rows, where it is not as they are.
     prepacked: Prepacked | None = None
 
@@ -47,9 +47,9 @@ class Turn:
             own = 0 if self.question_follows else tail
             return Phase(max(0, min(t, seen + t - self.end + own)), False, self.end - seen - t)
         if t == 1 and seen:
-            return GENERATED
+            return GENERATED_TOKEN
         if not drafts:
             return Phase(t if t == 1 else min(t, tail), t == 1)
         # Assisted decoding verifies drafts as the decode steps they stand for; its first pass has them behind a prompt.
-        solo = t if seen else min(t, tail + _DRAFTS)
-        return Phase(solo, t == 1, None if seen and t <= _DRAFTS else 0)
+        tail_queries = t if seen else min(t, tail + _DRAFTS)
+        return Phase(tail_queries, t == 1, None if seen and t <= _DRAFTS else 0)

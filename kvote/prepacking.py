@@ -35,11 +35,11 @@ def prefill(model: PreTrainedModel, cache: Cache, input_ids: Tensor, attention_m
         return
     cache.expect(input_ids.shape[1])
     feed = {"input_ids": packed.pack(input_ids[:, :-1]), "position_ids": packed.pack(packed.positions)}
-    cache.turn.prepacked = packed
+    cache.announced.prepacked = packed
     try:
         model(**feed, past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
-        cache.turn.prepacked = None
+        cache.announced.prepacked = None
 
 
 def _checked(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -61,7 +61,7 @@ def _checked(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | N
         )
     if "position_ids" not in inspect.signature(innermost(model).forward).parameters:
         raise UnsupportedModelError(f"{name_of(model)} takes no position_ids, so prompts cannot share a row.")
-    if cache.method.needs.beside:
-        what = " and ".join(sorted(cache.method.needs.beside))
+    if cache.method.needs.extra_inputs:
+        what = " and ".join(sorted(cache.method.needs.extra_inputs))
         raise InputError(f"{cache.method.spec} looks at the {what} of a batch as it is; call generate() with it.")
     return valid

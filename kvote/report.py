@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvote.affordable import budget_of
+from kvote.byte_budget import budget_of
 from kvote.heads import HeadGroups
 from kvote.hf.cache_layer import CacheLayer
 from kvote.layer import Layer

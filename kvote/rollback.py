@@ -5,39 +5,39 @@ from typing import cast
 from kvote.errors import CropError
 from kvote.inference import outside_inference
 from kvote.layer_state import LayerState
-from kvote.passes import Mark
-from kvote.read.tokens import AddsUp
-from kvote.settling import drop, finish, seal_all
+from kvote.passes import Checkpoint
+from kvote.read.reader import AddsUp
+from kvote.settling import compress_all, drop, finish
 
 
-def mark_of(layer: LayerState) -> Mark:
-    """Makes the mark that ``restore`` needs. Cheap."""
-    return Mark(
-        None if layer.segment is None else layer.segment.mark(),
-        None if layer.memory is None else layer.memory.mark(),
+def checkpoint_of(layer: LayerState) -> Checkpoint:
+    """Makes the checkpoint that ``restore`` needs. Cheap."""
+    return Checkpoint(
+        None if layer.segment is None else layer.segment.checkpoint(),
+        None if layer.memory is None else layer.memory.checkpoint(),
         list(layer.record.waiting),
         dict(vars(layer.activity)),
         layer.columns,
-        (layer.seen, layer.expected, layer.ahead, layer.prompted, layer.holes),
+        (layer.seen, layer.expected, layer.prompt_left, layer.prompted, layer.right_padded),
         layer.changes,
     )
 
 
-def restore(layer: LayerState, mark: Mark) -> bool:
-    """Forgets what a pass has added since ``mark``; False if it has dropped or encoded something."""
-    if layer.changes != mark.changes:
+def restore(layer: LayerState, checkpoint: Checkpoint) -> bool:
+    """Forgets what a pass has added since ``checkpoint``; False if it has dropped or encoded something."""
+    if layer.changes != checkpoint.changes:
         return False
-    if mark.held is None:
+    if checkpoint.held is None:
         layer.segment, layer.memory, layer.record.memory = None, None, None
     elif layer.segment is not None:
-        if not layer.segment.restore(mark.held):
+        if not layer.segment.restore(checkpoint.held):
             return False
         if layer.memory is not None:
-            layer.memory.restore(mark.memory)
-    layer.record.waiting = mark.waiting
-    vars(layer.activity).update(mark.activity)
-    layer.columns = mark.columns
-    layer.seen, layer.expected, layer.ahead, layer.prompted, layer.holes = mark.numbers
+            layer.memory.restore(checkpoint.memory)
+    layer.record.waiting = checkpoint.waiting
+    vars(layer.activity).update(checkpoint.activity)
+    layer.columns = checkpoint.columns
+    layer.seen, layer.expected, layer.prompt_left, layer.prompted, layer.right_padded = checkpoint.numbers
     layer.settled = min(layer.settled, layer.seen)
     return True
 
@@ -55,7 +55,7 @@ def check_crop(layer: LayerState, columns: int) -> None:
 
 
 @outside_inference
-def crop(layer: LayerState, columns: int, ahead: int | None) -> None:
+def crop(layer: LayerState, columns: int, prompt_left: int | None) -> None:
     """As ``Layer.crop``."""
     if layer.segment is None:
         return
@@ -65,15 +65,15 @@ def crop(layer: LayerState, columns: int, ahead: int | None) -> None:
         lengths = _lengths(layer, columns)
         keep = layer.method.keep
         # Votes for a prompt that is no more are forgotten; what was heard of one that was read again outlives a crop.
-        if not (layer.keeps.adds_up or keep.needs.echo) and ahead is None:
+        if not (layer.keeps.adds_up or keep.needs.repeat_chunk) and prompt_left is None:
             layer.record.memory = keep.new_memory()
         # Before the tokens go: what remains of a pass may be listed together with them.
         layer.record.settle(lengths)
         _shorten(layer, lengths, columns)
-        layer.ahead = ahead or 0
+        layer.prompt_left = prompt_left or 0
     layer.segment.trim()
     drop(layer)
-    seal_all(layer)
+    compress_all(layer)
 
 
 @outside_inference
@@ -85,7 +85,7 @@ def forget_shown(layer: LayerState, columns: int) -> None:
     _shorten(layer, _lengths(layer, columns), columns)
     layer.settled = layer.shown = layer.seen
     layer.segment.trim()
-    layer.ahead, layer.record_past = 0, False
+    layer.prompt_left, layer.record_past = 0, False
     finish(layer)
     layer.count()
 

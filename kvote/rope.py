@@ -29,13 +29,13 @@ class Rope:
 
     ``interleaved``: whether neighbours are a pair, or channels half of the rotated part apart. ``fresh``: makes the
     module as it was before it saw a position, where angles depend on more than their own position (LongRoPE and
-    dynamic NTK look at the largest). ``still``: there, the module with the frequencies of its last pass.
+    dynamic NTK look at the largest). ``last_module``: there, the module with the frequencies of its last pass.
     """
 
     module: RotaryModule
     interleaved: bool = False
     fresh: Callable[[], RotaryModule] | None = None
-    still: RotaryModule | None = None
+    last_module: RotaryModule | None = None
     _tables: dict[tuple[int, torch.device], Angles] = field(default_factory=dict, repr=False)
     _blocks: dict[tuple[int, torch.dtype, torch.device], Angles] = field(default_factory=dict, repr=False)
     # Angles of the last positions asked for: all layers of a forward pass ask for the same. ``_backwards`` undoes them.
@@ -44,7 +44,7 @@ class Rope:
 
     def anew(self) -> "Rope":
         """The same rotation with nothing remembered: what is kept between calls belongs to one cache and its thread."""
-        return Rope(self.module, self.interleaved, self.fresh, self.still)
+        return Rope(self.module, self.interleaved, self.fresh, self.last_module)
 
     @property
     def fixed(self) -> bool:
@@ -101,7 +101,7 @@ class Rope:
     def once(self, positions: Tensor) -> Angles:
         """``angles`` in float32, with the frequencies that the model last used, for positions that will not be asked
         for again. Nothing remembers them, and the model's module stays as it is."""
-        return self._angles(self.module if self.still is None else self.still, positions, torch.float32)
+        return self._angles(self.module if self.last_module is None else self.last_module, positions, torch.float32)
 
     @staticmethod
     def back(angles: Angles) -> Angles:

@@ -49,7 +49,7 @@ class Rows(TransformersCache):
             fact = facts.get(index)
             rotary = None if fact is None else fact.rotary
             if rotary is not None:
-                rotary.watch()
+                rotary.note_positions()
             previous = RowsLayer(index, self._members, previous, sliding=fact is None, rotary=rotary)
             layers.append(previous)
         super().__init__(layers=layers)

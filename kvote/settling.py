@@ -1,6 +1,6 @@
 """What becomes of a layer's tokens once a pass is answered: the keeper lets some go, the store encodes old ones."""
 
-from kvote.affordable import budget_of
+from kvote.byte_budget import budget_of
 from kvote.inference import outside_inference
 from kvote.keep.keeper import Held
 from kvote.layer_state import LayerState
@@ -11,7 +11,7 @@ def finish(layer: LayerState) -> None:
     """Drops and encodes what is due."""
     # What interrupts this may have been interrupted in the middle of it.
     layer.changes += 1
-    dropped, encoded = drop(layer), seal_all(layer)
+    dropped, encoded = drop(layer), compress_all(layer)
     if layer.method.read.offers.adds_up:
         layer.settled = layer.seen
     if not dropped and not encoded:
@@ -30,12 +30,12 @@ def drop(layer: LayerState) -> bool:
         layer.shown = layer.seen
     if shown and keeps.adds_up:
         layer.settled = layer.seen
-    if keeps.waits and layer.ahead:
+    if keeps.waits and layer.prompt_left:
         return shown
     prompted, layer.prompted = layer.prompted, False
     # Generated tokens change nothing in other layers.
     first = 0 if keeps.cascades and prompted else layer.number
-    asked = layer.crew.layers[first : layer.number + 1]
+    asked = layer.stack.layers[first : layer.number + 1]
     dropped = [drop_own(each, layer.number + 1, generated=not prompted) for each in asked]
     return shown or any(dropped)
 
@@ -48,8 +48,8 @@ def drop_own(layer: LayerState, observed: int, *, generated: bool) -> bool:
     if segment is None:
         return False
     before = layer.activity.dropped
-    memories = [each.record.memory for each in layer.crew.layers] if layer.keeps.cascades else ()
-    rope = layer.rope if layer.turns is None else None
+    memories = [each.record.memory for each in layer.stack.layers] if layer.keeps.cascades else ()
+    rope = layer.rope if layer.step_rope is None else None
     uneven = layer.method.keep.needs.uneven_heads
     for row in range(layer.sequences):
         length, budget = segment.length(row), budget_of(layer, row)
@@ -63,9 +63,9 @@ def drop_own(layer: LayerState, observed: int, *, generated: bool) -> bool:
             observed=observed,
             rope=rope,
             generated=generated,
-            layers=len(layer.crew),
+            layers=len(layer.stack),
             seen=layer.tokens_seen(row),
-            turns=layer.rope,
+            rotation=layer.rope,
             lanes=segment.lengths(row) if uneven and isinstance(segment, UnevenSegment) else (),
         )
         kept = layer.method.keep.survivors(held, memory)
@@ -82,25 +82,25 @@ def drop_own(layer: LayerState, observed: int, *, generated: bool) -> bool:
     return memory is not None or layer.activity.dropped > before
 
 
-def seal_all(layer: LayerState) -> bool:
-    """Seals, unless later layers may still take tokens from this one: then all are sealed after the last. Says whether
-    anything was encoded."""
+def compress_all(layer: LayerState) -> bool:
+    """Seals, unless later layers may still take tokens from this one: then all are compressed after the last. Says
+    whether anything was encoded."""
     if not layer.keeps.cascades:
-        return seal(layer)
-    if layer.number == len(layer.crew.layers) - 1:
-        return sum(seal(each) for each in layer.crew.layers) > 0
+        return compress(layer)
+    if layer.number == len(layer.stack.layers) - 1:
+        return sum(compress(each) for each in layer.stack.layers) > 0
     return False
 
 
 @outside_inference
-def seal(layer: LayerState) -> bool:
+def compress(layer: LayerState) -> bool:
     """Lets the store encode what is old enough. Says whether it did."""
     if layer.segment is None:
         return False
-    encoded = layer.segment.seal(layer.ahead)
+    encoded = layer.segment.compress(layer.prompt_left)
     if layer.shares_layers:
-        segments = [each.segment for each in layer.crew.layers]
-        encoded |= layer.method.store.after_layer(segments, layer.number, layer.ahead)
+        segments = [each.segment for each in layer.stack.layers]
+        encoded |= layer.method.store.after_layer(segments, layer.number, layer.prompt_left)
     if encoded:
         layer.encoded = layer.seen
     return encoded

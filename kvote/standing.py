@@ -40,7 +40,7 @@ def fewest(cache: Layered) -> int:
 
 def holds(cache: Layered, columns: int) -> bool:
     """Whether every layer holds ``columns`` columns, as after a pass that was not interrupted."""
-    whole = ended(cache) and not cache.passes.torn and all(part.seen == columns for part in cache.managed)
+    whole = ended(cache) and not cache.passes.corrupt and all(part.seen == columns for part in cache.managed)
     return whole and all(columns_of(cache.layers[index]) == columns for index in cache.counting)
 
 

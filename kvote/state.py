@@ -23,7 +23,7 @@ FILED = {
     "overall_mass": "everywhere",
     "prompt_left": "ahead",
     "recent_mass": "lately",
-    "residual_tokens": "raw",
+    "uncompressed": "raw",
     "right_padded": "holes",
     "scaling": "logits",
     "unrotated": "raw",

@@ -89,16 +89,18 @@ class Queries:
     """Query rows [b, heads, t, d]: rotated by the model, and at position 0 where a reader or a store needs that."""
 
     rotated: Tensor
-    raw: Tensor | None = None
+    unrotated: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "Queries":
         if start == 0 and stop == self.rotated.shape[2]:
             return self
-        raw = None if self.raw is None else self.raw[:, :, start:stop]
-        return Queries(self.rotated[:, :, start:stop], raw)
+        unrotated = None if self.unrotated is None else self.unrotated[:, :, start:stop]
+        return Queries(self.rotated[:, :, start:stop], unrotated)
 
     def of_sequences(self, at: slice | list[int]) -> "Queries":
-        return Queries(self.rotated[at], None if self.raw is None else self.raw[at])
+        return Queries(self.rotated[at], None if self.unrotated is None else self.unrotated[at])
 
     def of_heads(self, heads: slice) -> "Queries":
-        return Queries(self.rotated[:, heads].contiguous(), None if self.raw is None else self.raw[:, heads])
+        return Queries(
+            self.rotated[:, heads].contiguous(), None if self.unrotated is None else self.unrotated[:, heads]
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvote.hf.facts import find_rope
 from kvote.layer import Layer, Step
 from kvote.spec import parse
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 SMALL = {"top_k": 6, "sinks": 2, "window": 4, "chunk": 8, "tail": 0, "theta": 2.0}
 DIM = 16
@@ -47,24 +47,26 @@ class Fed:
         self.value, self.at = torch.randn(rows, kv_heads, n, DIM), 0
         self.places = torch.arange(n)
 
-    def turned(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def rotated(self, x: Tensor, start: int, stop: int) -> Tensor:
         cos, sin = self.rope.angles(self.places[None, start:stop], torch.float32)
         return self.rope.apply(x[:, :, start:stop], (cos[:, None], sin[:, None]))
 
-    def feed(self, count: int, solo: int = 0, ahead: int | None = 0) -> Tensor:
+    def feed(self, count: int, tail_queries: int = 0, prompt_left: int | None = 0) -> Tensor:
         a, b = self.at, self.at + count
         self.at = b
         places = self.places[None, a:b].expand(len(self.query), -1)
-        parts = (self.turned(self.query, a, b), self.turned(self.key, a, b), self.value[:, :, a:b], places)
-        solo, decode = 1 if count == 1 else solo, count == 1
-        ahead = None if decode else ahead
-        logits = Logits(DIM**-0.5)
-        return self.layer.attend(Step(*parts, valid=None, solo=solo, logits=logits, decode=decode, ahead=ahead))
+        parts = (self.rotated(self.query, a, b), self.rotated(self.key, a, b), self.value[:, :, a:b], places)
+        tail_queries, decode = 1 if count == 1 else tail_queries, count == 1
+        prompt_left = None if decode else prompt_left
+        logits = Scaling(DIM**-0.5)
+        return self.layer.attend(
+            Step(*parts, valid=None, tail_queries=tail_queries, scaling=logits, decode=decode, prompt_left=prompt_left)
+        )
 
     def dense(self, count: int) -> Tensor:
         """The last ``count`` rows of dense attention over all that was fed."""
         groups = self.query.shape[1] // self.key.shape[1]
-        query, key = self.turned(self.query, 0, self.at), self.turned(self.key, 0, self.at)
+        query, key = self.rotated(self.query, 0, self.at), self.rotated(self.key, 0, self.at)
         key, value = (x.repeat_interleave(groups, 1) for x in (key, self.value[:, :, : self.at]))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return out.transpose(1, 2)[:, -count:]

@@ -610,5 +610,5 @@ def test_layers_that_share_a_budget_pack_a_token_once(net):
         once = parse("kivi(residual=32)").store.new_segment(2, exact, 16, None)
         once.add_sequences(1)
         once.append([0], exact, exact, kept[None])
-        once.seal(0)
+        once.compress(0)
         torch.testing.assert_close(layer.segment.decode([0], 0, n)[0], once.decode([0], 0, n)[0])

@@ -179,7 +179,7 @@ def test_an_interrupted_question_leaves_the_document_as_it_was(spec, calls):
 
 def test_what_cannot_be_rolled_back_is_read_again(document, monkeypatch):
     expected = document.ask("w1 w2 w3", max_new_tokens=6).token_ids
-    document.cache.passes.torn = True
+    document.cache.passes.corrupt = True
     assert document.ask("w1 w2 w3", max_new_tokens=6).token_ids == expected
     document.cache.reset()
     assert document.ask("w1 w2 w3", max_new_tokens=6).token_ids == expected

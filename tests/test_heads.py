@@ -7,17 +7,17 @@ import torch
 
 import kvote
 from kvote.errors import UnsupportedModelError
-from kvote.heads import in_groups
+from kvote.heads import in_head_groups
 from kvote.keep.evict import sinks_and_recent
-from kvote.keep.keeper import Share
+from kvote.keep.keeper import HeadAssignment
 from kvote.keep.policies import KeepAll
 from kvote.layer import Step
 from kvote.method import Method
 from kvote.needs import KeeperOffers
-from kvote.read.tokens import Everything
+from kvote.read.reader import Everything
 from kvote.spec import parse
-from kvote.store.raw import Raw
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import Uncompressed
 from tests import tiny
 
 DIM = 16
@@ -32,7 +32,7 @@ class ByHead(KeepAll):
 
     def split(self, layer, heads):
         others = tuple(head for head in range(heads) if head not in self.whole)
-        return [Share(self.whole, KeepAll()), Share(others, sinks_and_recent(2, 6))]
+        return [HeadAssignment(self.whole, KeepAll()), HeadAssignment(others, sinks_and_recent(2, 6))]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def split(*whole: int) -> Method:
 
 def step(position: int, kv_heads: int = 2) -> Step:
     key, value = torch.randn(1, kv_heads, 1, DIM), torch.randn(1, kv_heads, 1, DIM)
-    return Step(torch.randn(1, 4, 1, DIM), key, value, torch.tensor([[position]]), None, 1, Logits(0.3), decode=True)
+    return Step(torch.randn(1, 4, 1, DIM), key, value, torch.tensor([[position]]), None, 1, Scaling(0.3), decode=True)
 
 
 @pytest.mark.parametrize("whole", [(0, 1), (1, 0)])
@@ -115,14 +115,14 @@ class Apart(KeepAll):
 
     def split(self, layer, heads):
         few, others = sinks_and_recent(2, 6), tuple(range(1, heads))
-        return [Share((0,), few, apart=True, sharers=7.5), Share(others, KeepAll())]
+        return [HeadAssignment((0,), few, dense=True, budget_shares=7.5), HeadAssignment(others, KeepAll())]
 
 
 def test_a_share_apart_holds_and_reads_as_the_model_made_it():
     reader = parse("tokenselect(top_k=5, sinks=2, window=6, sketch='int8')").read
     joined = Method("apart", keep=Apart(), read=reader)
-    few, others = (group.layer for group in in_groups(0, joined, None, 3, 4).groups)
-    assert (few.method.store, few.method.read, few.layers) == (Raw(), Everything(), 7.5)
+    few, others = (group.layer for group in in_head_groups(0, joined, None, 3, 4).head_groups)
+    assert (few.method.store, few.method.read, few.layers) == (Uncompressed(), Everything(), 7.5)
     assert (others.method.read, others.layers) == (reader, 3)
     assert not few.method.unrotated
     assert others.method.unrotated

@@ -58,7 +58,7 @@ LEFT = {
     "kvote.cache": {"kvote.saving.caches"},
     "kvote.document": {"kvote.saving.documents"},
     "kvote.store.family": {"kvote.store.pages"},
-    "kvote.store.raw": {"kvote.store.uneven"},
+    "kvote.store.uncompressed": {"kvote.store.uneven"},
 }
 
 

@@ -60,7 +60,7 @@ LAYERS = 3
 PROMPT = 66
 # What each kind of pass feeds behind what was fed before: columns before, columns of the pass.
 PASSES = {"prompt": (0, PROMPT), "middle": (20, 25), "chunk": (40, PROMPT - 40), "decode": (PROMPT, 1)}
-STAGES = ("append", "watch", "read", "attend", "step", "keep", "drop", "seal")
+STAGES = ("append", "observe_queries", "read", "attend", "step", "keep", "drop", "compress")
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS)
@@ -120,7 +120,7 @@ def fails(stage: str, index: int, *, after: bool, error: type[BaseException]) ->
     def begun(layer: Layer, step: Any) -> Any:
         segment = start(layer, step)
         if layer.index == index and not came:
-            if stage in ("append", "watch", "attend", "step", "keep", "seal") and hasattr(segment, stage):
+            if stage in ("append", "observe_queries", "attend", "step", "keep", "compress") and hasattr(segment, stage):
                 patch.setattr(segment, stage, stopped(getattr(segment, stage)), raising=False)
             elif stage == "drop":
                 own = settling.drop_own
@@ -193,8 +193,8 @@ def test_whatever_is_interrupted_the_next_answer_is_right_or_refused(method, kin
                     came.add(stage)
                     goes_on(cache, kind, expected)
     # A generated token is stored and read in one step where that is all that happens to it.
-    one_step = kind == "decode" and calm.managed[0].steps
-    assert ({"step"} if one_step else {"append", "watch", "read", "attend"}) <= came
+    one_step = kind == "decode" and calm.managed[0].one_call_step
+    assert ({"step"} if one_step else {"append", "observe_queries", "read", "attend"}) <= came
 
 
 @pytest.mark.parametrize("spec", ["dense", METHODS["tokenselect"], "h2o(budget=20)", "kivi(residual=32)"])
@@ -223,7 +223,7 @@ def test_an_interruption_may_come_anywhere(spec):
         if calls < at:
             break
         held = {part.seen for part in cache.managed}
-        if not cache.passes.torn and held == {PROMPT + 1}:
+        if not cache.passes.corrupt and held == {PROMPT + 1}:
             # All of the pass was over.
             torch.testing.assert_close(rest(cache), expected[1], atol=1e-4, rtol=1e-4)
         else:

@@ -11,12 +11,12 @@ from talking import Words
 from torch import Tensor
 
 import kvote
-from kvote.beside import MARKS
+from kvote.extra_inputs import MARKS
 from kvote.keep.keeper import Kept
-from kvote.keep.policies import Plain
+from kvote.keep.policies import KeeperDefaults
 from kvote.method import Method
 from kvote.needs import KeeperOffers, Needs
-from kvote.read.tokens import PlainReader, everything
+from kvote.read.reader import ReaderDefaults, everything
 
 
 class Marks:
@@ -38,17 +38,17 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class WithoutImages(Plain):
+class WithoutImages(KeeperDefaults):
     """Lets go of the tokens of images."""
 
     budget = None
-    needs = Needs(beside=frozenset({MARKS}))
+    needs = Needs(extra_inputs=frozenset({MARKS}))
     offers = KeeperOffers(equal_layers=True, adds_up=True)
 
     def new_memory(self) -> Marks:
         return Marks()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Any, memory: Marks) -> None:
@@ -61,11 +61,11 @@ class WithoutImages(Plain):
 
 
 @dataclass(frozen=True)
-class NotesMarks(PlainReader):
+class NotesMarks(ReaderDefaults):
     """Reads everything, and writes down which tokens of the first layer were marked, by name."""
 
     shown: Any
-    needs = Needs(beside=frozenset({MARKS}))
+    needs = Needs(extra_inputs=frozenset({MARKS}))
 
     def __deepcopy__(self, memo: Any) -> "NotesMarks":
         return self
@@ -193,4 +193,4 @@ def test_what_is_no_span_is_refused():
     with pytest.raises(kvote.InputError, match="The first 5 columns have been read already"):
         cache.mark_span("image", 4, 7)
     with pytest.raises(kvote.MethodError, match="asks for more of a pass than its token ids"):
-        Method("odd", read=type("Odd", (NotesMarks,), {"needs": Needs(beside=frozenset({"images"}))})([]))
+        Method("odd", read=type("Odd", (NotesMarks,), {"needs": Needs(extra_inputs=frozenset({"images"}))})([]))

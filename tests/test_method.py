@@ -11,7 +11,7 @@ from kvote.keep.evict import sinks_and_recent
 from kvote.keep.policies import KeepAll
 from kvote.method import METHODS, Method
 from kvote.read.head_votes import HeadVotes
-from kvote.read.tokens import Everything
+from kvote.read.reader import Everything
 from kvote.spec import parse
 
 

@@ -3,14 +3,14 @@
 import pytest
 
 from kvote.errors import MethodError
-from kvote.keep.policies import Blind, KeepAll
+from kvote.keep.policies import AttentionFreeKeeper, KeepAll
 from kvote.method import Method
 from kvote.needs import ANYWHERE, NOTHING, WHOLE, Cuts, Keys, Needs
+from kvote.read.reader import Everything
 from kvote.read.recent import SinksAndRecent
-from kvote.read.tokens import Everything
 from kvote.spec import parse
 from kvote.store.quantised import Quantised
-from kvote.store.raw import Raw
+from kvote.store.uncompressed import Uncompressed
 
 
 def test_keys_that_serve_two_parts_are_those_of_the_one_that_minds():
@@ -49,10 +49,10 @@ def test_a_method_needs_what_its_parts_need():
     assert joined.equal_heads
     assert [index.name for index in joined.indexes] == ["sketch"]
     assert parse("dense").needs == Needs()
-    assert parse("kvzip(chunk=77)").needs.echo == 77
+    assert parse("kvzip(chunk=77)").needs.repeat_chunk == 77
 
 
-class Keeps(Blind):
+class Keeps(AttentionFreeKeeper):
     """A keeper of another package, which says only what is special about it."""
 
     budget = None
@@ -70,21 +70,26 @@ class Stores(Quantised):
     needs = NOTHING
 
 
-class Lasting(Raw):
+class Lasting(Uncompressed):
     needs = Needs(lasting=True)
 
 
-class Asking(Raw):
-    needs = Needs(beside=frozenset({"token ids"}))
+class Asking(Uncompressed):
+    needs = Needs(extra_inputs=frozenset({"token ids"}))
 
 
 @pytest.mark.parametrize(
     ("keep", "store", "read", "reason"),
     [
-        (Keeps(keys=Keys.ROTATED), Raw(), SinksAndRecent(2, 6), "what is kept of dropped tokens needs keys as the"),
+        (
+            Keeps(keys=Keys.ROTATED),
+            Uncompressed(),
+            SinksAndRecent(2, 6),
+            "what is kept of dropped tokens needs keys as the",
+        ),
         (Keeps(uneven_heads=True), Stores(4, 32, 64), Everything(), "what is stored needs equally many"),
-        (Keeps(uneven_heads=True), Raw(), SinksAndRecent(2, 6), "the reader names one place in all of them"),
-        (Keeps(echo=9), Stores(4, 32, 64), Everything(), "a prompt is read again"),
+        (Keeps(uneven_heads=True), Uncompressed(), SinksAndRecent(2, 6), "the reader names one place in all of them"),
+        (Keeps(repeat_chunk=9), Stores(4, 32, 64), Everything(), "a prompt is read again"),
         (Keeps(), Lasting(), Everything(), "dropped while generating"),
         (KeepAll(), Asking(), Everything(), "a store is shown queries, keys and values"),
     ],

@@ -123,6 +123,6 @@ def test_an_interrupted_pass_leaves_nothing_of_the_packing(net):
     with pytest.raises(ZeroDivisionError):
         kvote.prefill(net, cache, tokens, mask)
     hook.remove()
-    assert cache.turn.prepacked is None
+    assert cache.announced.prepacked is None
     kvote.prefill(net, cache, tokens, mask)
     assert cache.get_seq_length() == 8

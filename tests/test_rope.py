@@ -52,11 +52,11 @@ def test_a_models_rotation_is_undone(family, dtype):
     net = tiny.model(family)
     rope, x = find_rope(net, 1), torch.randn(1, 2, 50, 16)
     positions = torch.arange(950, 1000)[None]
-    turned = model_rotation(net, x.to(dtype), positions)
-    back = rope.undo(turned, rope.angles(positions, dtype))
+    rotated = model_rotation(net, x.to(dtype), positions)
+    back = rope.undo(rotated, rope.angles(positions, dtype))
     rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(back.float(), x, atol=rounding, rtol=rounding)
-    assert (turned.float() - x).norm() > 1
+    assert (rotated.float() - x).norm() > 1
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -73,8 +73,8 @@ def test_every_kind_of_scaling_is_undone_and_redone(kind):
     rope, x = find_rope(net, 0), torch.randn(1, 2, 50, 16)
     for start in (0, 300):
         positions = torch.arange(start, start + 50)[None]
-        turned = model_rotation(net, x, positions, 0)
-        torch.testing.assert_close(rope.undo(turned, rope.angles(positions, x.dtype)), x, atol=1e-4, rtol=1e-4)
+        rotated = model_rotation(net, x, positions, 0)
+        torch.testing.assert_close(rope.undo(rotated, rope.angles(positions, x.dtype)), x, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,9 +98,9 @@ def test_a_sliding_window_does_not_depend_on_passes_under_any_scaling(kind):
 def test_half_a_rotation_leaves_the_other_channels():
     net = tiny.model("phi3-partial")
     rope, x = find_rope(net, 0), torch.randn(1, 2, 5, 16)
-    turned = rope.apply(x, rope.contiguous(5, x.device))
-    assert torch.equal(turned[..., 8:], x[..., 8:])
-    assert not torch.allclose(turned[..., 1:, :8], x[..., 1:, :8])
+    rotated = rope.apply(x, rope.contiguous(5, x.device))
+    assert torch.equal(rotated[..., 8:], x[..., 8:])
+    assert not torch.allclose(rotated[..., 1:, :8], x[..., 1:, :8])
 
 
 def test_a_shorter_table_after_a_longer_one_is_the_short_one():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvote
 from kvote.kernels import backend, cpu
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 pytestmark = pytest.mark.skipif(backend() != "cpu", reason="the compiled kernels do not run here")
 
@@ -42,10 +42,10 @@ def model(dtype: torch.dtype) -> Any:
 
 
 def generated(net: Any, spec: str, steps: list[int], *, inference: bool = False) -> tuple[Tensor, kvote.Cache]:
-    """Logits of 12 generated tokens behind a prompt of 60. ``steps`` counts those answered in one call."""
-    cache, step = kvote.Cache(net, spec), RawSegment.step
+    """Logits of 12 generated tokens behind a prompt of 60. ``one_call_step`` counts those answered in one call."""
+    cache, step = kvote.Cache(net, spec), UncompressedSegment.step
 
-    def counted(self: RawSegment, *args: Any) -> Any:
+    def counted(self: UncompressedSegment, *args: Any) -> Any:
         answer = step(self, *args)
         assert answer is not None
         steps.append(1)
@@ -54,9 +54,9 @@ def generated(net: Any, spec: str, steps: list[int], *, inference: bool = False)
     prompt, tokens = tiny.ids(1, 60) % 64, tiny.ids(1, 12, seed=3) % 64
     with torch.inference_mode() if inference else torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         net(input_ids=prompt, past_key_values=cache)
-        patch.setattr(RawSegment, "step", counted)
+        patch.setattr(UncompressedSegment, "step", counted)
         for layer in cache.managed:
-            layer.steps = layer.steps and steps[:1] != [-1]
+            layer.one_call_step = layer.one_call_step and steps[:1] != [-1]
         out = [net(input_ids=token.view(1, 1), past_key_values=cache).logits[0, 0] for token in tokens[0]]
     return torch.stack(out), cache
 

@@ -23,7 +23,7 @@ class Watching(KeepAll):
     def budget(self) -> Budget:
         return Budget(10**6)
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Observation, memory: Any) -> None:

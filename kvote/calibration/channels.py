@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvote.calibration.file import Calibration, is_layer, shown
 from kvote.errors import InputError
-from kvote.read.tokens import PlainReader, Reading, Span, everything
+from kvote.read.reader import ReaderDefaults, Reading, everything
+from kvote.tokens import Span
 
 KIND = "channels"
 
@@ -40,7 +41,7 @@ def order_of(calibration: Calibration) -> dict[int, Order]:
 
 
 @dataclass(frozen=True)
-class ChannelProducts(PlainReader):
+class ChannelProducts(ReaderDefaults):
     """Reads everything, and adds up |q_i * k_i| of each token's own query and key, rotated, over its query heads.
 
     ``sums``: by layer, float64 [kv_heads, head_dim].

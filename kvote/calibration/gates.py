@@ -19,12 +19,13 @@ from kvote.calibration.file import Calibration
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.calibration.heads import DUO, as_data
 from kvote.errors import InputError, UnsupportedModelError
-from kvote.hf.cache_layer import CacheLayer, Turn
+from kvote.hf.cache_layer import CacheLayer
 from kvote.hf.facts import facts_of
 from kvote.hf.model import native_layers
 from kvote.hf.switch import attach, is_attached, switch_back
 from kvote.layer import Step
 from kvote.method import Method
+from kvote.phase import AnnouncedPrompt
 
 # As published: steps, learning rate, and the weight of the gates beside the distance of the hidden states.
 STEPS, RATE, PENALTY = 2000, 0.02, 0.05
@@ -148,22 +149,22 @@ def streaming_mask(tokens: int, sinks: int, window: int, device: torch.device) -
 
 def _hidden(model: Any, ids: Tensor, gates: list[Gate], layers: list[int]) -> Tensor:
     """Hidden states [1, n, channels] behind the final norm, with the gates in the places of the layers."""
-    turn, previous = Turn(), None
+    announced, previous = AnnouncedPrompt(), None
     caches = native_layers(model)
     for index, gate in zip(layers, gates, strict=True):
         stand_in: Any = gate
-        caches[index] = previous = CacheLayer(stand_in, turn, previous)
+        caches[index] = previous = CacheLayer(stand_in, announced, previous)
     return model.get_decoder()(input_ids=ids, past_key_values=TransformersCache(layers=caches)).last_hidden_state
 
 
 def _attend(step: Step, mask: Tensor | None) -> Tensor:
     """Attention [b, t, heads, dv] to what ``mask`` [t, t] shows, or to everything before."""
-    if step.logits.softcap is not None or step.sink_logits is not None:
+    if step.scaling.softcap is not None or step.sink_logits is not None:
         raise UnsupportedModelError("Gates cannot be trained for models with a soft cap or learned sink logits.")
     each = step.query.shape[1] // step.key.shape[1]
     key, value = (x.repeat_interleave(each, dim=1) for x in (step.key, step.value))
     out = scaled_dot_product_attention(
-        step.query, key, value, attn_mask=mask, is_causal=mask is None, scale=step.logits.scale
+        step.query, key, value, attn_mask=mask, is_causal=mask is None, scale=step.scaling.scale
     )
     return out.transpose(1, 2)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from kvote.calibration.file import Calibration, is_layer, shown
 from kvote.errors import InputError
 from kvote.read.patterns import SIZES, Estimate, Pattern
-from kvote.read.tokens import PlainReader, Reading, Span, everything
+from kvote.read.reader import ReaderDefaults, Reading, everything
+from kvote.tokens import Span
 
 KIND = "patterns"
 # As published: the patterns tried, the columns and diagonals that are always read, the last queries that judge, the
@@ -69,7 +70,7 @@ def candidates(tokens: int) -> list[Pattern]:
 
 
 @dataclass(frozen=True)
-class PatternSearch(PlainReader):
+class PatternSearch(ReaderDefaults):
     """Reads everything, and finds how far the heads of each layer would be from that with each of the ``tried``.
 
     ``apart``: by layer, int64 [patterns, heads], in how many numbers the answers differ.

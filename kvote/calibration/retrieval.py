@@ -17,7 +17,7 @@ from kvote.errors import InputError
 from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
-from kvote.keep.policies import Plain
+from kvote.keep.policies import KeeperDefaults
 from kvote.method import Method
 from kvote.needs import KeeperOffers
 
@@ -89,7 +89,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Retrieval(Plain):
+class Retrieval(KeeperDefaults):
     """Keeps everything, and scores the heads of each layer on a text read in one pass: one token, and then ``period``
     tokens again and again."""
 
@@ -107,13 +107,13 @@ class Retrieval(Plain):
     def new_memory(self) -> Found:
         return Found()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Observation, memory: Found) -> None:
         query, lse, (key, _) = seen.queries.rotated, seen.lse, seen.segment.decode([0], 0, seen.count)
         memory.echo, memory.induction = scores(
-            query[0], key[0], lse[0], self.period, seen.logits.scale, seen.logits.softcap
+            query[0], key[0], lse[0], self.period, seen.scaling.scale, seen.scaling.softcap
         )
 
     def survivors(self, held: Held, memory: Found) -> None:
@@ -131,9 +131,9 @@ def scores(
     is added up and averaged over the tokens. A key head scores as its best query head.
     """
     heads, t, _ = query.shape
-    groups, n = heads // key.shape[0], t - 1
+    queries_per_kv, n = heads // key.shape[0], t - 1
     echo, induction = torch.zeros(heads), torch.zeros(heads)
-    keys = key.float().repeat_interleave(groups, dim=0)
+    keys = key.float().repeat_interleave(queries_per_kv, dim=0)
     rows = max(1, _WEIGHTS_HELD // (heads * t))
     for start in range(period, n, rows):
         at = torch.arange(start, min(start + rows, n), device=query.device)
@@ -148,4 +148,4 @@ def scores(
             # A copy lies a period of at least two back, so that what follows it is not the query itself.
             induction += weights[:, row, copy + 1].sum(dim=1).cpu()
     count = n - period
-    return echo.reshape(-1, groups).amax(1) / count, induction.reshape(-1, groups).amax(1) / count
+    return echo.reshape(-1, queries_per_kv).amax(1) / count, induction.reshape(-1, queries_per_kv).amax(1) / count

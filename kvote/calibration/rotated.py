@@ -13,8 +13,9 @@ from torch import Tensor
 from kvote.calibration.file import Calibration, command, is_layer, shown
 from kvote.errors import InputError, MethodError
 from kvote.needs import Keys, Needs
-from kvote.read.tokens import PlainReader, Reading, Span, everything
+from kvote.read.reader import ReaderDefaults, Reading, everything
 from kvote.store.transform import Rotation
+from kvote.tokens import Span
 
 KIND = "rotated"
 # Key heads that are rotated together, as published.
@@ -44,7 +45,7 @@ def orders_of(calibration: Calibration, heads: int) -> tuple[tuple[int, tuple[in
 
 
 @dataclass(frozen=True)
-class RotatedSums(PlainReader):
+class RotatedSums(ReaderDefaults):
     """Reads everything, and adds up keys without positions, ``heads`` key heads rotated together.
 
     ``sums``: by layer, float64 [kv_heads, head_dim].

@@ -17,7 +17,7 @@ from kvote.calibration.needles import Needle
 from kvote.calibration.spans import SEMANTIC, best_heads
 from kvote.errors import InputError
 from kvote.keep.observation import Observation
-from kvote.keep.policies import Plain
+from kvote.keep.policies import KeeperDefaults
 from kvote.method import Method
 from kvote.needs import KeeperOffers
 
@@ -93,7 +93,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Spans(Plain):
+class Spans(KeeperDefaults):
     """Keeps everything, and measures how much of what says the answer each query head looks at while the answer
     copies a token from it."""
 
@@ -105,7 +105,7 @@ class Spans(Plain):
     def new_memory(self) -> Measured:
         return Measured()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Observation, memory: Measured) -> None:

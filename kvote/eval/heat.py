@@ -18,9 +18,10 @@ from kvote.files import named, write_whole
 from kvote.method import Method
 from kvote.needs import Needs
 from kvote.read.head_votes import HeadVotes
-from kvote.read.tokens import Reading as Step
-from kvote.read.tokens import Span, everything
+from kvote.read.reader import Reading as Step
+from kvote.read.reader import everything
 from kvote.spec import parse
+from kvote.tokens import Span
 
 VOTES = "votes.json"
 # Texts that are looked at, the first of as many tasks, and tokens that are too many to look at.

@@ -15,9 +15,9 @@ from kvote.errors import InputError, UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer, owner_of
 from kvote.hf.compiling import uncompiled
 from kvote.hf.mask import Padding, padding_of
-from kvote.hf.rows_layer import Given, RowsLayer
-from kvote.hf.watch import note_attention
-from kvote.store.segment import Logits
+from kvote.hf.recording import note_attention
+from kvote.hf.rows_layer import AttentionInputs, RowsLayer
+from kvote.store.segment import Scaling
 
 _REFUSED = ("position_bias", "sliding_window", "cache")
 # What transformers collects for its caller in this pass, where this release says so.
@@ -59,19 +59,20 @@ def attention(
     if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     positions = _positions(module, owner, kwargs.get("position_ids"))
-    scaling = kwargs.get("scaling")
-    logits, sinks = _logits(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap")), "s_aux"
+    scale = kwargs.get("scaling")
+    scale, sinks = query.shape[-1] ** -0.5 if scale is None else scale, "s_aux"
+    scaling = _scaling(scale, kwargs.get("softcap"))
     if isinstance(owner, RowsLayer):
-        given = Given(query, key, value, positions, padding, logits, kwargs.get(sinks))
+        given = AttentionInputs(query, key, value, positions, padding, scaling, kwargs.get(sinks))
         out = owner.attend(given, partial(_native, native, module, kwargs))
     else:
         valid = None if padding is None or padding.valid is None else padding.valid.to(query.device)
         past = None if padding is None or padding.past is None else padding.past.to(query.device)
-        prepacked = owner.turn.prepacked
+        prepacked = owner.announced.prepacked
         if prepacked is not None:
             query, key, value = map(prepacked.unpack, (query, key, value))
             positions, valid, past = prepacked.positions, prepacked.valid, None
-        out = owner.layer.attend(owner.step(query, key, value, positions, logits, kwargs.get(sinks), valid, past))
+        out = owner.layer.attend(owner.step(query, key, value, positions, scaling, kwargs.get(sinks), valid, past))
         if prepacked is not None:
             out = prepacked.pack(out)
     # Model files go on with .view(), which needs what transformers' own functions return: contiguous answers.
@@ -91,7 +92,7 @@ def _native(
 
 
 # The same in every step.
-_logits = functools.lru_cache(maxsize=64)(Logits)
+_scaling = functools.lru_cache(maxsize=64)(Scaling)
 
 
 class _NoGradient(torch.autograd.Function):

@@ -10,21 +10,21 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from kvote.errors import CropError, InactiveCacheError, InputError
 from kvote.heads import HeadGroups
-from kvote.hf.beside import taken
 from kvote.hf.compiling import uncompiled
+from kvote.hf.input_hooks import noted_inputs
 from kvote.hf.rotary import RotaryPositions
 from kvote.layer import Layer, Step
-from kvote.phase import Turn as Turn
-from kvote.store.segment import Logits
+from kvote.phase import AnnouncedPrompt as AnnouncedPrompt
+from kvote.store.segment import Scaling
 
 _LAYER = "_kvote_layer"
 
 
-class HandsOn:
+class LayerHandoff:
     """Hands the new tokens of a pass on to attention with itself attached, and notices where kvote's attention never
     comes for them."""
 
-    def __init__(self, previous: "HandsOn | None") -> None:
+    def __init__(self, previous: "LayerHandoff | None") -> None:
         self.previous = previous
         self.pending = False
         # Whether another layer of kvote's comes after this one in every pass.
@@ -53,7 +53,7 @@ class HandsOn:
         return key, value_states
 
 
-class CacheLayer(HandsOn, CacheLayerMixin):
+class CacheLayer(LayerHandoff, CacheLayerMixin):
     """A layer as ``generate()`` sees it. Lengths are in columns of the batch, padding included."""
 
     is_sliding = False
@@ -63,7 +63,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
     def __init__(
         self,
         layer: Layer | HeadGroups,
-        turn: Turn,
+        announced: AnnouncedPrompt,
         previous: "CacheLayer | None",
         rotated: bool = True,
         rotary: RotaryPositions | None = None,
@@ -71,12 +71,12 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         """``rotated``: whether the model rotates keys here. ``rotary``: where attention is not told positions as they
         are, what tells them instead."""
         CacheLayerMixin.__init__(self)
-        HandsOn.__init__(self, previous)
-        self.layer, self.turn = layer, turn
+        LayerHandoff.__init__(self, previous)
+        self.layer, self.announced = layer, announced
         self.rotary = rotary
         # Whether the method has to know at which positions keys were rotated.
         self.needs_positions = rotated and layer.method.needs_rope
-        self.beside = layer.method.needs.beside
+        self.extra_inputs = layer.method.needs.extra_inputs
 
     def step(
         self,
@@ -84,7 +84,7 @@ class CacheLayer(HandsOn, CacheLayerMixin):
         key: Tensor,
         value: Tensor,
         positions: Tensor | None,
-        logits: Logits,
+        scaling: Scaling,
         sinks: Tensor | None,
         valid: Tensor | None = None,
         past: Tensor | None = None,
@@ -99,13 +99,26 @@ class CacheLayer(HandsOn, CacheLayerMixin):
             positions = torch.arange(seen, seen + t, device=query.device)[None]
         if len(positions) != len(query):
             positions = positions.expand(len(query), -1)
-        phase = self.turn.phase(seen, t, layer.method.read.tail, drafts=layer.record_past)
-        beside = None
-        if self.beside:
+        phase = self.announced.phase(seen, t, layer.method.read.tail, drafts=layer.record_past)
+        extra_inputs = None
+        if self.extra_inputs:
             new = range(seen, seen + t)
-            beside = taken(self.turn, self.beside, layer.method.spec, len(query), new, columns, query.device)
+            extra_inputs = noted_inputs(
+                self.announced, self.extra_inputs, layer.method.spec, len(query), new, columns, query.device
+            )
         return Step(
-            query, key, value, positions, valid, phase.solo, logits, sinks, past, phase.decode, phase.ahead, beside
+            query,
+            key,
+            value,
+            positions,
+            valid,
+            phase.tail_queries,
+            scaling,
+            sinks,
+            past,
+            phase.decode,
+            phase.prompt_left,
+            extra_inputs,
         )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -152,14 +165,14 @@ class CacheLayer(HandsOn, CacheLayerMixin):
             raise InputError("crop takes a negative number: how many tokens to remove from the end.")
         if tokens_to_remove:
             # What follows is another prompt than the one announced.
-            self.turn.end = 0
+            self.announced.end = 0
         self.pending = False
         self.layer.crop(-tokens_to_remove)
 
     def take_back(self, columns: int) -> None:
         """Removes the last ``columns``, which an interrupted pass brought: the prompt announced is still to come."""
         self.pending = False
-        self.layer.crop(columns, max(0, self.turn.end - self.layer.seen + columns))
+        self.layer.crop(columns, max(0, self.announced.end - self.layer.seen + columns))
 
     def reset(self) -> None:
         self.layer.reset()
@@ -224,5 +237,5 @@ def recording(cache: Any) -> Iterator[None]:
 
 
 def owner_of(key: Tensor) -> Any:
-    """The layer (``HandsOn``) that handed ``key`` to the model; None for another cache's keys."""
+    """The layer (``LayerHandoff``) that handed ``key`` to the model; None for another cache's keys."""
     return getattr(key, _LAYER, None)

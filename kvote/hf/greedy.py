@@ -26,7 +26,7 @@ def generate(
     Raises LogitsError if the model gives logits that are no numbers, and UnsupportedModelError if it did not answer
     from ``cache``.
     """
-    own = [_Watch(model, cache, told), *(settings.get("logits_processor") or ())]
+    own = [_StepChecks(model, cache, told), *(settings.get("logits_processor") or ())]
     output: Any = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -48,7 +48,7 @@ def passes(ids: Tensor, model: PreTrainedModel, size: int) -> tuple[Tensor, ...]
     return (first, *torch.split(rest, size, dim=1)) if rest.shape[1] else (first,)
 
 
-class _Watch(LogitsProcessor):
+class _StepChecks(LogitsProcessor):
     """Looks at the logits of every step, and whether the cache holds what they were computed from."""
 
     def __init__(self, model: PreTrainedModel, cache: Any, told: Callable[[], None]) -> None:

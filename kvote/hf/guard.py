@@ -13,7 +13,7 @@ import torch
 from kvote.errors import UnsupportedModelError
 from kvote.hf.cache_layer import CacheLayer
 from kvote.hf.model import innermost, name_of
-from kvote.hf.watch import WatchedCache
+from kvote.hf.recording import RecordedCache
 
 _NAME, _TRAINED = "prepare_inputs_for_generation", "original_max_position_embeddings"
 
@@ -23,7 +23,7 @@ def throws_away(model: Any) -> int | None:
     prepare: Any = getattr(model, _NAME, None)
     for length in _lengths(model.config.get_text_config(decoder=True)) if prepare is not None else ():
         ids = torch.zeros(1, length + 1, dtype=torch.int64)
-        cache = WatchedCache(config=model.config)
+        cache = RecordedCache(config=model.config)
         try:
             inputs = prepare(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
         except Exception:  # What it cannot prepare on its own, it will refuse in generate() too.

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvote.hf.model import name_of
-from kvote.hf.rope import Turned, coarsest, identity, rope_of, rotary_calls, same, undoes
+from kvote.hf.recording import AttentionCall, ModuleCall, PassRecord, RecordedCache, Stop, recording
+from kvote.hf.rope import RotatedState, coarsest, identity, rope_of, rotary_calls, same, undoes
 from kvote.hf.rotary import RotaryPositions, positions_given
-from kvote.hf.watch import AttentionCall, ModuleCall, Record, Stop, WatchedCache, recording
 from kvote.rope import Rope
 
 # Rows of a trial's passes.
@@ -49,8 +49,8 @@ class LayerFinder:
     """Finds the rope of each layer from the records of two passes; layers that rotate alike share one."""
 
     model: PreTrainedModel
-    first: Record
-    second: Record
+    first: PassRecord
+    second: PassRecord
     _found: list[tuple[Any, Rope]] = field(default_factory=list)
     _identity: Rope = field(default_factory=identity)
     _watched: dict[torch.nn.Module, RotaryPositions] = field(default_factory=dict)
@@ -72,13 +72,15 @@ class LayerFinder:
             places = self._places(rotary)
             if places is None:
                 continue
-            keys, queries = ((Turned(a, places[0]), Turned(b, places[1])) for a, b in zip(before, after, strict=True))
+            keys, queries = (
+                (RotatedState(a, places[0]), RotatedState(b, places[1])) for a, b in zip(before, after, strict=True)
+            )
             rope = self._shared(rotary, keys) or rope_of(rotary, keys, dtype)
             if rope is not None and not undoes(rope, queries, dtype):
                 return replace(seen, why_no_rope=self._why(index, "scales queries by their positions"))
             if rope is not None:
                 self._found.append((self._kind(rotary), rope))
-                return replace(seen, rope=rope, rotary=self._watch(call, rotary, places))
+                return replace(seen, rope=rope, rotary=self._noted_positions(call, rotary, places))
         return replace(seen, why_no_rope=self._why(index, "rotates keys in a way that kvote cannot undo"))
 
     def _why(self, index: int, what: str) -> str:
@@ -96,10 +98,10 @@ class LayerFinder:
         if len(calls[0]) != 1 or len(calls[1]) != 1:
             return f"{name} is called in a way in which its rotation cannot be seen; use a method such as 'dense'."
         (early,), (late,) = calls
-        cache, tokens = WatchedCache(config=self.model.config), call.query.shape[2]
+        cache, tokens = RecordedCache(config=self.model.config), call.query.shape[2]
 
         def changed(old: Any, new: Any) -> Any:
-            if isinstance(new, WatchedCache):
+            if isinstance(new, RecordedCache):
                 return cache
             if _is_hidden(old, tokens) and _is_hidden(new, 1):
                 return old[:, _AGAIN : _AGAIN + 1]
@@ -143,7 +145,7 @@ class LayerFinder:
         rest += [(name, x) for name, x in sorted(rotary.kwargs.items()) if not isinstance(x, Tensor)]
         return rotary.module, rest
 
-    def _shared(self, rotary: ModuleCall, keys: tuple[Turned, Turned]) -> Rope | None:
+    def _shared(self, rotary: ModuleCall, keys: tuple[RotatedState, RotatedState]) -> Rope | None:
         """A rope found for another layer, if it is this one's too."""
         kind = self._kind(rotary)
         for known, rope in self._found:
@@ -151,7 +153,9 @@ class LayerFinder:
                 return rope
         return None
 
-    def _watch(self, call: AttentionCall, rotary: ModuleCall, places: tuple[Tensor, Tensor]) -> RotaryPositions | None:
+    def _noted_positions(
+        self, call: AttentionCall, rotary: ModuleCall, places: tuple[Tensor, Tensor]
+    ) -> RotaryPositions | None:
         """An object that notes the rotary module's positions, where attention is not told them, or is told one of
         several dimensions; else None."""
         told, given = call.kwargs.get("position_ids"), positions_given(rotary)

@@ -62,7 +62,7 @@ class NewColumns(int):
     """An offset of nothing, in a batch of several caches: masks are made for the new columns alone."""
 
 
-class Carrier(Tensor):
+class MaskCarrier(Tensor):
     """Stands for a causal mask [b, 1, t, n] on its way to kvote's attention, and holds no numbers: padding rides on it.
 
     To code that looks into it, or makes another mask of it, it is the native mask, made then; what comes out is a mask
@@ -72,7 +72,7 @@ class Carrier(Tensor):
     padding: Padding
 
     @classmethod
-    def of(cls, padding: Padding, sizes: tuple[int, ...], device: torch.device) -> "Carrier":
+    def of(cls, padding: Padding, sizes: tuple[int, ...], device: torch.device) -> "MaskCarrier":
         # One number, expanded to the size of the mask.
         carrier = torch.ones(1, dtype=torch.bool, device=device).expand(sizes).as_subclass(cls)
         carrier.padding = padding
@@ -97,7 +97,7 @@ class Carrier(Tensor):
 
 def _seen(x: Any) -> Any:
     """The native mask in place of a carrier; where there is none because attention is causal anyway, one is made."""
-    if not isinstance(x, Carrier):
+    if not isinstance(x, MaskCarrier):
         return x
     made = x.padding.native_mask()
     return x.padding.native(allow_is_causal_skip=False) if made is None else made
@@ -113,8 +113,8 @@ _SAME = {Tensor.to, Tensor.contiguous, Tensor.detach, Tensor.cpu, Tensor.cuda}
 
 
 def mask(native: str, **kwargs: Any) -> Tensor | None:
-    """The mask function: for full attention a ``Carrier``, for all else the native mask; None where ``sdpa_mask`` says
-    that too, for single tokens without padding."""
+    """The mask function: for full attention a ``MaskCarrier``, for all else the native mask; None where ``sdpa_mask``
+    says that too, for single tokens without padding."""
     compiling = torch.compiler.is_compiling()
     if not compiling and native == "sdpa" and kwargs.get("attention_mask") is None and _sees_all(kwargs):
         return None
@@ -155,7 +155,7 @@ def _mask(native: str, compiling: bool, **kwargs: Any) -> Tensor | None:
         empty = torch.empty(0, 0, 0, 0, dtype=torch.bool, device=kwargs["device"])
         empty.padding = padding  # type: ignore[attr-defined]
         return empty
-    return Carrier.of(padding, (kwargs["batch_size"], 1, t, kwargs["kv_length"]), kwargs["device"])
+    return MaskCarrier.of(padding, (kwargs["batch_size"], 1, t, kwargs["kv_length"]), kwargs["device"])
 
 
 _mask_apart = uncompiled(_mask)

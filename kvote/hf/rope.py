@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvote.hf.rotary import RawAngles, caller, pair, positions_given
-from kvote.hf.watch import ModuleCall
+from kvote.hf.recording import ModuleCall
+from kvote.hf.rotary import ModelAngles, caller, pair, positions_given
 from kvote.rope import Angles, Rope, RotaryModule
 
 # Largest relative difference that rounding makes between keys that were rotated and rotated back.
@@ -20,7 +20,7 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 3e-3, torc
 
 
 @dataclass(frozen=True)
-class Turned:
+class RotatedState:
     """One state of a key or query [b, h, 1, d] at a position [b, 1] each."""
 
     x: Tensor
@@ -50,25 +50,25 @@ def identity() -> Rope:
     return Rope(zero)
 
 
-def rope_of(call: ModuleCall, keys: tuple[Turned, Turned], dtype: torch.dtype) -> Rope | None:
+def rope_of(call: ModuleCall, keys: tuple[RotatedState, RotatedState], dtype: torch.dtype) -> Rope | None:
     """The rope by which both keys become one un-rotated key again, with the angles of ``call``; None if no form does
     it."""
-    raw = caller(call)
-    fresh, still = _moving(call)
+    model_angles = caller(call)
+    fresh, last_module = _moving(call)
     for take, direction, interleaved in itertools.product(_TAKES, (1, -1), (False, True)):
         canonical = partial(_canonical, take, direction)
         rope = Rope(
-            canonical(raw),
+            canonical(model_angles),
             interleaved,
             None if fresh is None else lambda canonical=canonical, fresh=fresh: canonical(fresh()),  # type: ignore[misc]
-            None if still is None else canonical(still),
+            None if last_module is None else canonical(last_module),
         )
         if undoes(rope, keys, dtype):
             return rope
     return None
 
 
-def undoes(rope: Rope, states: tuple[Turned, Turned], dtype: torch.dtype) -> bool:
+def undoes(rope: Rope, states: tuple[RotatedState, RotatedState], dtype: torch.dtype) -> bool:
     """Whether ``rope`` makes one of both states, but for rounding to ``dtype``."""
     back = []
     for state in states:
@@ -95,28 +95,28 @@ def _all(x: Tensor) -> Tensor:
 _TAKES: tuple[Callable[[Tensor], Tensor], ...] = (_halves, _every_second, _all)
 
 
-def _canonical(take: Callable[[Tensor], Tensor], direction: int, raw: RawAngles) -> RotaryModule:
+def _canonical(take: Callable[[Tensor], Tensor], direction: int, model_angles: ModelAngles) -> RotaryModule:
     """The model's angles once per pair of channels, in the direction in which kvote rotates."""
 
     def angles(positions: Tensor, dtype: torch.dtype) -> Angles:
-        cos, sin = raw(positions, dtype)
+        cos, sin = model_angles(positions, dtype)
         return take(cos), direction * take(sin)
 
     return angles
 
 
-def _moving(call: ModuleCall) -> tuple[Callable[[], RawAngles] | None, RawAngles | None]:
+def _moving(call: ModuleCall) -> tuple[Callable[[], ModelAngles] | None, ModelAngles | None]:
     """For angles that depend on the largest position (LongRoPE, dynamic NTK): a function that makes a module that has
     seen none, and the module with the frequencies of its last pass; else None for both."""
     rotary: Any = call.module
     if not any(kind in str(getattr(rotary, "rope_type", "")) for kind in ("longrope", "dynamic")):
         return None, None
     # Below the decorator that chooses frequencies by the largest position.
-    still = caller(call, partial(inspect.unwrap(type(rotary).forward), rotary))
-    return partial(_fresh, call), still
+    last_module = caller(call, partial(inspect.unwrap(type(rotary).forward), rotary))
+    return partial(_fresh, call), last_module
 
 
-def _fresh(call: ModuleCall) -> RawAngles:
+def _fresh(call: ModuleCall) -> ModelAngles:
     clone: Any = copy.deepcopy(call.module)
     if hasattr(clone, "original_inv_freq"):
         clone.inv_freq = clone.original_inv_freq.clone()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvote.errors import InactiveCacheError
-from kvote.hf.watch import ModuleCall
+from kvote.hf.recording import ModuleCall
 
 # (positions int64 [rows, n], dtype) -> the model's own (cos, sin), each [rows, n, channels]
-RawAngles = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+ModelAngles = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def pair(output: Any) -> tuple[Tensor, Tensor] | None:
@@ -38,7 +38,7 @@ def positions_given(call: ModuleCall) -> Tensor | None:
     return whole[0] if len(whole) == 1 and whole[0].dtype == torch.int64 and whole[0].dim() in (1, 2, 3) else None
 
 
-def caller(call: ModuleCall, function: Callable[..., Any] | None = None) -> RawAngles:
+def caller(call: ModuleCall, function: Callable[..., Any] | None = None) -> ModelAngles:
     """Calls the module again as in ``call``, at other positions. ``function`` instead of the module itself, if
     given."""
     # Not through the module's hooks: kvote notes with one what the model itself asks for.
@@ -46,7 +46,7 @@ def caller(call: ModuleCall, function: Callable[..., Any] | None = None) -> RawA
     given = positions_given(call)
     assert given is not None
 
-    def raw(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def model_angles(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # All dimensions of an image's positions are alike in text.
         places = positions.expand(given.shape[0], *positions.shape) if given.dim() == 3 else positions
         places = places[0] if given.dim() == 1 else places
@@ -63,7 +63,7 @@ def caller(call: ModuleCall, function: Callable[..., Any] | None = None) -> RawA
         cos, sin = (x.expand(positions.shape[0], -1, -1) for x in angles)
         return cos, sin
 
-    return raw
+    return model_angles
 
 
 class RotaryPositions:
@@ -80,7 +80,7 @@ class RotaryPositions:
         """The one of ``module``, whoever asks."""
         return _watched.setdefault(module, cls(module))
 
-    def watch(self) -> None:
+    def note_positions(self) -> None:
         """Starts to note positions, once. ``release`` ends it."""
         module = None if self._module is None else self._module()
         if self._handle is None and module is not None:

@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvote.errors import InputError, UnsupportedModelError
-from kvote.hf.cache_layer import CacheLayer, HandsOn
+from kvote.hf.cache_layer import CacheLayer, LayerHandoff
 from kvote.hf.mask import Padding
 from kvote.hf.rotary import RotaryPositions
 from kvote.passes import Passes, whole_of_all
 from kvote.step import Step
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 # (query, key, value, mask) of one row -> what the model's native attention answers, [1, t, heads, dv]
 NativeAttention = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -28,7 +28,7 @@ class Member(Protocol):
     def get_seq_length(self) -> int: ...
 
 
-class Given(NamedTuple):
+class AttentionInputs(NamedTuple):
     """The arguments of attention for a batch: ``query`` [b, heads, t, d], ``key`` [b, h, t, d], ``value`` [b, h, t,
     dv], ``positions`` [1 or b, t] or None where the model does not tell."""
 
@@ -37,11 +37,11 @@ class Given(NamedTuple):
     value: Tensor
     positions: Tensor | None
     padding: Padding | None
-    logits: Logits
+    scaling: Scaling
     sinks: Tensor | None
 
 
-class RowsLayer(HandsOn, CacheLayerMixin):
+class RowsLayer(LayerHandoff, CacheLayerMixin):
     """Layer ``index`` of the ``members``, one row of the batch each. ``sliding``: it is one of the model's own."""
 
     is_compileable = False
@@ -57,7 +57,7 @@ class RowsLayer(HandsOn, CacheLayerMixin):
         rotary: RotaryPositions | None = None,
     ) -> None:
         CacheLayerMixin.__init__(self)
-        HandsOn.__init__(self, previous)
+        LayerHandoff.__init__(self, previous)
         self.index, self.members, self.is_sliding = index, members, sliding
         self.rotary = rotary
 
@@ -70,7 +70,7 @@ class RowsLayer(HandsOn, CacheLayerMixin):
     def _own(self) -> list[Any]:
         return [member.layers[self.index] for member in self.members]
 
-    def attend(self, given: Given, native: NativeAttention) -> Tensor:
+    def attend(self, given: AttentionInputs, native: NativeAttention) -> Tensor:
         """The answers [b, t, heads, dv]; of columns that are no tokens, zeros. Whatever interrupts it, the layers of
         all members are as they were before, or their caches refuse to go on.
 
@@ -96,10 +96,14 @@ class RowsLayer(HandsOn, CacheLayerMixin):
             )
 
     def _ask(
-        self, given: Given, layers: list[CacheLayer], spans: Sequence[tuple[int, int]], native: NativeAttention
+        self,
+        given: AttentionInputs,
+        layers: list[CacheLayer],
+        spans: Sequence[tuple[int, int]],
+        native: NativeAttention,
     ) -> Tensor:
         """kvote's own layers answer."""
-        logits, sinks = given.logits, given.sinks
+        scaling, sinks = given.scaling, given.sinks
         steps: list[Step | None] = []
         for row, (layer, (start, stop)) in enumerate(zip(layers, spans, strict=True)):
             if start == stop:
@@ -108,7 +112,7 @@ class RowsLayer(HandsOn, CacheLayerMixin):
             query, key, value, places = _row(given, row, start, stop)
             # Padding that the cache itself has seen, when it was alone.
             past = layer.layer.parts[0].columns
-            steps.append(layer.step(query, key, value, places, logits, sinks, past=past, columns=(start, stop)))
+            steps.append(layer.step(query, key, value, places, scaling, sinks, past=past, columns=(start, stop)))
 
         def run() -> list[Tensor | None]:
             pairs = zip(layers, steps, strict=True)
@@ -122,7 +126,7 @@ class RowsLayer(HandsOn, CacheLayerMixin):
         return _together(whole_of_all(parts, run), given, spans)
 
     def _slide(
-        self, given: Given, layers: list[Any], spans: Sequence[tuple[int, int]], native: NativeAttention
+        self, given: AttentionInputs, layers: list[Any], spans: Sequence[tuple[int, int]], native: NativeAttention
     ) -> Tensor:
         """The model's native layers answer, each over its own keys."""
         if given.padding is None:
@@ -169,7 +173,7 @@ def is_window(layer: Any) -> bool:
     return type(layer) is DynamicSlidingWindowLayer
 
 
-def _row(given: Given, row: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _row(given: AttentionInputs, row: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Query, key, value and positions of one row's tokens."""
     own = slice(row, row + 1)
     query, key, value, places = given.query[own], given.key[own], given.value[own], given.positions
@@ -180,7 +184,7 @@ def _row(given: Given, row: int, start: int, stop: int) -> tuple[Tensor, Tensor,
     return query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], places
 
 
-def _together(answers: Sequence[Tensor | None], given: Given, spans: Sequence[tuple[int, int]]) -> Tensor:
+def _together(answers: Sequence[Tensor | None], given: AttentionInputs, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Answers [1, n, heads, dv] of rows as those of the batch."""
     b, heads, t, _ = given.query.shape
     if all(span == (0, t) for span in spans):

@@ -16,17 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvote.errors import UnsupportedModelError
-from kvote.hf.cache_layer import CacheLayer, Turn
+from kvote.hf.cache_layer import CacheLayer
 from kvote.hf.guard import throws_away
 from kvote.hf.layer_facts import ROWS, LayerFacts, LayerFinder, first_line
 from kvote.hf.mask import padding_of
 from kvote.hf.model import innermost, is_full_attention, name_of, native_layers, uncompiled_model
+from kvote.hf.recording import AttentionCall, PassRecord, RecordedCache, recording
 from kvote.hf.rope import coarsest
 from kvote.hf.switch import attach, names_kept_on_failure
 from kvote.hf.undisturbed import undisturbed
-from kvote.hf.watch import AttentionCall, Record, WatchedCache, recording
 from kvote.layer import Layer
 from kvote.method import Method
+from kvote.phase import AnnouncedPrompt
 
 # Tokens of the first pass; the second has one more, as a decode step.
 _TOKENS = 6
@@ -85,12 +86,12 @@ def find_out(model: PreTrainedModel) -> Facts:
             runner = _adapted(model, uncompiled_model(model), prompt)
             native = _native(model, runner, prompt)
         try:
-            padded = _logits(runner, prompt.padded(), WatchedCache(config=model.config))
+            padded = _logits(runner, prompt.padded(), RecordedCache(config=model.config))
         except Exception:
             padded = None  # The model takes no padding, with any cache.
         attach(model)
         with _refusing("{} does not run with kvote's attention ({}).", model):
-            layers, finite = _watch(model, runner, prompt, native)
+            layers, finite = _compare_native(model, runner, prompt, native)
             # Weights that are no numbers say nothing about attention; who asks such a model is told so.
             if finite:
                 _compare_dense(model, runner, prompt, native, layers)
@@ -118,7 +119,7 @@ def _adapted(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> Any:
     if base is runner:
         return runner
     with recording() as record:
-        _forward(runner, prompt.passes()[0], WatchedCache(config=model.config))
+        _forward(runner, prompt.passes()[0], RecordedCache(config=model.config))
     if not record.updates:
         raise UnsupportedModelError(_OWN_CACHE.format(name_of(model)))
     return base
@@ -178,7 +179,7 @@ def _execution_devices(hook: Any) -> list[Any]:
 
 def _native(model: PreTrainedModel, runner: Any, prompt: _Prompt) -> list[Tensor]:
     """The logits of both passes with the model's own attention and cache."""
-    cache = WatchedCache(config=model.config)
+    cache = RecordedCache(config=model.config)
     with recording() as record:
         logits = _logits(runner, prompt, cache)
     if not record.updates:
@@ -208,12 +209,12 @@ def _forward(runner: Any, inputs: dict[str, Tensor], cache: Any) -> Tensor:
     return logits[:, -columns:]
 
 
-def _watch(
+def _compare_native(
     model: PreTrainedModel, runner: Any, prompt: _Prompt, native: list[Tensor]
 ) -> tuple[dict[int, LayerFacts], bool]:
     """Runs the switched model with a native cache, compares its logits, and says what each layer does, and whether all
     keys were finite."""
-    cache = WatchedCache(config=model.config)
+    cache = RecordedCache(config=model.config)
     records = []
     for inputs, expected in zip(prompt.passes(), native, strict=True):
         with recording(runner) as record:
@@ -255,7 +256,7 @@ def _agree(model: PreTrainedModel, logits: Tensor, expected: Tensor, mask: Tenso
     return bool((a - b).norm() <= _APART[coarsest(model)] * b.norm())
 
 
-def _only_call(model: PreTrainedModel, index: int, record: Record) -> AttentionCall:
+def _only_call(model: PreTrainedModel, index: int, record: PassRecord) -> AttentionCall:
     """The one attention call that goes with the one update of a layer. Raises UnsupportedModelError if there are
     others, or if attention gets something else than the cache gave."""
     updates = [update for update in record.updates if update.layer == index]
@@ -291,10 +292,10 @@ def _compare_dense(
 ) -> None:
     """Runs both passes with kvote's dense attention in place of the model's. Raises UnsupportedModelError where the
     logits are others."""
-    cache = WatchedCache(config=model.config)
-    turn, previous = Turn(), None
+    cache = RecordedCache(config=model.config)
+    announced, previous = AnnouncedPrompt(), None
     for index in layers:
-        cache.layers[index] = previous = CacheLayer(Layer(index, Method(), None), turn, previous)
+        cache.layers[index] = previous = CacheLayer(Layer(index, Method(), None), announced, previous)
     for inputs, expected in zip(prompt.passes(), native, strict=True):
         logits = _forward(runner, inputs, cache)
         if not _agree(model, logits, expected, inputs["attention_mask"]):

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from kvote.kernels.contract import Backend
 from kvote.kernels.lanes import Lanes
-from kvote.store.pages import Lane, RawPool
+from kvote.store.pages import Lane, UncompressedPool
 
 
 class KeyPages(Protocol):
     """The parts of a segment that an index reads: its ``pool``, the kernels that read it, and where sequences lie."""
 
     heads: int
-    pool: RawPool
+    pool: UncompressedPool
     kernels: Backend
 
     def table(self, rows: Sequence[int]) -> Lanes:

@@ -42,7 +42,7 @@ def check_burst(burst: object) -> None:
         raise MethodError(f"burst must be a whole number of tokens from 1 to {PAGE}, or None; got {burst!r}.")
 
 
-def left(most: int, burst: int | None = None) -> int:
+def after_burst(most: int, burst: int | None = None) -> int:
     """Tokens that stay once generated ones have made them more than ``most``, so that this happens once in ``burst``
     steps: to let go of a single token, all behind it are moved. None: a 64th of ``most``, a page at most. One stays, if
     any may."""

@@ -12,17 +12,17 @@ from torch import Tensor
 from kvote import kernels
 from kvote.errors import MethodError
 from kvote.keep.allocate.allocation import Allocation, Even
-from kvote.keep.allocate.over_heads import OverHeads, each_by_itself
-from kvote.keep.budget import Budget, check_burst, left, whole
-from kvote.keep.keeper import Held, Kept, Share
+from kvote.keep.allocate.over_heads import OverHeads, evict_per_head
+from kvote.keep.budget import Budget, after_burst, check_burst, whole
+from kvote.keep.keeper import HeadAssignment, Held, Kept
 from kvote.keep.observation import Observation
 from kvote.keep.score.recency import Recency
 from kvote.keep.score.score import Score
 from kvote.needs import KeeperOffers, Needs
 from kvote.numbers import check_flags, check_whole
-from kvote.read.tokens import Queries
 from kvote.store.pages import PAGE
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ class Merge(Protocol):
         """``Kept.content``; None: the tokens that stay hold what they held."""
         ...
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
-        """Does what ``Keeper.aside`` does."""
+    def slotless_attention(
+        self, queries: Queries, rows: list[int], scaling: Scaling, memory: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """Does what ``Keeper.slotless_attention`` does."""
         ...
 
 
@@ -142,7 +144,7 @@ class Evict:
     def token_bytes(self) -> int:
         return self.score.token_bytes
 
-    def split(self, layer: int, heads: int) -> Sequence[Share] | None:
+    def split(self, layer: int, heads: int) -> Sequence[HeadAssignment] | None:
         return None
 
     def new_memory(self) -> Any:
@@ -152,8 +154,8 @@ class Evict:
     def due(self, memory: Any) -> bool:
         return self.score.due(memory)
 
-    def observes(self, ahead: int | None) -> bool:
-        return self.score.observes(ahead)
+    def observes(self, prompt_left: int | None) -> bool:
+        return self.score.observes(prompt_left)
 
     def observe(self, seen: Observation, memory: Any) -> None:
         self.score.observe(seen, memory)
@@ -168,7 +170,7 @@ class Evict:
             if most is not None:
                 above = held.mean - self.always - most
                 if above > (0 if ended else self.slack):
-                    kept = self._cut(held, memory, most if ended else left(most, self.burst))
+                    kept = self._cut(held, memory, most if ended else after_burst(most, self.burst))
         self.score.settled(held, memory, above > 0 and kept is None)
         return kept
 
@@ -184,7 +186,7 @@ class Evict:
         if worth is None:
             return None
         if self.over_heads is not None:
-            return each_by_itself(worth, held, self.over_heads, edge, self.sinks, chosen)
+            return evict_per_head(worth, held, self.over_heads, edge, self.sinks, chosen)
         worth = worth if self.score.per_head else worth.sum(dim=0, keepdim=True)
         edge = min(edge, worth.shape[1])
         if edge - self.sinks <= chosen:
@@ -197,8 +199,10 @@ class Evict:
         content = None if self.merge is None else self.merge.merged(held, memory, cut)
         return Kept(slots if len(slots) > 1 else slots[0], content)
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
-        return None if self.merge is None else self.merge.aside(queries, rows, logits, memory)
+    def slotless_attention(
+        self, queries: Queries, rows: list[int], scaling: Scaling, memory: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        return None if self.merge is None else self.merge.slotless_attention(queries, rows, scaling, memory)
 
 
 def sinks_and_recent(sinks: int, window: int, burst: int | None = None) -> Evict:

@@ -10,9 +10,9 @@ from torch import Tensor
 from kvote.keep.budget import Budget
 from kvote.keep.observation import Observation
 from kvote.needs import KeeperOffers, Needs
-from kvote.read.tokens import Queries
 from kvote.rope import Rope
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
+from kvote.tokens import Queries
 
 # Tokens that are decoded at a time.
 _TOKENS_HELD = 4096
@@ -23,7 +23,7 @@ class Held:
     """One sequence when something may be dropped: its ``row`` in the ``segment``, the tokens it holds, and how many its
     budget allows. ``memories``: what is remembered of each layer of the cache, of which this is number ``layer`` and
     the first ``observed`` have been through this pass; empty unless the keeper ``cascades``. ``rope``: the rotation
-    that is in the keys held, for a keeper that needs it; None where keys are held without. ``turns``: the layer's
+    that is in the keys held, for a keeper that needs it; None where keys are held without. ``rotation``: the layer's
     rotation, in either case. ``generated``: whether all
     that came since the last such moment was generated: a prompt is cut down to its budget, generated tokens may go in
     bursts (``keep.budget.left``). ``layers``: how many there are; ``seen``: tokens of the sequence so far, dropped
@@ -41,7 +41,7 @@ class Held:
     generated: bool = False
     layers: int = 1
     seen: int = 0
-    turns: Rope | None = None
+    rotation: Rope | None = None
     lanes: Sequence[int] = ()
 
     @property
@@ -70,18 +70,18 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Share:
+class HeadAssignment:
     """``heads``, key heads of a layer in ascending order, that ``keeper`` keeps in its own way.
 
-    ``apart``: they keep their tokens as the model made them and read all of them, whatever store and reader the method
-    is joined with: right where a few tokens are left, that come and go while generating. ``sharers``: how many shares
-    of this size a budget of bytes is for; None: as many as layers.
+    ``dense``: they keep their tokens as the model made them and read all of them, whatever store and reader the method
+    is joined with: right where a few tokens are left, that come and go while generating. ``budget_shares``: how many
+    shares of this size a budget of bytes is for; None: as many as layers.
     """
 
     heads: tuple[int, ...]
     keeper: "Keeper"
-    apart: bool = False
-    sharers: float | None = None
+    dense: bool = False
+    budget_shares: float | None = None
 
 
 class Remembered(Protocol):
@@ -119,7 +119,7 @@ class Keeper(Protocol):
     @property
     def offers(self) -> KeeperOffers: ...
 
-    def split(self, layer: int, heads: int) -> Sequence[Share] | None:
+    def split(self, layer: int, heads: int) -> Sequence[HeadAssignment] | None:
         """Keepers for groups of the ``heads`` key heads of a layer, every head in one of them; None: one for all."""
         ...
 
@@ -127,22 +127,24 @@ class Keeper(Protocol):
         """An empty memory (``Remembered``), or None."""
         ...
 
-    def observes(self, ahead: int | None) -> bool:
-        """Whether it wants to see a pass; ``ahead`` as in ``Observation``."""
+    def observes(self, prompt_left: int | None) -> bool:
+        """Whether it wants to see a pass; ``prompt_left`` as in ``Observation``."""
         ...
 
     def observe(self, seen: Observation, memory: Any) -> None: ...
 
     def due(self, memory: Any) -> bool:
         """Whether tokens stay above the budget only because the prompt has not been read again. Asked of keepers with
-        an ``echo`` only."""
+        an ``repeat_chunk`` only."""
         ...
 
     def survivors(self, held: Held, memory: Any) -> Kept | None:
         """The tokens that stay; None keeps all."""
         ...
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
+    def slotless_attention(
+        self, queries: Queries, rows: list[int], scaling: Scaling, memory: Any
+    ) -> tuple[Tensor, Tensor] | None:
         """Attention over what dropped tokens left behind, as ``Segment.attend`` returns it: out and log-sum-exp; None:
         nothing was left."""
         ...

@@ -6,22 +6,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.kernels.masks import end_aligned
-from kvote.read.tokens import Queries, Span, TokenSet
 from kvote.rope import Rope
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
+from kvote.tokens import Queries, Span, TokenSet
 
 
 @dataclass(frozen=True)
 class Observation:
     """One pass of equally long sequences. Query row i is slot ``first + i`` of each of the sequences ``rows``.
 
-    ``lse`` [b, heads, t]: log-sum-exp of all that each query row read, which was ``spans``. ``ahead``: tokens of the
-    prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None where the
+    ``lse`` [b, heads, t]: log-sum-exp of all that each query row read, which was ``spans``. ``prompt_left``: tokens of
+    the prompt still to come after this pass; negative where the pass goes on behind the prompt's end; None where the
     tokens are generated ones. ``rope``: the layer's rotation, where the method has to know it. ``repeats``: of a pass
-    that reads tokens again (``kvote.echo``), their slots in each sequence of the batch. ``layer``: the model's.
-    ``beside``: token ids and hidden states of its rows, where the keeper says that it needs them.
+    that reads tokens again (``kvote.repeat``), their slots in each sequence of the batch. ``layer``: the model's.
+    ``extra_inputs``: token ids and hidden states of its rows, where the keeper says that it needs them.
     """
 
     queries: Queries
@@ -30,12 +30,12 @@ class Observation:
     rows: list[int]
     first: int
     spans: list[Span]
-    logits: Logits
-    ahead: int | None
+    scaling: Scaling
+    prompt_left: int | None
     rope: Rope | None = None
     repeats: Sequence[range] | None = None
     layer: int = 0
-    beside: Beside | None = None
+    extra_inputs: ExtraInputs | None = None
 
     @property
     def count(self) -> int:
@@ -56,7 +56,7 @@ class Observation:
             queries, lse = self.queries.rows(a, z), self.lse[:, :, a:z].contiguous()
             for read in span.reads:
                 tokens = read.of_rows(span.stop - span.start, a - span.start, z - span.start)
-                part = self.segment.attention_mass(queries, lse, self.rows, tokens, self.logits)
+                part = self.segment.attention_mass(queries, lse, self.rows, tokens, self.scaling)
                 if isinstance(tokens.index, range):
                     mass[:, :, tokens.index.start : tokens.index.stop] += part[:, :, 0]
                 elif tokens.by_head:
@@ -81,7 +81,7 @@ class Observation:
         """
         spans = [span for span in self.spans if span.start < stop and start < span.stop]
         ranges = all(isinstance(read.index, range) for span in spans for read in span.reads)
-        if not ranges or self.queries.raw is not None:
+        if not ranges or self.queries.unrotated is not None:
             return torch.stack([self.mass_by_query_head(j, j + 1) for j in range(start, stop)], dim=2)
         b, heads, _ = self.lse.shape
         weights = torch.zeros(b, heads, stop - start, self.first + self.count, device=self.lse.device)
@@ -100,9 +100,9 @@ class Observation:
         assert isinstance(tokens.index, range)
         query, m = self.queries.rotated[:, :, a:z], len(tokens)
         scores = self.segment.scores(query, self.rows, tokens.index.start, tokens.index.stop)
-        logits = scores.transpose(1, 2).float() * self.logits.scale
-        if self.logits.softcap is not None:
-            capped = self.logits.softcap * torch.tanh(logits / self.logits.softcap)
+        logits = scores.transpose(1, 2).float() * self.scaling.scale
+        if self.scaling.softcap is not None:
+            capped = self.scaling.softcap * torch.tanh(logits / self.scaling.softcap)
             # A lane may have no token there.
             logits = capped.masked_fill(logits == float("-inf"), float("-inf"))
         if tokens.causal:
@@ -122,12 +122,18 @@ class Observation:
         i, count = self.rows.index(row), min(self.count, length - self.first)
         if count <= 0:
             return None
-        ahead = self.ahead if self.ahead is None or count == self.count else min(0, self.ahead + self.count - count)
+        prompt_left = (
+            self.prompt_left
+            if self.prompt_left is None or count == self.count
+            else min(0, self.prompt_left + self.count - count)
+        )
         spans = [_cut(span, i, count) for span in self.spans if span.start < count]
         lse = self.lse[i : i + 1, :, :count]
-        beside = None if self.beside is None else self.beside.at(i, 0, count)
+        extra_inputs = None if self.extra_inputs is None else self.extra_inputs.at(i, 0, count)
         queries = self.queries.of_sequences(slice(i, i + 1)).rows(0, count)
-        return replace(self, queries=queries, lse=lse, rows=[row], spans=spans, ahead=ahead, beside=beside)
+        return replace(
+            self, queries=queries, lse=lse, rows=[row], spans=spans, prompt_left=prompt_left, extra_inputs=extra_inputs
+        )
 
     def selected(self, index: list[int]) -> "list[Observation]":
         """The same once sequence i is a copy of the former sequence ``index[i]``."""
@@ -139,8 +145,8 @@ class Observation:
     def tensors(self) -> list[Tensor]:
         """The tensors that it holds."""
         lists = [read.index for span in self.spans for read in span.reads]
-        beside = [] if self.beside is None else self.beside.tensors
-        own = [self.lse, self.queries.rotated, self.queries.raw, *lists, *beside]
+        extra_inputs = [] if self.extra_inputs is None else self.extra_inputs.tensors
+        own = [self.lse, self.queries.rotated, self.queries.unrotated, *lists, *extra_inputs]
         return [tensor for tensor in own if isinstance(tensor, Tensor)]
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kvote.keep.keeper import Held, Share
+from kvote.keep.keeper import HeadAssignment, Held
 from kvote.keep.observation import Observation
 from kvote.needs import ANYWHERE, NOTHING, KeeperOffers, Needs
-from kvote.read.tokens import Queries
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries
 
 
-class Plain:
+class KeeperDefaults:
     """Defaults of keepers."""
 
     token_bytes = 0
@@ -26,23 +26,25 @@ class Plain:
     def offers(self) -> KeeperOffers:
         return KeeperOffers()
 
-    def split(self, layer: int, heads: int) -> Sequence[Share] | None:
+    def split(self, layer: int, heads: int) -> Sequence[HeadAssignment] | None:
         return None
 
     def due(self, memory: Any) -> bool:
         return False
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return False
 
     def observe(self, seen: Observation, memory: Any) -> None:
         """Nothing is shown to those that do not ask."""
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Any) -> tuple[Tensor, Tensor] | None:
+    def slotless_attention(
+        self, queries: Queries, rows: list[int], scaling: Scaling, memory: Any
+    ) -> tuple[Tensor, Tensor] | None:
         return None
 
 
-class Blind(Plain):
+class AttentionFreeKeeper(KeeperDefaults):
     """Keepers that look at no attention, so that all layers keep the same tokens."""
 
     @property
@@ -54,7 +56,7 @@ class Blind(Plain):
 
 
 @dataclass(frozen=True)
-class KeepAll(Blind):
+class KeepAll(AttentionFreeKeeper):
     """Every token stays."""
 
     @property

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvote.beside import IDS, MARKS
 from kvote.errors import MethodError
+from kvote.extra_inputs import IDS, MARKS
 from kvote.keep.keeper import Held, Kept
 from kvote.keep.observation import Observation
-from kvote.keep.policies import Plain
+from kvote.keep.policies import KeeperDefaults
 from kvote.memory import storage_bytes
 from kvote.needs import KeeperOffers, Needs
 from kvote.numbers import check_whole
@@ -64,7 +64,7 @@ class Visible:
 
 
 @dataclass(frozen=True)
-class Subtasks(Plain):
+class Subtasks(KeeperDefaults):
     """Parameters as in ``methods/tim.py``, which documents them."""
 
     opens: tuple[int, ...]
@@ -91,23 +91,23 @@ class Subtasks(Plain):
 
     @property
     def needs(self) -> Needs:
-        return Needs(beside=frozenset({IDS} if self.opens else {IDS, MARKS}))
+        return Needs(extra_inputs=frozenset({IDS} if self.opens else {IDS, MARKS}))
 
     def new_memory(self) -> Visible:
         return Visible()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Observation, memory: Visible) -> None:
-        assert seen.beside is not None
-        ids = seen.beside.ids
+        assert seen.extra_inputs is not None
+        ids = seen.extra_inputs.ids
         assert ids is not None
         if self.opens:
             opens, closes = (torch.tensor(each, device=ids.device) for each in (self.opens, self.closes))
             parts = torch.isin(ids, opens) * OPENS + torch.isin(ids, closes) * CLOSES
         else:
-            parts = seen.beside.marked(self.mark) * INSIDE
+            parts = seen.extra_inputs.marked(self.mark) * INSIDE
         for row, own, part in zip(seen.rows, ids.int(), parts.to(torch.int8), strict=True):
             memory.add(row, own, part)
 

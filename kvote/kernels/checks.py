@@ -19,13 +19,13 @@ def check(holds: bool, what: str) -> None:
         raise ValueError(f"kvote.kernels: {what}.")
 
 
-def groups_of(query_heads: int, lanes: Lanes, most: int) -> int:
+def queries_per_kv_of(query_heads: int, lanes: Lanes, most: int) -> int:
     """Query heads per lane, ``most`` of them at most, of ``query_heads`` of all sequences."""
-    groups = query_heads // lanes.count
-    if groups > most or groups * lanes.count != query_heads:
-        check(groups * lanes.count == query_heads, "every key head must have as many query heads")
+    queries_per_kv = query_heads // lanes.count
+    if queries_per_kv > most or queries_per_kv * lanes.count != query_heads:
+        check(queries_per_kv * lanes.count == query_heads, "every key head must have as many query heads")
         check(False, f"more than {most} query heads share a key head")
-    return groups
+    return queries_per_kv
 
 
 def tokens_of(tokens: Tensor | range, sequences: int) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def angles_fit(angles: Angles, places: int, dim: int) -> None:
         check(False, "angles must fit the tokens and their channels")
 
 
-def turning(x: Tensor, angles: Angles) -> None:
+def rotation(x: Tensor, angles: Angles) -> None:
     """Rows ``x`` [b, heads, n, d] can be rotated by ``angles`` as they are."""
     cos, sin = angles
     check(cos.is_contiguous() and sin.is_contiguous() and cos.dtype == torch.float32, "angles must be float32 rows")
@@ -145,7 +145,7 @@ def packing(x: Tensor, form: Packing, lanes: Lanes, first: Sequence[int]) -> Non
     check(x.stride(-1) == 1 and x.dtype == form.dtype, "channels must be contiguous and of the dtype of the form")
     check(x.shape[2] == form.dim, "tokens must have the head size of the form")
     alone = form.by_token or not form.are_keys
-    check(alone or not any(n % form.group for n in (x.shape[1], *first)), "keys come in whole groups")
+    check(alone or not any(n % form.group_size for n in (x.shape[1], *first)), "keys come in whole groups")
 
 
 def unpacking(out: Tensor, form: Packing, lanes: Lanes, count: int) -> None:
@@ -166,7 +166,7 @@ def packed_alike(query: Tensor, keys: PackedPool, values: PackedPool, tokens: ra
 
 
 def recent_alike(keys: Tensor, values: Tensor, lanes: Lanes, form: Packing, count: int) -> None:
-    """Raw tokens of ``count`` lanes go with packed ones of the form."""
+    """Uncompressed tokens of ``count`` lanes go with packed ones of the form."""
     check(keys.shape == values.shape and keys.shape[-1] == form.dim, "recent tokens must have the head size")
     check(keys.dtype == values.dtype == form.dtype, "recent tokens must be of the dtype of the form")
     check(keys.is_contiguous() and values.is_contiguous(), "recent tokens must be in contiguous pools")
@@ -174,7 +174,7 @@ def recent_alike(keys: Tensor, values: Tensor, lanes: Lanes, form: Packing, coun
 
 
 def tail_alike(tail: Tail, keys: PackedPool, sequences: int) -> None:
-    """Raw tokens go behind packed ones of so many sequences."""
+    """Uncompressed tokens go behind packed ones of so many sequences."""
     _, form, lanes = keys
     recent_alike(tail.keys, tail.values, tail.lanes, form, lanes.count)
     check(tail.keys.shape[1] == PAGE, "recent tokens must be in pages")

@@ -32,10 +32,10 @@ Recent = tuple[Tensor, Tensor, Lanes, range]
 
 
 class Tail(NamedTuple):
-    """Raw tokens behind packed ones: their pools of ``keys`` and ``values``, and where the lanes lie in those.
+    """Uncompressed tokens behind packed ones: their pools of ``keys`` and ``values``, and where the lanes lie in those.
 
-    Of sequence i, tokens before ``packed[i]`` are read from their codes and all others from the raw pools, whose lanes
-    hold them from token ``first[i]`` on, which is at most ``packed[i]``.
+    Of sequence i, tokens before ``packed[i]`` are read from their codes and all others from the uncompressed pools,
+    whose lanes hold them from token ``first[i]`` on, which is at most ``packed[i]``.
     """
 
     keys: Tensor
@@ -93,7 +93,8 @@ class PackedKernels(Protocol):
         softcap: float | None,
     ) -> Answer:
         """Attention of one query position per sequence, ``query`` [b, heads, d], over a range of packed tokens and over
-        ``recent`` ones: out [b, heads, d] and lse [b, heads], float32. At most ``MAX_GROUPS`` query heads per lane."""
+        ``recent`` ones: out [b, heads, d] and lse [b, heads], float32. At most ``MAX_QUERIES_PER_KV`` query heads per
+        lane."""
 
     def scores(self, query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
         """q.k [b, heads, r, n] of ``query`` [b, heads, r, d] with a range of packed keys."""
@@ -126,7 +127,7 @@ class Backend(Protocol):
 
     NAME: str
     # Query heads per lane whose attention is computed from the pages; 0: tokens are fetched before they are read.
-    MAX_GROUPS: int
+    MAX_QUERIES_PER_KV: int
     # Tokens that are sketched together; ``sketch_bytes`` is of so many.
     SKETCH_TOKENS: int
     # Stores the next token of one sequence and answers its query in one call (``cpu.one_step.step``); None where there
@@ -212,8 +213,8 @@ class Backend(Protocol):
     ) -> Answer:
         """Attention of one query position per sequence, ``query`` [b, heads, d], over a range that all read or a list
         [b, m]: out [b, heads, d] and lse [b, heads], float32. With ``angles`` [m, r], keys are rotated as they are
-        read. At most ``MAX_GROUPS`` query heads per lane. ``ends``: of a range, each lane's tokens before its own end
-        only, so that one call serves lanes of any lengths; a lane that reads none answers 0, its lse -inf."""
+        read. At most ``MAX_QUERIES_PER_KV`` query heads per lane. ``ends``: of a range, each lane's tokens before its
+        own end only, so that one call serves lanes of any lengths; a lane that reads none answers 0, its lse -inf."""
 
     def attention_mass(
         self,
@@ -277,8 +278,9 @@ class Backend(Protocol):
 
     # Keys with fewer channels.
 
-    def why_not_thin(self, values: Tensor, groups: int, kept: int) -> str | None:
-        """Why ``thin_decode`` cannot answer ``groups`` query heads per key head of ``kept`` channels, or None."""
+    def why_not_thin(self, values: Tensor, queries_per_kv: int, kept: int) -> str | None:
+        """Why ``thin_decode`` cannot answer ``queries_per_kv`` query heads per key head of ``kept`` channels, or
+        None."""
 
     def thin_decode(
         self, query: Tensor, keys: Tensor, values: Tensor, stop: int, *, scale: float, softcap: float | None

@@ -55,8 +55,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     if cos.dim() == 4:
         cos, sin = cos.squeeze(1), sin.squeeze(1)
     flat = x if x.dim() == 4 else x.reshape(1, -1, *x.shape[-2:])
-    turned = chosen(x).rotate(flat, (cos.contiguous(), sin.contiguous()), interleaved)
-    return turned if x.dim() == 4 else turned.reshape(x.shape)
+    rotated = chosen(x).rotate(flat, (cos.contiguous(), sin.contiguous()), interleaved)
+    return rotated if x.dim() == 4 else rotated.reshape(x.shape)
 
 
 def top_k(votes: Tensor, k: int) -> Tensor:

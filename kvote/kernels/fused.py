@@ -40,12 +40,12 @@ def attend(
         # Before the first row's window, no row sees anything.
         key, value = key[:, :, 1 - t - window :], value[:, :, 1 - t - window :]
     h, m = key.shape[1], key.shape[2]
-    groups = heads // h
+    queries_per_kv = heads // h
     if causal and t == m and window is None and t > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        key, value = (x.repeat_interleave(queries_per_kv, dim=1) for x in (key, value))
         out, lse = _flash(query, key, value, is_causal=True, scale=scale)
         return out, lse
-    if causal and t > 1 and groups * t * m > _MASK_ENTRIES:
+    if causal and t > 1 and queries_per_kv * t * m > _MASK_ENTRIES:
         half = t // 2
         upper = attend(
             query[:, :, :half],
@@ -57,7 +57,7 @@ def attend(
         )
         lower = attend(query[:, :, half:], key, value, scale=scale, causal=True, window=window)
         return torch.cat([upper[0], lower[0]], dim=2), torch.cat([upper[1], lower[1]], dim=2)
-    packed = query.reshape(b, h, groups * t, d)
-    mask = additive(t, m, window, groups, query.dtype, query.device) if causal and t > 1 else None
+    packed = query.reshape(b, h, queries_per_kv * t, d)
+    mask = additive(t, m, window, queries_per_kv, query.dtype, query.device) if causal and t > 1 else None
     out, lse = _flash(packed, key, value, attn_mask=mask, scale=scale)
     return out.reshape(b, heads, t, d), lse.reshape(b, heads, t)

@@ -17,9 +17,9 @@ def end_aligned(rows: int, tokens: int, window: int | None, device: torch.device
 # The lists of one prefill are all alike; a few masks are enough, and they are held for as long as the process.
 @lru_cache(maxsize=4)
 def additive(
-    rows: int, tokens: int, window: int | None, groups: int, dtype: torch.dtype, device: torch.device
+    rows: int, tokens: int, window: int | None, queries_per_kv: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The same as 0 / -inf [1, 1, groups * rows, tokens], repeated for query heads that share a key head."""
     mask = torch.zeros(rows, tokens, dtype=dtype, device=device)
     mask.masked_fill_(~end_aligned(rows, tokens, window, device), float("-inf"))
-    return mask.repeat(groups, 1)[None, None]
+    return mask.repeat(queries_per_kv, 1)[None, None]

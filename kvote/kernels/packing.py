@@ -21,16 +21,16 @@ from torch import Tensor
 
 PACKED = 128
 BITS = (2, 4, 8)
-GROUPS = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128)
 _LANES = 16
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Form of the keys or values of one layer: heads of ``dim`` channels, groups of ``group`` numbers."""
+    """Form of the keys or values of one layer: heads of ``dim`` channels, groups of ``group_size`` numbers."""
 
     bits: int
-    group: int
+    group_size: int
     dim: int
     dtype: torch.dtype
     are_keys: bool
@@ -57,7 +57,7 @@ class Packing:
     def scales(self) -> tuple[int, int]:
         """Shape of the scales of a page."""
         by_channel = self.are_keys and not self.by_token
-        return (PACKED // self.group, self.width) if by_channel else (-(-self.width // self.group), PACKED)
+        return (PACKED // self.group_size, self.width) if by_channel else (-(-self.width // self.group_size), PACKED)
 
     @cached_property
     def scale_count(self) -> int:
@@ -105,18 +105,20 @@ def _quantised(x: Tensor, bits: int, clip: float | None) -> tuple[Tensor, Tensor
     return quantise(x, bits) if clip is None else quantise_clipped(x, bits, clip)
 
 
-def quantise_keys(keys: Tensor, bits: int, group: int, clip: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_keys(keys: Tensor, bits: int, group_size: int, clip: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., n, d], scales and minima [..., n / group, d] of ``keys`` [..., n, d]."""
     *rest, n, d = keys.shape
-    grouped = keys.reshape(*rest, n // group, group, d).transpose(-1, -2)
+    grouped = keys.reshape(*rest, n // group_size, group_size, d).transpose(-1, -2)
     codes, scale, least = _quantised(grouped, bits, clip)
     return codes.transpose(-1, -2).reshape(keys.shape), scale[..., 0], least[..., 0]
 
 
-def quantise_values(values: Tensor, bits: int, group: int, clip: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_values(
+    values: Tensor, bits: int, group_size: int, clip: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., n, d], scales and minima [..., n, ceil(d / group)] of ``values`` [..., n, d]; the last group may be
     shorter."""
-    parts = [_quantised(part, bits, clip) for part in torch.split(values, group, dim=-1)]
+    parts = [_quantised(part, bits, clip) for part in torch.split(values, group_size, dim=-1)]
     codes, scale, least = zip(*parts, strict=True)
     return torch.cat(codes, dim=-1), torch.cat(scale, dim=-1), torch.cat(least, dim=-1)
 
@@ -150,19 +152,19 @@ def pack(x: Tensor, pages: Tensor, form: Packing, slots: Tensor) -> None:
     shifts = _shifts(form).to(x.device)
     if form.are_keys:
         if form.by_token:
-            codes, scale, least = quantise_values(_filled(x, form), form.bits, form.group, form.clip)
+            codes, scale, least = quantise_values(_filled(x, form), form.bits, form.group_size, form.clip)
             scales[page, :, place], minima[page, :, place] = scale, least
         else:
-            codes, scale, least = quantise_keys(_filled(x, form), form.bits, form.group, form.clip)
-            first = slots[:: form.group]
-            scales[first // PACKED, first % PACKED // form.group] = scale
-            minima[first // PACKED, first % PACKED // form.group] = least
+            codes, scale, least = quantise_keys(_filled(x, form), form.bits, form.group_size, form.clip)
+            first = slots[:: form.group_size]
+            scales[first // PACKED, first % PACKED // form.group_size] = scale
+            minima[first // PACKED, first % PACKED // form.group_size] = least
         steps = codes.view(len(slots), -1, form.steps).long() << shifts
         rows = form.width // form.steps
         row = (place // _LANES * rows)[:, None] + torch.arange(rows, device=x.device)
         words[page[:, None], row, (place % _LANES)[:, None]] = _as_words(steps.sum(-1))
         return
-    codes, scale, least = quantise_values(x, form.bits, form.group, form.clip)
+    codes, scale, least = quantise_values(x, form.bits, form.group_size, form.clip)
     codes = _filled(codes, form)
     scales[page, :, place], minima[page, :, place] = scale, least
     tiles = torch.arange(form.width // _LANES, device=x.device) * (PACKED // form.steps)
@@ -193,7 +195,7 @@ def erase(form: Packing, page: Tensor, first: int) -> None:
         by_word[:, word + 1 :] = 0
     for part in params:
         if form.are_keys and not form.by_token:
-            part[-(-first // form.group) :] = 0
+            part[-(-first // form.group_size) :] = 0
         else:
             part[:, first:] = 0
 
@@ -219,9 +221,9 @@ def codes_of(pages: Tensor, form: Packing, slots: Tensor) -> tuple[Tensor, Tenso
         held = words[page[:, None], tiles + (place // form.steps)[:, None]]
         codes = (held >> shifts[place % form.steps][:, None, None]) & mask
     if form.are_keys and not form.by_token:
-        scale, least = scales[page, place // form.group], minima[page, place // form.group]
+        scale, least = scales[page, place // form.group_size], minima[page, place // form.group_size]
     else:
-        channel = torch.arange(form.width, device=pages.device) // form.group
+        channel = torch.arange(form.width, device=pages.device) // form.group_size
         where = page[:, None], channel, place[:, None]
         scale, least = scales[where], minima[where]
     codes = codes.reshape(len(slots), form.width).to(torch.uint8)

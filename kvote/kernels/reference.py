@@ -166,15 +166,15 @@ def attention_mass(
     """
     b, heads, t, d = query.shape
     h, n = key.shape[1], key.shape[2]
-    groups = heads // h
-    grouped = query.float().reshape(b, h, groups, t, d) * scale
-    totals = lse.float().masked_fill(lse == float("-inf"), float("inf")).reshape(b, h, groups, t)
+    queries_per_kv = heads // h
+    grouped = query.float().reshape(b, h, queries_per_kv, t, d) * scale
+    totals = lse.float().masked_fill(lse == float("-inf"), float("inf")).reshape(b, h, queries_per_kv, t)
     ends = torch.tensor(limits, device=key.device) - start
     mass = torch.zeros(b, h, n, device=key.device)
     for row in range(0, t, _MASS_ROWS):
         part = grouped[:, :, :, row : row + _MASS_ROWS].flatten(2, 3)
         total = totals[:, :, :, row : row + _MASS_ROWS].flatten(2)[..., None]
-        end = ends[row : row + _MASS_ROWS].repeat(groups)[:, None]
+        end = ends[row : row + _MASS_ROWS].repeat(queries_per_kv)[:, None]
         least, most, wide = int(end.min()), int(end.max()), max(16, _MASS_HELD // (b * h * part.shape[2]))
         for token in range(0 if window is None else max(0, least - window), min(n, most), wide):
             some = key[:, :, token : token + wide].float()
@@ -237,6 +237,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     head, rest = x[..., : 2 * r].float(), x[..., 2 * r :]
     first, second = (head[..., 0::2], head[..., 1::2]) if interleaved else (head[..., :r], head[..., r:])
     a, b = first * cos - second * sin, second * cos + first * sin
-    turned = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
-    turned = turned.to(x.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    rotated = torch.stack([a, b], dim=-1).flatten(-2) if interleaved else torch.cat([a, b], dim=-1)
+    rotated = rotated.to(x.dtype)
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

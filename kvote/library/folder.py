@@ -177,7 +177,7 @@ class Folder:
 def _size(prefix: Prefix) -> int:
     """Bytes of its file, without the header."""
     describer = Describer(forms())
-    with prefix.cache._turn_taken:
+    with prefix.cache._exclusive:
         caches.describe(prefix.cache, describer)
     blocks = describer.tensors.values()
     return prefix.ids.nbytes + sum(prod(block.shape) * block.dtype.itemsize for block in blocks)

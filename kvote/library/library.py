@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvote.answering import Responder
 from kvote.cache import Cache
-from kvote.echo import read_again
 from kvote.errors import CropError, InputError, InterruptedPassError
 from kvote.keep.budget import budget
 from kvote.library.cuts import grain, reusable
@@ -25,6 +24,7 @@ from kvote.library.scope import Reading, scope_of
 from kvote.library.statistics import Statistics
 from kvote.method import Method
 from kvote.numbers import is_whole
+from kvote.repeat import read_again
 from kvote.store.family import counted_once
 
 TOKENS_PER_PASS = 4096

@@ -35,7 +35,7 @@ def scope_of(
     if "build" not in how:
         return None
     words = None
-    if method.keep.needs.echo and reading.tokenizer is not None:
+    if method.keep.needs.repeat_chunk and reading.tokenizer is not None:
         words = identity.of_tokenizer(reading.tokenizer)
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     told = [

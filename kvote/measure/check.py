@@ -19,8 +19,9 @@ from kvote.layer import Layer
 from kvote.measure.geometry import Geometry
 from kvote.method import Method
 from kvote.read.head_votes import HeadVotes
-from kvote.read.tokens import Queries, Reading, Span, TokenSet
-from kvote.store.segment import Logits
+from kvote.read.reader import Reading
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries, Span, TokenSet
 
 # Relative errors that rounding leaves in any head's attention, in exact votes and in votes from a sketch. A page of 64
 # tokens gone from 131,072 makes 0.02.
@@ -36,7 +37,7 @@ class WrongAnswerError(KvoteError):
 
 
 @dataclass
-class Watched:
+class RecordingReader:
     """A reader, and what it read last."""
 
     reader: Any
@@ -55,10 +56,13 @@ class Watched:
 def law_of(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The law's answer [b, heads, t, dim] in float32 to ``query`` [b, heads, t, dim], one key head at a time to save
     memory."""
-    groups = query.shape[1] // key.shape[1]
+    queries_per_kv = query.shape[1] // key.shape[1]
     parts = [
         reference.attend(
-            query[:, h * groups : (h + 1) * groups].float(), key[:, h : h + 1], value[:, h : h + 1], scale=scale
+            query[:, h * queries_per_kv : (h + 1) * queries_per_kv].float(),
+            key[:, h : h + 1],
+            value[:, h : h + 1],
+            scale=scale,
         )[0]
         for h in range(key.shape[1])
     ]
@@ -73,9 +77,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
 def votes(query: Tensor, key: Tensor, bits: int, candidates: range) -> Tensor:
     """The law's votes [n] of ``query`` [1, heads, 1, dim] on the ``candidates`` among all tokens of ``key``
     [1, kv_heads, m, dim], or on their sketch."""
-    groups, total = query.shape[1] // key.shape[1], torch.zeros(len(candidates))
+    queries_per_kv, total = query.shape[1] // key.shape[1], torch.zeros(len(candidates))
     for h in range(key.shape[1]):
-        mine, keys = query[:, h * groups : (h + 1) * groups], key[:, h : h + 1]
+        mine, keys = query[:, h * queries_per_kv : (h + 1) * queries_per_kv], key[:, h : h + 1]
         voted = keys[:, :, candidates.start : candidates.stop]
         if bits:
             mine, voted = reference.sketched_query(mine), reference.sketched(voted - reference.centre(keys, PAGE), bits)
@@ -118,30 +122,30 @@ def step(name: str, layer: Layer, geometry: Geometry, bits: int, window: int, en
     segment, reader = layer.segment, layer.method.read
     assert segment is not None
     assert layer.rope is not None
-    watched = Watched(reader)
+    watched = RecordingReader(reader)
     # What is read cannot be watched where the step is one call of a kernel; that has to answer the same.
-    layer.method, layer.steps, short = Method(read=watched), False, layer.steps
+    layer.method, layer.one_call_step, short = Method(read=watched), False, layer.one_call_step
     asked, n = geometry.step(layer.seen), layer.seen
     layer.attend(geometry.step(n))
     layer.crop(1)
     mine = [layer.attend(asked)]
-    layer.method, layer.steps = Method(read=reader), short
+    layer.method, layer.one_call_step = Method(read=reader), short
     if short:
         layer.crop(1)
         mine.append(layer.attend(asked))
     assert watched.read_last is not None
     key, value = segment.decode([0], 0, n + 1)
-    raw = layer.rope.undo(asked.query, layer.rope.angles(asked.positions, geometry.dtype)).float()
+    unrotated = layer.rope.undo(asked.query, layer.rope.angles(asked.positions, geometry.dtype)).float()
     index = watched.read_last
-    angles = layer.rope.contiguous(max(len(index), window + 1), raw.device)
-    scoring = turned(raw, angles, slice(window, window + 1))
+    angles = layer.rope.contiguous(max(len(index), window + 1), unrotated.device)
+    scoring = rotated(unrotated, angles, slice(window, window + 1))
     first, last = ends
     # A sketch that only nominates leaves the last word to the keys.
     scored = 0 if isinstance(reader, HeadVotes) and reader.nominated else bits
     law = votes(scoring, key, scored, range(first, n - last))
     found(name, index[first : len(index) - last - 1] - first, law)
-    placed = turned(key[:, :, index].float(), angles, slice(0, len(index)))
-    query = turned(raw, angles, slice(len(index) - 1, len(index)))
+    placed = rotated(key[:, :, index].float(), angles, slice(0, len(index)))
+    query = rotated(unrotated, angles, slice(len(index) - 1, len(index)))
     for out in mine:
         close(name, out, attention(query, placed, value[:, :, index], geometry.scale))
     layer.crop(1)
@@ -155,12 +159,12 @@ def answers(name: str, run: Callable[[Tensor], Tensor], geometry: Geometry, law:
 
 
 @dataclass
-class Lawful:
+class LawReader:
     """The reader of a layer, and what the law answers [1, heads, dim] in a decode step to what it read last."""
 
     reader: Any
     layer: Layer
-    logits: Logits
+    scaling: Scaling
     answer: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -169,16 +173,23 @@ class Lawful:
     def read(self, reading: Reading) -> Iterator[Span]:
         for span in self.reader.read(reading):
             queries = reading.queries.rows(span.start, span.stop)
-            answers = [_lawful(reading, tokens, self.logits) for tokens in span.reads]
+            answers = [_lawful(reading, tokens, self.scaling) for tokens in span.reads]
             if span.unread is not None:
                 answers = span.unread.beside(*reference.merge(answers))
-            answers += [aside for aside in self._asides(queries, reading) if aside is not None]
+            answers += [
+                slotless_attention
+                for slotless_attention in self._slotless(queries, reading)
+                if slotless_attention is not None
+            ]
             self.answer = reference.merge(answers)[0][:, :, 0]
             yield span
 
-    def _asides(self, queries: Queries, reading: Reading) -> list[tuple[Tensor, Tensor] | None]:
-        held = reading.segment.aside(queries, reading.rows, self.logits)
-        return [held, self.layer.method.keep.aside(queries, reading.rows, self.logits, self.layer.record.memory)]
+    def _slotless(self, queries: Queries, reading: Reading) -> list[tuple[Tensor, Tensor] | None]:
+        held = reading.segment.slotless_attention(queries, reading.rows, self.scaling)
+        return [
+            held,
+            self.layer.method.keep.slotless_attention(queries, reading.rows, self.scaling, self.layer.record.memory),
+        ]
 
 
 def decoding(name: str, layer: Layer | HeadGroups, geometry: Geometry) -> None:
@@ -186,20 +197,22 @@ def decoding(name: str, layer: Layer | HeadGroups, geometry: Geometry) -> None:
     stored. The token of the step stays. Where the step is one call of a kernel, a copy takes that, and must answer the
     same."""
     step = geometry.step(layer.seen)
-    short = [part.steps for part in layer.parts]
+    short = [part.one_call_step for part in layer.parts]
     answers = [copy.deepcopy(layer).attend(step)[0, 0]] if any(short) else []
     watched = []
     for part in layer.parts:
-        part.steps = False
-        reader = Lawful(part.method.read, part, Logits(geometry.scale))
+        part.one_call_step = False
+        reader = LawReader(part.method.read, part, Scaling(geometry.scale))
         watched.append((part, part.method, reader))
         part.method = replace(part.method, read=reader)
     answers.append(layer.attend(step)[0, 0])
     for (part, method, _), steps in zip(watched, short, strict=True):
-        part.method, part.steps = method, steps
+        part.method, part.one_call_step = method, steps
     each = geometry.heads // geometry.kv_heads
     heads = (
-        [g.query_heads(each) for g in layer.groups] if isinstance(layer, HeadGroups) else [list(range(len(answers[0])))]
+        [g.query_heads(each) for g in layer.head_groups]
+        if isinstance(layer, HeadGroups)
+        else [list(range(len(answers[0])))]
     )
     for (_, _, reader), mine in zip(watched, heads, strict=True):
         assert reader.answer is not None
@@ -207,7 +220,7 @@ def decoding(name: str, layer: Layer | HeadGroups, geometry: Geometry) -> None:
             close(name, out[mine], reader.answer[0])
 
 
-def _lawful(reading: Reading, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+def _lawful(reading: Reading, tokens: TokenSet, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """The law's answer of one query to a token set: out [1, heads, 1, dim] and its log-sum-exp."""
     segment, index = reading.segment, tokens.index
     n, heads = reading.first + reading.count, reading.queries.rotated.shape[1]
@@ -224,7 +237,7 @@ def _lawful(reading: Reading, tokens: TokenSet, logits: Logits) -> tuple[Tensor,
         k, v, q = key[:, lane, slots].float(), value[:, lane, slots], reading.queries.rotated[:, head : head + 1]
         if reading.rope is not None:
             k, q = _placed(reading, tokens, k, slots, head, begin)
-        out, lse = reference.attend(q.float(), k, v, scale=logits.scale, softcap=logits.softcap)
+        out, lse = reference.attend(q.float(), k, v, scale=scaling.scale, softcap=scaling.softcap)
         outs.append(out)
         totals.append(lse)
     return torch.cat(outs, dim=1), torch.cat(totals, dim=1)
@@ -235,20 +248,20 @@ def _placed(
 ) -> tuple[Tensor, Tensor]:
     """Keys from position 0, and the query of a head, where they stand for each other; the first is ``begin``th of the
     list."""
-    rope, raw = reading.rope, reading.queries.raw
+    rope, unrotated = reading.rope, reading.queries.unrotated
     assert rope is not None
-    assert raw is not None
+    assert unrotated is not None
     if tokens.positions == "original":
-        each = raw.shape[1] // reading.segment.heads
+        each = unrotated.shape[1] // reading.segment.heads
         places = reading.segment.positions(reading.rows[0])[head // each][slots]
         cos, sin = rope.angles(places[None], torch.float32)
         return rope.apply(key, (cos[:, None], sin[:, None])), reading.queries.rotated[:, head : head + 1]
     last = len(tokens) - 1 if tokens.query_at is None else tokens.query_at
     angles = rope.contiguous(max(len(tokens), last + 1), key.device)
-    placed = turned(key, angles, slice(0, 1) if tokens.positions == "together" else slice(begin, len(tokens)))
-    return placed, turned(raw[:, head : head + 1].float(), angles, slice(last, last + 1))
+    placed = rotated(key, angles, slice(0, 1) if tokens.positions == "together" else slice(begin, len(tokens)))
+    return placed, rotated(unrotated[:, head : head + 1].float(), angles, slice(last, last + 1))
 
 
-def turned(x: Tensor, angles: tuple[Tensor, Tensor], at: slice) -> Tensor:
+def rotated(x: Tensor, angles: tuple[Tensor, Tensor], at: slice) -> Tensor:
     """The law's rotation of ``x`` [..., n, dim] by some rows of ``angles``."""
     return reference.rotate(x, angles[0][at], angles[1][at])

@@ -11,7 +11,7 @@ from kvote.measure.shape import Shape, shape
 from kvote.method import Method
 from kvote.needs import Keys
 from kvote.spec import parse
-from kvote.store.raw import Raw
+from kvote.store.uncompressed import Uncompressed
 
 # A context in which attention reads next to nothing, and the longest that break-even is looked for in.
 _DENSE = parse("dense")
@@ -181,7 +181,7 @@ def reading_bytes(model: Shape, context: int, method: Method, machine: Machine) 
     """Bytes that full-attention layers hold at most while a prompt of ``context`` tokens is read: whoever drops or
     encodes after a prompt has held all of it, at worst in every layer at once."""
     held = _held(model, machine, context, method)
-    waits = (method.keep.offers.drops and method.keep.offers.waits) or not isinstance(method.store, Raw)
+    waits = (method.keep.offers.drops and method.keep.offers.waits) or not isinstance(method.store, Uncompressed)
     return max(held, _held(model, machine, context, _DENSE)) if waits else held
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvote.heads import HeadGroups, in_groups
-from kvote.layer import Crew, Layer, Step
+from kvote.heads import HeadGroups, in_head_groups
+from kvote.layer import Layer, LayerStack, Step
 from kvote.method import Method
 from kvote.rope import Rope
-from kvote.settling import drop, seal_all
-from kvote.store.segment import Logits
+from kvote.settling import compress_all, drop
+from kvote.store.segment import Scaling
 
 _BASE = 500_000.0
 # Tokens stored at a time, so that nothing on the way is as large as what is stored.
@@ -78,10 +78,10 @@ class Geometry:
     def prefilled(self, method: Method, key: Tensor, value: Tensor, layers: int = 1) -> list[Layer | HeadGroups]:
         """Neighbouring layers of ``method``, each with ``key`` and ``value`` [1, kv_heads, n, dim] as after a prompt:
         its end went through them as a real pass, so that they have dropped or encoded what they would."""
-        crew = Crew[Layer]()
+        stack = LayerStack[Layer]()
         rope = Rope(self.rotary)
         made = [
-            in_groups(i, method, rope, layers, self.kv_heads) or Layer(i, method, rope, layers, crew)
+            in_head_groups(i, method, rope, layers, self.kv_heads) or Layer(i, method, rope, layers, stack)
             for i in range(layers)
         ]
         if key.shape[2] <= _PROMPT_END:
@@ -99,8 +99,10 @@ class Geometry:
         positions = torch.arange(n, tokens).expand(batch, -1)
         query = torch.randn(batch, self.heads, tokens - n, self.dim, dtype=self.dtype)
         for layer in layers:
-            solo = min(tokens - n, layer.method.read.tail)
-            layer.attend(Step(query, key[:, :, n:], value[:, :, n:], positions, None, solo, Logits(self.scale)))
+            tail_queries = min(tokens - n, layer.method.read.tail)
+            layer.attend(
+                Step(query, key[:, :, n:], value[:, :, n:], positions, None, tail_queries, Scaling(self.scale))
+            )
 
     def begin(self, layer: Layer | HeadGroups, key: Tensor, value: Tensor, announced: int) -> None:
         """Puts the first tokens of an announced prompt into an empty layer; no query is asked."""
@@ -113,16 +115,16 @@ class Geometry:
                 stop = min(key.shape[2], start + _PASS)
                 own = key[:, heads, start:stop], value[:, heads, start:stop]
                 segment.append(rows, *own, torch.arange(start, stop).expand(len(rows), -1))
-                part.seen, part.ahead, part.prompted = stop, announced - stop, True
+                part.seen, part.prompt_left, part.prompted = stop, announced - stop, True
                 drop(part)
-                seal_all(part)
+                compress_all(part)
 
     def step(self, position: int, batch: int = 1) -> Step:
         """A decode step of a random token at ``position``."""
         key, value = self.tokens(1, batch)
         positions = torch.full((batch, 1), position)
-        logits = Logits(self.scale)
-        return Step(self.query(batch), key, value, positions, None, 1, logits, decode=True, ahead=None)
+        scaling = Scaling(self.scale)
+        return Step(self.query(batch), key, value, positions, None, 1, scaling, decode=True, prompt_left=None)
 
     def packed(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
         """torch's sdpa, the strongest way to call it for one token: query heads of one key head as its rows."""
@@ -139,7 +141,7 @@ class Geometry:
 def _parts(layer: Layer | HeadGroups, kv_heads: int) -> list[tuple[Layer, list[int]]]:
     """The layers or groups of heads that hold the tokens of a layer, with their key heads."""
     if isinstance(layer, HeadGroups):
-        return [(group.layer, list(group.heads)) for group in layer.groups]
+        return [(group.layer, list(group.heads)) for group in layer.head_groups]
     return [(layer, list(range(kv_heads)))]
 
 
@@ -148,6 +150,6 @@ class _Module(torch.nn.Module):
 
     is_causal = True
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, queries_per_kv: int) -> None:
         super().__init__()
-        self.num_key_value_groups = groups
+        self.num_key_value_groups = queries_per_kv

@@ -82,7 +82,7 @@ def refuse(geometry: Geometry, tokens: int) -> None:
         raise InputError(f"{geometry.heads} query heads cannot share {geometry.kv_heads} key heads evenly.")
     missing, most = (
         kernels.why_not_compiled(torch.empty(0, geometry.dim, dtype=geometry.dtype)),
-        reads(geometry).MAX_GROUPS,
+        reads(geometry).MAX_QUERIES_PER_KV,
     )
     if missing is not None:
         raise InputError(f"There are no compiled kernels to measure here: {missing}.")

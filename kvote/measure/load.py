@@ -40,7 +40,7 @@ class Load:
         return f"{self.waiting_share:.0%} of the time waiting for a processor{average}, {self.cores} cores"
 
 
-class Watch:
+class LoadMeter:
     """Begins to watch when made, in the thread that measures."""
 
     def __init__(self) -> None:

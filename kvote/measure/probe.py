@@ -22,12 +22,12 @@ from kvote.errors import InputError
 from kvote.measure.clock import Call, alternating, timed
 from kvote.measure.forecast import DEFAULT, FEW, LONGEST, Curve, Machine
 from kvote.measure.geometry import Geometry
-from kvote.measure.load import Watch
+from kvote.measure.load import LoadMeter
 from kvote.measure.shape import Matrix, Shape
 from kvote.measure.sweep import Sweep
 from kvote.method import Method
 from kvote.spec import parse
-from kvote.store.raw import Raw
+from kvote.store.uncompressed import Uncompressed
 
 _WIDTH, _VOCABULARY, _LAYERS = 64, 256, 3
 _DEEPER = "default, more layers"
@@ -81,7 +81,7 @@ class _Probe:
         self.cache = kvote.Cache(self.model, method)
         self.cache.expect(key.shape[2])
         # Who drops or encodes looks at the end of a prompt first.
-        if method.keep.offers.drops or not isinstance(method.store, Raw):
+        if method.keep.offers.drops or not isinstance(method.store, Uncompressed):
             geometry.prompt(self.cache.managed, key, value)
             return
         for layer in self.cache.managed:
@@ -143,12 +143,12 @@ class _Bench:
 
     def __init__(self, geometry: Geometry, batch: int, sweep: Sweep, fitting: int) -> None:
         self.geometry, self.batch, self.sweep, self.fitting = geometry, batch, sweep, fitting
-        self.watch = Watch()
+        self.load_meter = LoadMeter()
         self.key, self.value = geometry.tokens(_FIRST, batch)
 
     @property
     def late(self) -> bool:
-        return self.watch.seconds > _ENOUGH
+        return self.load_meter.seconds > _ENOUGH
 
     def lengthen(self, tokens: int) -> None:
         self.key, self.value = self.geometry.tokens(tokens, self.batch)
@@ -200,7 +200,7 @@ def measure(
         bench.lengthen(max(lengths))
         points, held, layer = _points(bench, chosen, lengths, context, say)
         copies = {length: bench.copying(length) for length in _spread(lengths[0], context)}
-        load = bench.watch.load()
+        load = bench.load_meter.load()
     step = max(0.0, points[DEFAULT][FEW] - layer)
     return Machine(
         bandwidth=sweep.bandwidth,
@@ -208,7 +208,7 @@ def measure(
         step=step,
         caches={name: _curve({n: max(0.0, t - step) for n, t in taken.items()}) for name, taken in points.items()},
         copy=_curve(copies),
-        compiled=shape.geometry.heads <= kernels.chosen(bench.key).MAX_GROUPS * shape.geometry.kv_heads,
+        compiled=shape.geometry.heads <= kernels.chosen(bench.key).MAX_QUERIES_PER_KV * shape.geometry.kv_heads,
         batch=batch,
         held={name: _curve(taken) for name, taken in held.items()},
         load=load,

@@ -18,7 +18,7 @@ from kvote.measure.geometry import Geometry
 from kvote.methods import tokenselect
 from kvote.read.head_votes import HeadVotes
 from kvote.store.pages import PAGE
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 SINKS, TOP_K, WINDOW = 128, 2048, 512
 SKETCHES = {"none": 0, "int8": 8, "int4": 4}
@@ -87,12 +87,12 @@ class Workload:
         sdpa = partial(_asked, self.geometry.as_it_comes, self.key, self.value)
         return self._attention(AS_IT_COMES, sdpa, self._all, self.tokens)
 
-    def _segment(self, sketch: str = "none") -> RawSegment:
+    def _segment(self, sketch: str = "none") -> UncompressedSegment:
         segment = self.layers[sketch].segment
-        assert isinstance(segment, RawSegment)
+        assert isinstance(segment, UncompressedSegment)
         return segment
 
-    def _lanes(self, segment: RawSegment) -> Lanes:
+    def _lanes(self, segment: UncompressedSegment) -> Lanes:
         return segment.pool.table(tuple(range(self.geometry.kv_heads)))
 
     def _attention(
@@ -124,7 +124,7 @@ class Workload:
         return self._decode(query, self._list[None], self._angles)
 
     def _law(self, query: Tensor) -> Tensor:
-        placed = check.turned(self.key[:, :, self._list].float(), self._angles, slice(None))
+        placed = check.rotated(self.key[:, :, self._list].float(), self._angles, slice(None))
         return check.attention(query, placed, self.value[:, :, self._list], self.geometry.scale)
 
     def _decode(self, query: Tensor, tokens: Tensor | range, angles: Angles | None) -> Tensor:

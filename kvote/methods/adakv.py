@@ -1,6 +1,6 @@
 """Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation (Feng et al., NeurIPS 2025, arXiv 2407.11550)."""
 
-from kvote.keep.allocate.over_heads import Joint
+from kvote.keep.allocate.over_heads import CompetingHeads
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
 from kvote.keep.score.last_queries import LastQueries
@@ -28,5 +28,5 @@ def adakv(
     it holds. Missing: normalised scores, and layers that differ (its Pyramid variant).
     """
     score = LastQueries(window=window, kernel=kernel, pooling=pooling)
-    dial = read_budget(budget)
-    return Method(keep=Evict(score, dial, window, evict_generated=False, over_heads=Joint(safeguard)))
+    limit = read_budget(budget)
+    return Method(keep=Evict(score, limit, window, evict_generated=False, over_heads=CompetingHeads(safeguard)))

@@ -70,5 +70,5 @@ def cake(
         generated=evict_generated,
         per_head=per_head,
     )
-    dial, share = read_budget(budget), Cascade()
-    return Method(keep=Evict(score, dial, window, evict_generated=evict_generated, burst=burst, allocate=share))
+    limit, share = read_budget(budget), Cascade()
+    return Method(keep=Evict(score, limit, window, evict_generated=evict_generated, burst=burst, allocate=share))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kvote.errors import MethodError
 from kvote.keep.allocate.allocation import Even
-from kvote.keep.allocate.pressed import Pressed
+from kvote.keep.allocate.memory_pressure import MemoryPressure
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
 from kvote.keep.score.hybrid import Hybrid
@@ -49,17 +49,17 @@ def critic(
     for name, value in (("least", least), ("sinks", sinks), ("recent", recent)):
         if not is_whole(value):
             raise MethodError(f"{name} must be a whole number; got {value!r}.")
-    dial, always = read_budget(budget), sinks + recent
-    if dial.unit == "fraction":
-        dial = replace(dial, least=max(least, always + 1))
-    allocate: Even | Pressed = Even()
+    limit, always = read_budget(budget), sinks + recent
+    if limit.unit == "fraction":
+        limit = replace(limit, least=max(least, always + 1))
+    allocate: Even | MemoryPressure = Even()
     if memory is not None:
         total = read_budget(memory)
-        if dial.unit != "fraction" or total.unit != "bytes":
+        if limit.unit != "fraction" or total.unit != "bytes":
             raise MethodError(
                 f'memory must be bytes such as "8GiB", with a budget that is a fraction, which it makes smaller; got '
                 f"memory={memory!r} and budget={budget!r}."
             )
-        allocate = Pressed(1 - dial.amount, alpha, most, total.amount, dial.least, always)
+        allocate = MemoryPressure(1 - limit.amount, alpha, most, total.amount, limit.least, always)
     score = Hybrid(attention=attention, entropy=entropy, gradient=gradient)
-    return Method(keep=Evict(score, dial, recent, sinks, burst=burst, allocate=allocate))
+    return Method(keep=Evict(score, limit, recent, sinks, burst=burst, allocate=allocate))

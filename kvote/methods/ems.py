@@ -3,7 +3,7 @@
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
 from kvote.keep.merge.into_similar import IntoSimilar
-from kvote.keep.score.importance import EverywhereOrLately
+from kvote.keep.score.overall_or_recent import OverallOrRecent
 from kvote.method import Method, published
 
 
@@ -46,6 +46,6 @@ def ems(
     in one expanded tensor (here all heads keep equally many); pooling of importance over neighbours; and the paper's
     kernel that adds up attention inside flash attention (here a second pass over the keys does).
     """
-    score = EverywhereOrLately(window=window, generated=evict_generated, per_head=per_head)
-    into, dial = IntoSimilar(merge, threshold, remove_positions), read_budget(budget)
-    return Method(keep=Evict(score, dial, window, sinks, evict_generated, burst=1, merge=into, slack=window))
+    score = OverallOrRecent(window=window, generated=evict_generated, per_head=per_head)
+    into, limit = IntoSimilar(merge, threshold, remove_positions), read_budget(budget)
+    return Method(keep=Evict(score, limit, window, sinks, evict_generated, burst=1, merge=into, slack=window))

@@ -1,6 +1,6 @@
 """Expected Attention: KV cache compression by estimating attention from future queries distribution (Devoto et al.)."""
 
-from kvote.keep.allocate.over_heads import Joint
+from kvote.keep.allocate.over_heads import CompetingHeads
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
 from kvote.keep.score.expected import ExpectedQueries
@@ -43,6 +43,6 @@ def expectedattention(
     score = ExpectedQueries(
         sinks=sinks, future=future, covariance=covariance, values=values, epsilon=epsilon, per_head=per_head
     )
-    joint = Joint(safeguard)
+    joint = CompetingHeads(safeguard)
     heads = joint if per_head and safeguard < 1 else None
     return Method(keep=Evict(score, read_budget(budget), sinks=sinks, evict_generated=False, over_heads=heads))

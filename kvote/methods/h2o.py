@@ -2,7 +2,7 @@
 
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict, recent_share
-from kvote.keep.score.received import Received
+from kvote.keep.score.attention_received import AttentionReceived
 from kvote.method import Method, published
 
 
@@ -35,4 +35,6 @@ def h2o(
     that streaming variant, the simulations with masks, and the replacing of single slots on FlexGen, which are not the
     same method.
     """
-    return Method(keep=Evict(Received(per_head=per_head), read_budget(budget), recent_share(recent), burst=burst))
+    return Method(
+        keep=Evict(AttentionReceived(per_head=per_head), read_budget(budget), recent_share(recent), burst=burst)
+    )

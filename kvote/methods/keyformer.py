@@ -2,7 +2,7 @@
 
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict, recent_share
-from kvote.keep.score.noised import NoisedReceived
+from kvote.keep.score.noised import NoisedAttention
 from kvote.method import Method, published
 
 
@@ -39,5 +39,5 @@ def keyformer(
     (no such models there). Noise takes time by the square of a prompt's length. Missing:
     selection in blocks of eight steps, of which ``burst`` is another form.
     """
-    score = NoisedReceived(tau=tau, tau_end=tau_end, steps=steps, noise=noise, seed=seed, per_head=per_head)
+    score = NoisedAttention(tau=tau, tau_end=tau_end, steps=steps, noise=noise, seed=seed, per_head=per_head)
     return Method(keep=Evict(score, read_budget(budget), recent_share(recent), burst=burst))

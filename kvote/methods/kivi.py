@@ -1,7 +1,7 @@
 """KIVI: a tuning-free asymmetric 2-bit quantisation of the KV cache (Liu et al., ICML 2024, arXiv 2402.02750)."""
 
 from kvote.errors import MethodError
-from kvote.kernels.packing import GROUPS
+from kvote.kernels.packing import GROUP_SIZES
 from kvote.method import Method, published
 from kvote.store.quantised import Quantised
 
@@ -35,8 +35,10 @@ def kivi(bits: int = 2, group: int = 32, residual: int = 128) -> Method:
     """
     if bits not in _BITS:
         raise MethodError(f"kivi: bits must be 2 or 4; got {bits!r}.")
-    if group not in GROUPS:
-        raise MethodError(f"kivi: group must be {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}; got {group!r}.")
+    if group not in GROUP_SIZES:
+        raise MethodError(
+            f"kivi: group must be {', '.join(map(str, GROUP_SIZES[:-1]))} or {GROUP_SIZES[-1]}; got {group!r}."
+        )
     if not isinstance(residual, int) or residual < 1 or residual % group:
         raise MethodError(f"kivi: residual must be a multiple of the group of {group} tokens; got {residual!r}.")
     return Method(store=Quantised(bits, group, residual))

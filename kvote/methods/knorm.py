@@ -2,7 +2,7 @@
 
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
-from kvote.keep.score.norms import SmallKeys
+from kvote.keep.score.key_norm import KeyNorm
 from kvote.method import Method, published
 
 
@@ -17,5 +17,5 @@ def knorm(
     Differs from the published code: the newest token always stays, and tokens stay in the text's order. Missing: layers
     left whole, as the paper leaves the first two.
     """
-    keep = Evict(SmallKeys(per_head=per_head), read_budget(budget), evict_generated=evict_generated, burst=burst)
+    keep = Evict(KeyNorm(per_head=per_head), read_budget(budget), evict_generated=evict_generated, burst=burst)
     return Method(keep=keep)

@@ -33,6 +33,6 @@ def kvcrush(
     both codes. Missing: the anchor 'mean', which is 'zeros' where exactly half of the bits of a head are set; other
     methods than ``snapkv`` as the base; eviction while generating.
     """
-    score, dial = LastQueries(window=window, kernel=kernel, pooling=pooling), read_budget(budget)
+    score, limit = LastQueries(window=window, kernel=kernel, pooling=pooling), read_budget(budget)
     choose = Representatives(crush, anchor, seed)
-    return Method(keep=Evict(score, dial, window, evict_generated=False, choose=choose))
+    return Method(keep=Evict(score, limit, window, evict_generated=False, choose=choose))

@@ -1,11 +1,11 @@
 """KVzip: query-agnostic KV cache compression with context reconstruction (Kim et al., NeurIPS 2025)."""
 
 from kvote.errors import MethodError
-from kvote.keep.allocate.jointly import Jointly
-from kvote.keep.allocate.over_heads import Joint
+from kvote.keep.allocate.competing_layers import CompetingLayers
+from kvote.keep.allocate.over_heads import CompetingHeads
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
-from kvote.keep.score.repeated import ReadAgain
+from kvote.keep.score.repeat_attention import RepeatAttention
 from kvote.method import Method, published
 
 
@@ -36,8 +36,8 @@ def kvzip(
     """
     if not isinstance(even, bool):
         raise MethodError(f"even must be True or False; got {even!r}.")
-    score, dial = ReadAgain(chunk=chunk, sinks=sinks, per_head=per_head), read_budget(budget)
+    score, limit = RepeatAttention(chunk=chunk, sinks=sinks, per_head=per_head), read_budget(budget)
     if even or not per_head:
-        return Method(keep=Evict(score, dial, sinks=sinks, evict_generated=False))
-    joint, heads = Jointly(sinks), Joint(safeguard=0.0)
-    return Method(keep=Evict(score, dial, sinks=sinks, evict_generated=False, allocate=joint, over_heads=heads))
+        return Method(keep=Evict(score, limit, sinks=sinks, evict_generated=False))
+    joint, heads = CompetingLayers(sinks), CompetingHeads(safeguard=0.0)
+    return Method(keep=Evict(score, limit, sinks=sinks, evict_generated=False, allocate=joint, over_heads=heads))

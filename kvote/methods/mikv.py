@@ -2,7 +2,7 @@
 
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict, recent_share
-from kvote.keep.score.received import Received
+from kvote.keep.score.attention_received import AttentionReceived
 from kvote.method import Method, published
 from kvote.store.two_precisions import TwoPrecisions
 
@@ -45,5 +45,5 @@ def mikv(
     models have none). ``positions()`` and ``report()`` show important tokens; demoted ones count as dropped there,
     since they have lost their slots, but ``nbytes()`` counts their bytes.
     """
-    keep = Evict(Received(), read_budget(budget), recent_share(recent), burst=burst)
+    keep = Evict(AttentionReceived(), read_budget(budget), recent_share(recent), burst=burst)
     return Method(keep=keep, store=TwoPrecisions(low_bits, group, balancer))

@@ -4,7 +4,7 @@ al., NeurIPS 2025, arXiv 2412.03409)."""
 from kvote.keep.allocate.same_share import SameShare
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
-from kvote.keep.score.prompt_mass import OfPrompts
+from kvote.keep.score.prompt_attention import PromptAttention
 from kvote.method import Method, published
 
 
@@ -28,6 +28,6 @@ def prefixkv(budget: int | float | str = 0.5, sinks: int = 1, distance: int = 25
     are divided each by itself; query heads that share keys are added up (no such models there). Missing: budgets of
     layers that are read from a file.
     """
-    dial = read_budget(budget)
-    share = SameShare(sinks, 1, dial.unit == "fraction")
-    return Method(keep=Evict(OfPrompts(distance=distance), dial, 1, sinks, burst=1, allocate=share))
+    limit = read_budget(budget)
+    share = SameShare(sinks, 1, limit.unit == "fraction")
+    return Method(keep=Evict(PromptAttention(distance=distance), limit, 1, sinks, burst=1, allocate=share))

@@ -29,5 +29,5 @@ def pyramidkv(
     divided by the length of the whole text, as layers no longer hold equally much (there, by what the first prompt
     had). Missing: layers of groups of query heads that choose by the mean or the maximum.
     """
-    score, dial = LastQueries(window=window, kernel=kernel, pooling=pooling, per_head=per_head), read_budget(budget)
-    return Method(keep=Evict(score, dial, window, evict_generated=False, allocate=Pyramid(beta, window)))
+    score, limit = LastQueries(window=window, kernel=kernel, pooling=pooling, per_head=per_head), read_budget(budget)
+    return Method(keep=Evict(score, limit, window, evict_generated=False, allocate=Pyramid(beta, window)))

@@ -3,7 +3,7 @@
 from kvote.keep.budget import budget as read_budget
 from kvote.keep.evict import Evict
 from kvote.keep.score.guarded import GuardedLot
-from kvote.keep.score.lot import Lot
+from kvote.keep.score.random_score import RandomScore
 from kvote.method import Method, published
 
 
@@ -16,7 +16,7 @@ def randomkeep(
     protect: float = 0.0,
     evict_generated: bool = False,
 ) -> Method:
-    """A baseline: keeps sinks, a window and as many tokens drawn by lot as the budget leaves; what is generated stays.
+    """A baseline: keeps sinks, a window and as many random tokens as the budget leaves; what is generated stays.
 
     At the end of a prompt, ``sinks`` first and ``window`` last tokens stay, and tokens from between them that win a
     draw; all key heads and all layers keep the same, at their own positions. The next turn is drawn together with
@@ -29,5 +29,5 @@ def randomkeep(
     others, without its rules for how others are drawn. ``evict_generated``: with True, generated tokens take part in
     the draw, and the budget holds while generating too.
     """
-    score = Lot(seed=seed) if protect == 0 else GuardedLot(seed=seed, share=protect)
+    score = RandomScore(seed=seed) if protect == 0 else GuardedLot(seed=seed, share=protect)
     return Method(keep=Evict(score, read_budget(budget), window, sinks, evict_generated=evict_generated))

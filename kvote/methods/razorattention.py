@@ -66,6 +66,6 @@ def razorattention(
     each = tuple((layer, len(found)) for layer, found in scores["echo"].items())
     count = sum(found for _, found in each)
     whole = best(scores["induction"], round(induction * count)) | best(scores["echo"], round(echo * count))
-    dial = Budget(share, "fraction", least, sinks) if budget is None else read_budget(budget)
-    few = recent_and_mean(dial, sinks, compensation, burst)
+    limit = Budget(share, "fraction", least, sinks) if budget is None else read_budget(budget)
+    few = recent_and_mean(limit, sinks, compensation, burst)
     return Method(keep=KeepByHead(frozenset(whole), each, few, calibration.name), calibrations=(calibration,))

@@ -3,7 +3,7 @@
 from kvote.calibration.file import Calibration, load
 from kvote.calibration.rotated import HEADS, KIND, orders_of
 from kvote.errors import MethodError
-from kvote.kernels.packing import BITS, GROUPS
+from kvote.kernels.packing import BITS, GROUP_SIZES
 from kvote.method import Method, published
 from kvote.numbers import is_number, is_whole
 from kvote.store.apart import SinksApart
@@ -39,15 +39,17 @@ def rotatekv(
     that are no power of two are rotated in blocks; groups do not span heads (with heads of 128 channels they do not
     there either); the span is divided by 2^bits - 1 for all bits; a later turn's tokens are sinks if their entries
     are among the largest of all prompts so far; sinks differ by sequence. Codes of sinks are held too, and up to 63
-    raw tokens per sequence, until their page is full. The order sorts channels by their sums, as the published
+    uncompressed tokens per sequence, until their page is full. The order sorts channels by their sums, as the published
     code does (its text speaks of outliers), of the texts that one calibrates with.
 
     Missing: kernels that read rotated codes (all is decoded for every query, so a step is slow); 3 bits.
     """
     if bits not in BITS or not is_whole(bits):
         raise MethodError(f"rotatekv: bits must be 2, 4 or 8; got {bits!r}.")
-    if group not in GROUPS:
-        raise MethodError(f"rotatekv: group must be {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}; got {group!r}.")
+    if group not in GROUP_SIZES:
+        raise MethodError(
+            f"rotatekv: group must be {', '.join(map(str, GROUP_SIZES[:-1]))} or {GROUP_SIZES[-1]}; got {group!r}."
+        )
     for name, number, least in (("heads", heads, 1), ("sinks", sinks, 0)):
         if not is_whole(number) or number < least:
             raise MethodError(f"rotatekv: {name} must be a whole number of at least {least}; got {number!r}.")

@@ -3,7 +3,7 @@
 from kvote.errors import MethodError
 from kvote.method import Method, published
 from kvote.read.head_votes import HeadVotes
-from kvote.read.tokens import Positions
+from kvote.tokens import Positions
 
 
 @published(rooms="read", source="Wu et al. 2024, arXiv 2411.02886", needs="rotary positions")

@@ -13,9 +13,10 @@ from kvote.index.bounds import NAME, BoundsIndex
 from kvote.needs import Needs
 from kvote.numbers import check_whole, is_number
 from kvote.read.per_head import LISTS, ReadsLists, span_of
-from kvote.read.persistent import Chosen
-from kvote.read.tokens import Reading, Span, everything
+from kvote.read.persistent import ChosenTokens
+from kvote.read.reader import Reading, everything
 from kvote.store.pages import PAGE
+from kvote.tokens import Span
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ class BestClusters(ReadsLists):
     def needs(self) -> Needs:
         return replace(LISTS, indexes=(BoundsIndex(self.cluster),), layers_alike=self.share)
 
-    def new_memory(self) -> Chosen:
-        return Chosen()
+    def new_memory(self) -> ChosenTokens:
+        return ChosenTokens()
 
     def read(self, reading: Reading) -> Iterator[Span]:
         n, bounds = reading.first + reading.count, reading.segment.indexes.get(NAME)
         if bounds is None or not reading.decode or self.counts(n)[1] >= -(-n // self.cluster):
             yield everything(reading)
             return
-        ahead = reading.number % self.share
-        chosen = reading.memories[reading.number - ahead] if reading.memories else reading.memory
-        assert isinstance(chosen, Chosen)
-        if ahead == 0:
+        prompt_left = reading.number % self.share
+        chosen = reading.memories[reading.number - prompt_left] if reading.memories else reading.memory
+        assert isinstance(chosen, ChosenTokens)
+        if prompt_left == 0:
             low, high = (each.float() for each in bounds.of(reading.rows, n))
             best = self.chosen(reading.queries.rotated.float(), low, high, n)[..., None] * self.cluster
             tokens = (best + torch.arange(self.cluster, device=best.device)).flatten(3)

@@ -12,8 +12,9 @@ from kvote.index.bounds import NAME, BoundsIndex
 from kvote.needs import ANYWHERE, Needs, ReaderOffers
 from kvote.numbers import check_whole
 from kvote.read.per_head import LISTS, ReadsLists, span_of
-from kvote.read.tokens import Reading, Span, everything
+from kvote.read.reader import Reading, everything
 from kvote.store.pages import PAGE
+from kvote.tokens import Span
 
 
 @dataclass(frozen=True)

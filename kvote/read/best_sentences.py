@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvote.beside import IDS
 from kvote.errors import MethodError
+from kvote.extra_inputs import IDS
 from kvote.needs import ReaderOffers
 from kvote.numbers import check_whole
 from kvote.read.per_head import LISTS, ReadsLists, span_of
+from kvote.read.reader import Reading, everything
 from kvote.read.running import Grouped, Running, Sentences
-from kvote.read.tokens import Reading, Span, everything
+from kvote.tokens import Span
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class BestSentences(ReadsLists):
     last: int
     longest: int
 
-    needs = replace(LISTS, beside=frozenset({IDS}), prompts=True)
+    needs = replace(LISTS, extra_inputs=frozenset({IDS}), prompts=True)
     # Rows of a batch end their sentences at other times.
     offers = ReaderOffers(alone=True)
 
@@ -63,9 +64,9 @@ class BestSentences(ReadsLists):
         """A sequence's sentences once the tokens of this pass are among them."""
         row, query = reading.rows[i], reading.queries.rotated[i]
         places = reading.segment.positions(row)[0][-reading.count :].long()
-        assert reading.beside is not None
-        assert reading.beside.ids is not None
-        ids = reading.beside.ids[i].to(places.device)
+        assert reading.extra_inputs is not None
+        assert reading.extra_inputs.ids is not None
+        ids = reading.extra_inputs.ids[i].to(places.device)
         ends = torch.isin(ids, torch.tensor(self.ends, device=ids.device))
         none = places[:0]
         old = memory.rows.get(row, Running(none, query.new_empty(0, query.shape[0], query.shape[2]), none))

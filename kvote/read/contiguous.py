@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvote.needs import Keys, Needs
-from kvote.read.tokens import PlainReader, Reading, Span, TokenSet
+from kvote.read.reader import ReaderDefaults, Reading
+from kvote.tokens import Span, TokenSet
 
 # Query rows that are answered together; it bounds the mask, not the result.
 _ROWS = 256
 
 
 @dataclass(frozen=True)
-class Contiguous(PlainReader):
+class Contiguous(ReaderDefaults):
     """Reads all tokens held at the positions 0, 1, 2, ... in their order."""
 
     needs = Needs(keys=Keys.UNROTATED)

@@ -100,11 +100,11 @@ class Exchanges:
     def forget(self) -> None:
         self.rows, self.chosen, self.past = {}, {}, {}
 
-    def mark(self) -> tuple[dict[int, Any], ...]:
+    def checkpoint(self) -> tuple[dict[int, Any], ...]:
         return dict(self.rows), dict(self.chosen), dict(self.past)
 
-    def restore(self, mark: tuple[dict[int, Any], ...]) -> None:
-        self.rows, self.chosen, self.past = (dict(part) for part in mark)
+    def restore(self, checkpoint: tuple[dict[int, Any], ...]) -> None:
+        self.rows, self.chosen, self.past = (dict(part) for part in checkpoint)
 
     @property
     def nbytes(self) -> int:

@@ -10,11 +10,12 @@ from kvote import kernels
 from kvote.needs import Keys, Needs, ReaderOffers
 from kvote.numbers import check_whole
 from kvote.read.local_mass import Blocks, LocalMass, Passed
-from kvote.read.tokens import PlainReader, Reading, Span, TokenSet
+from kvote.read.reader import ReaderDefaults, Reading
+from kvote.tokens import Span, TokenSet
 
 
 @dataclass(frozen=True)
-class FarBlocks(PlainReader):
+class FarBlocks(ReaderDefaults):
     """Parameters as in ``methods/infllm.py``, which documents them."""
 
     block: int
@@ -99,11 +100,11 @@ class FarBlocks(PlainReader):
 
     def _far_queries(self, reading: Reading, row: int, stop: int) -> Tensor:
         """The queries [b, heads, t, d] at the one distance, float32."""
-        rope, raw = reading.rope, reading.queries.raw
+        rope, unrotated = reading.rope, reading.queries.unrotated
         assert rope is not None
-        assert raw is not None
-        angles = rope.contiguous(self.window + 1, raw.device, start=self.window)
-        return rope.apply(raw[:, :, row:stop].float(), angles)
+        assert unrotated is not None
+        angles = rope.contiguous(self.window + 1, unrotated.device, start=self.window)
+        return rope.apply(unrotated[:, :, row:stop].float(), angles)
 
     def _represented(self, reading: Reading, memory: LocalMass) -> Tensor:
         """What blocks are represented by [b, blocks, heads, d], float32."""
@@ -111,10 +112,10 @@ class FarBlocks(PlainReader):
 
     def _count(self, reading: Reading, memory: LocalMass, row: int, stop: int, near: TokenSet) -> None:
         """Adds up what the queries gave to the tokens in their windows."""
-        lse, logits = reading.answered, reading.logits
+        lse, scaling = reading.answered, reading.scaling
         assert lse is not None
-        assert logits is not None
-        passed = Passed(reading.queries.rows(row, stop), lse, reading.first + row, near, logits)
+        assert scaling is not None
+        passed = Passed(reading.queries.rows(row, stop), lse, reading.first + row, near, scaling)
         if reading.recording:
             for i, each in enumerate(reading.rows):
                 memory.note(each, passed.of(i))

@@ -13,7 +13,8 @@ from kvote.index.value_sums import NAME, ValueSumsIndex
 from kvote.needs import Needs
 from kvote.numbers import check_whole
 from kvote.read.per_head import LISTS, ReadsLists
-from kvote.read.tokens import Reading, Span, TokenSet, Unread, everything
+from kvote.read.reader import Reading, everything
+from kvote.tokens import Span, TokenSet, Unread
 
 # Below this share of a query in the channels chosen, they say nothing about it.
 _LEAST = 1e-12
@@ -48,11 +49,11 @@ class FewChannels(ReadsLists):
         votes[..., n - 1 - self.local :] = float("inf")
         index = kernels.top_k(votes, self.top_k + 1).repeat_interleave(heads // h, dim=1)
         read = logits.gather(3, index).logsumexp(3)
-        left = logits.scatter(3, index, float("-inf")).logsumexp(3)
+        unread_mass = logits.scatter(3, index, float("-inf")).logsumexp(3)
         mean = sums.mean(reading.rows, n).repeat_interleave(heads // h, dim=1)[:, :, None]
         reading.activity.selections += len(reading.rows)
         reading.activity.tokens_read = index.shape[-1]
-        yield Span(0, 1, [TokenSet(index, causal=False)], Unread(mean, left - read))
+        yield Span(0, 1, [TokenSet(index, causal=False)], Unread(mean, unread_mass - read))
 
     def _logits(self, reading: Reading, n: int) -> Tensor:
         """The logits [b, heads, 1, n] that enter the softmax, estimated from the ``rank`` channels in which the query

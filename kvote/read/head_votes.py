@@ -20,10 +20,11 @@ from kvote.index.sketch import SketchIndex
 from kvote.kernels.contract import Choice
 from kvote.needs import WHOLE, Cuts, Keys, Needs, ReaderOffers
 from kvote.numbers import check_flags, check_whole, is_number
+from kvote.read.reader import Activity, Reading, Token
 from kvote.read.reuse import SelectionMemory, SumOverRanks, resembles
-from kvote.read.tokens import Activity, Positions, Reading, Span, Token, TokenSet
 from kvote.read.votes import vote_named
 from kvote.rope import Rope
+from kvote.tokens import Positions, Span, TokenSet
 
 # Float32 entries of scores held at a time when many single tokens select (64 MiB).
 _SCORES_HELD = 1 << 24
@@ -115,13 +116,13 @@ class HeadVotes:
         return SelectionMemory() if self.reuses else None
 
     def read(self, reading: Reading) -> Iterator[Span]:
-        solo_from = max(0, reading.count - reading.solo)
+        tail_from = max(0, reading.count - reading.tail_queries)
         row = 0
         while row < reading.count:
             slot = reading.first + row
-            alone = row >= solo_from
+            alone = row >= tail_from
             # Chunks are cut at multiples of their size: passes that end at such multiples cut a prompt the same way.
-            stop = reading.count if alone else min(solo_from, row + self.chunk - slot % self.chunk)
+            stop = reading.count if alone else min(tail_from, row + self.chunk - slot % self.chunk)
             if self._edge(reading, row, row + 1 if alone else stop) - self.sinks <= self.top_k:
                 last = self.sinks + self.top_k + self.window - reading.first - (self.window_from == "end")
                 stop = min(stop, max(row, last) + 1) if alone else stop
@@ -211,12 +212,12 @@ class HeadVotes:
 
     def _scoring_queries(self, reading: Reading, row: int, stop: int) -> Tensor:
         """Queries [b, heads, rows, d] as if each chunk began right behind its window and all candidates were at 0."""
-        rope, raw = reading.rope, reading.queries.raw
+        rope, unrotated = reading.rope, reading.queries.unrotated
         assert rope is not None
-        assert raw is not None
-        rows = (raw if stop - row == reading.count else raw[:, :, row:stop]).float()
-        alone, count = row >= reading.count - reading.solo, stop - row
-        cos, sin = rope.contiguous(self.window + self.chunk, raw.device, start=self.window)
+        assert unrotated is not None
+        rows = (unrotated if stop - row == reading.count else unrotated[:, :, row:stop]).float()
+        alone, count = row >= reading.count - reading.tail_queries, stop - row
+        cos, sin = rope.contiguous(self.window + self.chunk, unrotated.device, start=self.window)
         at = slice(0, 1 if alone else count)
         return rope.apply(rows, (cos[at].expand(count, -1), sin[at].expand(count, -1)))
 

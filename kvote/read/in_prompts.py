@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from kvote.needs import Cuts, Needs, ReaderOffers
-from kvote.read.tokens import Activity, Everything, Memory, PlainReader, Reader, Reading, Span, Token
+from kvote.read.reader import Activity, Everything, Memory, Reader, ReaderDefaults, Reading, Token
 from kvote.rope import Rope
+from kvote.tokens import Span
 
 
 @dataclass(frozen=True)
-class InPrompts(PlainReader):
+class InPrompts(ReaderDefaults):
     """Decides what the tokens of prompts read. ``steps`` decides for generated ones, for drafts of them, and for the
     last tokens of a prompt if it treats them one by one (its ``tail``)."""
 
@@ -53,16 +54,18 @@ class InPrompts(PlainReader):
 
     def read(self, reading: Reading) -> Iterator[Span]:
         # Where a prompt ends nobody has told, drafts of generated tokens are not thought to stand behind it.
-        drafts = reading.ahead is None or reading.ahead < 0
-        solo = reading.solo if drafts else min(reading.solo, self.tail)
-        count = 0 if reading.decode else reading.count - min(solo, reading.count)
+        drafts = reading.prompt_left is None or reading.prompt_left < 0
+        tail_queries = reading.tail_queries if drafts else min(reading.tail_queries, self.tail)
+        count = 0 if reading.decode else reading.count - min(tail_queries, reading.count)
         if count:
             yield from self.read_prompt(reading, count)
         if count < reading.count:
             rest = reading
             if count:
                 queries = reading.queries.rows(count, reading.count)
-                rest = replace(reading, queries=queries, first=reading.first + count, solo=reading.count - count)
+                rest = replace(
+                    reading, queries=queries, first=reading.first + count, tail_queries=reading.count - count
+                )
             for span in self.steps.read(rest):
                 yield replace(span, start=span.start + count, stop=span.stop + count)
 

@@ -9,7 +9,8 @@ from kvote.index.labels import NAME, LabelIndex
 from kvote.needs import ANYWHERE, Needs, ReaderOffers
 from kvote.numbers import check_whole
 from kvote.read.per_head import LISTS, ReadsLists, span_of, winners
-from kvote.read.tokens import Reading, Span, everything
+from kvote.read.reader import Reading, everything
+from kvote.tokens import Span
 
 
 @dataclass(frozen=True)

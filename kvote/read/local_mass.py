@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvote.memory import storage_bytes
-from kvote.read.tokens import Queries, TokenSet
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
+from kvote.tokens import Queries, TokenSet
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Passed:
     lse: Tensor
     first: int
     near: TokenSet
-    logits: Logits
+    scaling: Scaling
 
     def cut(self, length: int) -> "Passed | None":
         """What of it is about the first ``length`` tokens; None if nothing is."""
@@ -28,12 +28,12 @@ class Passed:
         if count <= 0:
             return None
         near = self.near.of_rows(self.lse.shape[2], 0, count)
-        return Passed(self.queries.rows(0, count), self.lse[:, :, :count], self.first, near, self.logits)
+        return Passed(self.queries.rows(0, count), self.lse[:, :, :count], self.first, near, self.scaling)
 
     def of(self, i: int) -> "Passed":
         """The same of one sequence."""
         one = slice(i, i + 1)
-        return Passed(self.queries.of_sequences(one), self.lse[one], self.first, self.near, self.logits)
+        return Passed(self.queries.of_sequences(one), self.lse[one], self.first, self.near, self.scaling)
 
     def mass(self, segment: Segment, rows: list[int]) -> Tensor:
         """Attention [b, heads, m] that each of the neighbours received from every query head, in float32."""
@@ -42,7 +42,7 @@ class Passed:
         for i in range(heads // h):
             mine = slice(i, None, heads // h)
             lse = self.lse[:, mine].contiguous()
-            mass = segment.attention_mass(self.queries.of_heads(mine), lse, rows, self.near, self.logits)
+            mass = segment.attention_mass(self.queries.of_heads(mine), lse, rows, self.near, self.scaling)
             parts.append(mass[:, :, 0])
         return torch.stack(parts, dim=2).flatten(1, 2)
 
@@ -135,15 +135,15 @@ class LocalMass:
     def forget(self) -> None:
         self.held, self.before, self.since = {}, {}, {}
 
-    def mark(self) -> tuple[dict[int, Any], ...]:
+    def checkpoint(self) -> tuple[dict[int, Any], ...]:
         return dict(self.held), dict(self.before), dict(self.since)
 
-    def restore(self, mark: tuple[dict[int, Any], ...]) -> None:
-        self.held, self.before, self.since = (dict(part) for part in mark)
+    def restore(self, checkpoint: tuple[dict[int, Any], ...]) -> None:
+        self.held, self.before, self.since = (dict(part) for part in checkpoint)
 
     @property
     def nbytes(self) -> int:
         blocks = [part for each in (*self.held.values(), *self.before.values()) for part in (each.keys, each.mass)]
         passed = [each for passes in self.since.values() for each in passes]
-        waiting = [t for p in passed for t in (p.lse, p.queries.rotated, p.queries.raw) if t is not None]
+        waiting = [t for p in passed for t in (p.lse, p.queries.rotated, p.queries.unrotated) if t is not None]
         return storage_bytes([*blocks, *waiting])

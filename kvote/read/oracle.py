@@ -8,7 +8,8 @@ import torch
 from kvote.needs import ANYWHERE, ReaderOffers
 from kvote.numbers import check_whole
 from kvote.read.per_head import ReadsLists, winners
-from kvote.read.tokens import Reading, Span, TokenSet
+from kvote.read.reader import Reading
+from kvote.tokens import Span, TokenSet
 
 # Float32 entries of scores held at a time (64 MiB).
 _SCORES_HELD = 1 << 24
@@ -32,7 +33,7 @@ class MostMass(ReadsLists):
     offers = ReaderOffers(cuts=ANYWHERE)
 
     def read(self, reading: Reading) -> Iterator[Span]:
-        whole = max(0, min(reading.count, max(reading.count - reading.solo, self.top_k - reading.first)))
+        whole = max(0, min(reading.count, max(reading.count - reading.tail_queries, self.top_k - reading.first)))
         if whole:
             reading.activity.tokens_read = reading.first + whole
             yield Span(0, whole, [TokenSet(range(reading.first + whole))])

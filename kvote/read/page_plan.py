@@ -11,8 +11,9 @@ from kvote import kernels
 from kvote.errors import MethodError
 from kvote.numbers import check_whole, is_whole
 from kvote.read.per_head import LISTS, ReadsLists
-from kvote.read.persistent import Chosen
-from kvote.read.tokens import Reading, Span, TokenSet, everything
+from kvote.read.persistent import ChosenTokens
+from kvote.read.reader import Reading, everything
+from kvote.tokens import Span, TokenSet
 
 # Layers of the models for which it was published.
 _OF = 28
@@ -44,8 +45,8 @@ class PagePlan(ReadsLists):
     def check(self, layers: int) -> None:
         self.roles(layers)
 
-    def new_memory(self) -> Chosen:
-        return Chosen()
+    def new_memory(self) -> ChosenTokens:
+        return ChosenTokens()
 
     def roles(self, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The layers, of ``layers``, that read everything, and those of them that choose. Raises MethodError if none
@@ -71,13 +72,13 @@ class PagePlan(ReadsLists):
             if number in planners:
                 # What is chosen serves the layers after this one, which itself reads everything.
                 chosen = reading.memories[number]
-                assert isinstance(chosen, Chosen)
+                assert isinstance(chosen, ChosenTokens)
                 chosen.index.update(zip(reading.rows, self._plan(reading, n), strict=True))
                 reading.activity.selections += len(reading.rows)
             yield everything(reading)
             return
         chosen = reading.memories[max(layer for layer in planners if layer < number)]
-        assert isinstance(chosen, Chosen)
+        assert isinstance(chosen, ChosenTokens)
         index = torch.stack([chosen.index[row] for row in reading.rows])
         reading.activity.reused += len(reading.rows)
         reading.activity.tokens_read = index.shape[-1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.read.tokens import Reading
+from kvote.read.reader import Reading
 
 # By name of a pattern, its sizes.
 SIZES = {"a_shape": ("sinks", "local"), "vertical_slash": ("vertical", "slash"), "block_sparse": ("blocks",)}

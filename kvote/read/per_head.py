@@ -4,12 +4,13 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.needs import Keys, Needs
-from kvote.read.tokens import PlainReader, Reading, Span, TokenSet
+from kvote.read.reader import ReaderDefaults, Reading
+from kvote.tokens import Span, TokenSet
 
 LISTS = Needs(keys=Keys.ROTATED, lists=True)
 
 
-class ReadsLists(PlainReader):
+class ReadsLists(ReaderDefaults):
     """A reader whose heads list the tokens that they read, by scores of keys as the model rotated them."""
 
     @property

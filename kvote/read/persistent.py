@@ -11,11 +11,12 @@ from kvote.memory import storage_bytes
 from kvote.needs import ANYWHERE, ReaderOffers
 from kvote.numbers import check_whole
 from kvote.read.per_head import LISTS, ReadsLists, span_of, winners
-from kvote.read.tokens import Reading, Span, everything
+from kvote.read.reader import Reading, everything
+from kvote.tokens import Span
 
 
 @dataclass
-class Chosen:
+class ChosenTokens:
     """By sequence: the tokens [heads, 1, k] that a layer chose in its last step; empty where it chooses none.
 
     In every step they are replaced before another layer reads them, so there is nothing to forget.
@@ -29,10 +30,10 @@ class Chosen:
     def forget(self) -> None:
         pass
 
-    def mark(self) -> None:
+    def checkpoint(self) -> None:
         return None
 
-    def restore(self, mark: None) -> None:
+    def restore(self, checkpoint: None) -> None:
         pass
 
     @property
@@ -64,8 +65,8 @@ class PersistentPositions(ReadsLists):
     def check(self, layers: int) -> None:
         self.selecting(layers)
 
-    def new_memory(self) -> Chosen:
-        return Chosen()
+    def new_memory(self) -> ChosenTokens:
+        return ChosenTokens()
 
     def selecting(self, layers: int) -> tuple[int, ...]:
         """The layers, of ``layers``, that choose, in order. Raises MethodError if no other would read what they
@@ -95,12 +96,12 @@ class PersistentPositions(ReadsLists):
             # What is chosen serves the layers after this one, which itself reads everything.
             scores = reading.segment.scores(reading.queries.rotated, reading.rows, 0, n)
             chosen = reading.memories[number]
-            assert isinstance(chosen, Chosen)
+            assert isinstance(chosen, ChosenTokens)
             chosen.index.update(zip(reading.rows, winners(scores, self.top_k), strict=True))
             reading.activity.selections += len(reading.rows)
             yield everything(reading)
         else:
             chosen = reading.memories[max(layer for layer in selecting if layer < number)]
-            assert isinstance(chosen, Chosen)
+            assert isinstance(chosen, ChosenTokens)
             reading.activity.reused += len(reading.rows)
             yield span_of(reading, torch.stack([chosen.index[row] for row in reading.rows]))

@@ -88,12 +88,12 @@ class Probed(LocalMass):
         super().forget()
         self.habits, self.past = {}, {}
 
-    def mark(self) -> tuple[dict[int, Any], ...]:
-        return *super().mark(), dict(self.habits), {row: list(habits) for row, habits in self.past.items()}
+    def checkpoint(self) -> tuple[dict[int, Any], ...]:
+        return *super().checkpoint(), dict(self.habits), {row: list(habits) for row, habits in self.past.items()}
 
-    def restore(self, mark: tuple[dict[int, Any], ...]) -> None:
-        super().restore(mark[:3])
-        self.habits, self.past = dict(mark[3]), {row: list(habits) for row, habits in mark[4].items()}
+    def restore(self, checkpoint: tuple[dict[int, Any], ...]) -> None:
+        super().restore(checkpoint[:3])
+        self.habits, self.past = dict(checkpoint[3]), {row: list(habits) for row, habits in checkpoint[4].items()}
 
     def fits(self, lengths: list[int]) -> bool:
         return super().fits(lengths) and {*self.habits, *self.past} <= set(range(len(lengths)))

@@ -12,7 +12,7 @@ from kvote.numbers import check_whole
 from kvote.read.far_blocks import FarBlocks
 from kvote.read.local_mass import LocalMass
 from kvote.read.probed import Habit, Probed
-from kvote.read.tokens import Reading
+from kvote.read.reader import Reading
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from kvote.needs import ANYWHERE, WHOLE, Cuts, Keys, Needs
 from kvote.numbers import check_whole
 from kvote.read.in_prompts import InPrompts
 from kvote.read.patterns import SIZES, Estimate, Pattern
-from kvote.read.tokens import Reading, Span, TokenSet, everything
+from kvote.read.reader import Reading, everything
+from kvote.tokens import Span, TokenSet
 
 _NEEDS = Needs(keys=Keys.ANY, lists=True)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvote.errors import MethodError
 from kvote.needs import ReaderOffers
 from kvote.read.head_votes import HeadVotes
-from kvote.read.tokens import Reading
+from kvote.read.reader import Reading
 
 
 @dataclass(frozen=True)

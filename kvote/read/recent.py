@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvote.needs import Keys, Needs
-from kvote.read.tokens import PlainReader, Reading, Span, TokenSet
+from kvote.read.reader import ReaderDefaults, Reading
+from kvote.tokens import Span, TokenSet
 
 # Query rows whose windows are computed together; it bounds the mask, not the result.
 _ROWS = 256
 
 
 @dataclass(frozen=True)
-class SinksAndRecent(PlainReader):
+class SinksAndRecent(ReaderDefaults):
     """The last ``window`` tokens (the query's own among them) and the first ``sinks``, at contiguous positions.
 
     Every query has its own window, however the prompt is cut into passes: the answer does not depend on chunking.

@@ -80,13 +80,13 @@ class SelectionMemory:
         if self.query is not None and self.index is not None and self.edge is not None:
             self.query, self.index, self.edge = self.query[index], self.index[index], self.edge[index]
 
-    def mark(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def checkpoint(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.query, self.index, self.edge
 
-    def restore(self, mark: tuple[Tensor | None, Tensor | None, Tensor | None]) -> None:
-        """Restores the tensors of ``mark``; where they were written in place meanwhile, they are forgotten, and the
-        next step selects anew."""
-        self.query, self.index, self.edge = mark
+    def restore(self, checkpoint: tuple[Tensor | None, Tensor | None, Tensor | None]) -> None:
+        """Restores the tensors of ``checkpoint``; where they were written in place meanwhile, they are forgotten, and
+        the next step selects anew."""
+        self.query, self.index, self.edge = checkpoint
         if self.in_place:
             self.forget()
 

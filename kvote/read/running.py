@@ -65,11 +65,11 @@ class Sentences:
     def forget(self) -> None:
         self.grouped = {}
 
-    def mark(self) -> dict[int, Running]:
+    def checkpoint(self) -> dict[int, Running]:
         return dict(self.rows)
 
-    def restore(self, mark: dict[int, Running]) -> None:
-        self.rows, self.grouped = dict(mark), {}
+    def restore(self, checkpoint: dict[int, Running]) -> None:
+        self.rows, self.grouped = dict(checkpoint), {}
 
     def fits(self, lengths: list[int]) -> bool:
         """Whether what is remembered is of sequences that there are."""

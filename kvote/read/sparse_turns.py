@@ -14,7 +14,8 @@ from kvote.numbers import check_whole, is_number
 from kvote.read.exchanges import Exchanges
 from kvote.read.lines import Lines, lines
 from kvote.read.per_head import ReadsLists
-from kvote.read.tokens import Reading, Span, TokenSet, everything
+from kvote.read.reader import Reading, everything
+from kvote.tokens import Span, TokenSet
 
 
 @dataclass(frozen=True)

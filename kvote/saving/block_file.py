@@ -248,7 +248,7 @@ class BlockFile:
 
     def _places(self, header: dict[str, Any], begin: int) -> dict[str, Place]:
         """The places of blocks: one after the other, from the header to the digest of it, without a gap."""
-        seal, at, places = header.pop(_SEAL), 0, {}
+        compress, at, places = header.pop(_SEAL), 0, {}
         for name, held in header.items():
             dtype, shape, (start, stop) = _TYPES[held["dtype"]], tuple(held["shape"]), held["data_offsets"]
             if any(type(n) is not int or not 0 <= n <= self.size for n in (*shape, start, stop)):
@@ -257,6 +257,6 @@ class BlockFile:
             if start != at or stop != at + place.nbytes:
                 raise ValueError("a gap")
             at = stop
-        if seal["data_offsets"] != [at, at + _DIGEST] or begin + at + _DIGEST != self.size:
+        if compress["data_offsets"] != [at, at + _DIGEST] or begin + at + _DIGEST != self.size:
             raise self.damaged("blocks are missing")
         return places

@@ -31,7 +31,7 @@ def describe(cache: Cache, describer: Describer) -> dict[str, Any]:
     cache.passes.claim(cache)
     cache.check()
     return {
-        "turn": describer.object(cache.turn, "turn"),
+        "turn": describer.object(cache.announced, "turn"),
         "passes": describer.object(cache.passes, "passes"),
         "layers": [describer.object(layer, f"layers.{i}") for i, layer in enumerate(cache.layers)],
     }
@@ -45,7 +45,7 @@ def save(
     Raises InputError where nothing can be written, and as ``describe``.
     """
     # Forks that share its pages may move them.
-    with cache._turn_taken:
+    with cache._exclusive:
         describer = Describer(forms())
         facts = {
             "kind": kind,
@@ -132,7 +132,7 @@ def told(file: BlockFile) -> dict[str, Any]:
 
 
 def _fill(cache: Cache, held: dict[str, Any], maker: Maker) -> None:
-    maker.value(held["turn"], cache.turn)
+    maker.value(held["turn"], cache.announced)
     maker.value(held["passes"], cache.passes)
     for facts, layer in zip(held["layers"], cache.layers, strict=True):
         if maker.value(facts, layer) is not layer:

@@ -12,7 +12,7 @@ _MOST = 2**31 - 1
 
 def layer(made: Any) -> None:
     """Checks a whole layer: its segment, and all that names tokens of it."""
-    counts = ("seen", "settled", "encoded", "shown", "expected", "ahead", "changes")
+    counts = ("seen", "settled", "encoded", "shown", "expected", "prompt_left", "changes")
     if any(not 0 <= getattr(made, name) <= _MOST for name in counts):
         raise ValueError("a layer counts tokens that there cannot be")
     rows, columns = made.sequences, made.columns
@@ -53,7 +53,7 @@ def _slots(index: Tensor, length: int) -> None:
         raise ValueError("a reader remembers tokens that are not held")
 
 
-def raw(made: Any) -> None:
+def uncompressed(made: Any) -> None:
     """Key heads of a sequence hold equally many tokens."""
     check_lanes(made.pool, made.heads)
 
@@ -72,7 +72,7 @@ def packed(made: Any) -> None:
 
 
 def quantised(made: Any) -> None:
-    """Packed and raw tokens of each sequence meet."""
+    """Packed and uncompressed tokens of each sequence meet."""
     packed = made.packed
     if len(packed.before) != made.sequences:
         raise ValueError("packed tokens are those of other sequences than there are")
@@ -82,12 +82,12 @@ def quantised(made: Any) -> None:
         if before.dtype != torch.int32 or before.dim() != 2 or len(before) not in (1, made.heads):
             raise ValueError("packed tokens stand at other positions than there are")
         if not before.shape[1] <= made.values.length(row) <= made.keys.length(row) <= made.length(row):
-            raise ValueError("packed and raw tokens of a sequence do not meet")
+            raise ValueError("packed and uncompressed tokens of a sequence do not meet")
 
 
 def offloaded(made: Any) -> None:
     """What lies on the disk and what is in memory are of the same sequences."""
-    if len(made.disk.blocks) != made.raw.sequences:
+    if len(made.disk.blocks) != made.uncompressed.sequences:
         raise ValueError("tokens on a disk are those of other sequences than there are")
 
 
@@ -124,7 +124,7 @@ def largest(made: Any) -> None:
 
 def prompt(made: Any) -> None:
     """Each encoded prompt has the heads and channels of what comes behind it."""
-    if not len(made.bodies) == len(made.waiting) == made.raw.sequences:
+    if not len(made.bodies) == len(made.waiting) == made.uncompressed.sequences:
         raise ValueError("encoded prompts are those of other sequences than there are")
     for body in made.bodies:
         if body is not None and body.read(range(0, 1))[0].shape != (
@@ -140,7 +140,7 @@ def _tokens(body: Any) -> int:
 
 
 def _dim(made: Any) -> int:
-    return int(made.raw.pool.keys.shape[-1])
+    return int(made.uncompressed.pool.keys.shape[-1])
 
 
 def thin(made: Any) -> None:
@@ -229,7 +229,7 @@ def salient(made: Any) -> None:
 
 def probed(made: Any) -> None:
     """Each encoded text has the heads and channels of what comes behind it, and probes are tokens behind it."""
-    rows = made.raw.sequences
+    rows = made.uncompressed.sequences
     if not len(made.prompts.bodies) == len(made.probes) == rows:
         raise ValueError("encoded tokens are those of other sequences than there are")
     for row, (body, probes) in enumerate(zip(made.prompts.bodies, made.probes, strict=True)):

@@ -15,8 +15,8 @@ from kvote.saving.disk import describe_disk, fill_disk
 from kvote.saving.pages import describe_pool, fill_pool
 from kvote.state import FILED, Describer, Form, Maker
 from kvote.step import Step
-from kvote.store.pages import RawPool
-from kvote.store.segment import Logits
+from kvote.store.pages import UncompressedPool
+from kvote.store.segment import Scaling
 
 _registered: dict[str, tuple[str, Form]] = {}
 # Heads and channels that no model reaches.
@@ -24,7 +24,7 @@ _WIDEST = 65_536
 
 
 def register(name: str, kind: str, derived: str = "", **more: Any) -> None:
-    """Lists the class ``kind``, such as "kvote.read.tokens:Activity", under the ``name`` that files give it.
+    """Lists the class ``kind``, such as "kvote.read.reader:Activity", under the ``name`` that files give it.
     ``derived``: attributes that are no state, with spaces between; the rest as ``Form`` has it."""
     _registered[name] = kind, Form(frozenset(derived.split()), **more)
     forms.cache_clear()
@@ -41,27 +41,27 @@ def forms() -> Mapping[type, tuple[str, Form]]:
 
 
 _LAYER = (
-    "index method rope layers crew others_drop passes number counted steps reads keeps turns shares_layers "
-    "_hears _looks_across"
+    "index method rope layers stack others_drop passes number counted one_call_step reads keeps step_rope "
+    "shares_layers _hears _looks_across"
 )
 
 
 def _describe_layer(layer: Any, describer: Describer, path: str) -> dict[str, Any]:
     facts = describer.attributes(layer, frozenset(_LAYER.split()), path)
     if layer.segment is not None:
-        pool = _raw_pool(layer.segment)
+        pool = _uncompressed_pool(layer.segment)
         dtype = describer.value(pool.keys.dtype, path)["dtype"]
         facts["form"] = [layer.sequences, layer.segment.heads, pool.keys.shape[-1], pool.values.shape[-1], dtype]
     return facts
 
 
-def _raw_pool(segment: Any) -> RawPool:
+def _uncompressed_pool(segment: Any) -> UncompressedPool:
     """The pool in which the latest tokens lie, uncompressed."""
     inner = list(vars(segment).values())
     for held in inner:
-        if isinstance(held, RawPool):
+        if isinstance(held, UncompressedPool):
             return held
-    return next(held.pool for held in inner if isinstance(getattr(held, "pool", None), RawPool))
+    return next(held.pool for held in inner if isinstance(getattr(held, "pool", None), UncompressedPool))
 
 
 def _fill_layer(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
@@ -81,7 +81,7 @@ def _fill_layer(layer: Any, facts: dict[str, Any], maker: Maker) -> None:
         key = torch.empty(rows, heads, 0, dim, dtype=kind, device=maker.device)
         value = torch.empty(rows, heads, 0, value_dim, dtype=kind, device=maker.device)
         none = torch.empty(rows, 0, dtype=torch.int64, device=maker.device)
-        layer.start(Step(key, key, value, none, None, 0, Logits(1.0)))
+        layer.start(Step(key, key, value, none, None, 0, Scaling(1.0)))
     maker.attributes(layer, facts, frozenset(_LAYER.split()), False)
     layer.record.waiting = [replace(seen, rope=layer.rope) for seen in layer.record.waiting]
     check.layer(layer)
@@ -105,7 +105,7 @@ def _parts(**places: str) -> dict[str, Any]:
     return {"describe": describe, "fill": fill}
 
 
-_QUANTISED = _parts(raw="raw", keys="packed.keys", values="packed.values", _before="packed.before")
+_QUANTISED = _parts(raw="uncompressed", keys="packed.keys", values="packed.values", _before="packed.before")
 
 
 def _describe_quantised(segment: Any, describer: Describer, path: str) -> dict[str, Any]:
@@ -157,15 +157,15 @@ register("head group", "kvote.heads:HeadGroup", "heads")
 register(
     "cache layer",
     "kvote.hf.cache_layer:CacheLayer",
-    "turn previous rotary needs_positions beside pending followed keys values",
+    "announced previous rotary needs_positions extra_inputs pending followed keys values",
 )
 register("layout", "kvote.prompt:Layout")
-register("turn", "kvote.hf.cache_layer:Turn", "beside")
+register("turn", "kvote.phase:AnnouncedPrompt", "extra_inputs")
 register("marked", "kvote.marked:Marked")
-register("beside", "kvote.beside:Beside", "inputs")
-register("passes", "kvote.passes:Passes", "torn unmarked thread held peak joined lock repeats")
+register("beside", "kvote.extra_inputs:ExtraInputs", "inputs")
+register("passes", "kvote.passes:Passes", "corrupt has_native_states thread held peak joined lock repeats")
 register("record", "kvote.keep.record:Record", "keeper")
-register("activity", "kvote.read.tokens:Activity")
+register("activity", "kvote.read.reader:Activity")
 for _name in (
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -178,10 +178,10 @@ for _name in (
 
 # Tokens.
 register("pool", "kvote.store.pages:PagePool", describe=describe_pool, fill=fill_pool)
-register("raw pool", "kvote.store.pages:RawPool", describe=describe_pool, fill=fill_pool)
-_RAW = "heads rope kernels _step _only _most_heads _coded _written indexes"
-register("raw", "kvote.store.raw:RawSegment", _RAW, check=check.raw)
-register("uneven", "kvote.store.uneven:UnevenSegment", _RAW, check=check.uneven)
+register("raw pool", "kvote.store.pages:UncompressedPool", describe=describe_pool, fill=fill_pool)
+_UNCOMPRESSED = "heads rope kernels _step _only _most_heads _coded _written indexes"
+register("raw", "kvote.store.uncompressed:UncompressedSegment", _UNCOMPRESSED, check=check.uncompressed)
+register("uneven", "kvote.store.uneven:UnevenSegment", _UNCOMPRESSED, check=check.uneven)
 register("packed", "kvote.store.packed:PackedLanes", "heads form backend transform", check=check.packed)
 register(
     "quantised",
@@ -205,7 +205,7 @@ register("salient part", "kvote.store.salient:Part")
 register("bits", "kvote.store.salient:Bits")
 register("exact tokens", "kvote.store.apart:Exact", check=check.exact)
 register("largest", "kvote.store.apart:Largest", check=check.largest)
-_PROMPT = _parts(tail="raw", bodies="prompts.bodies", waiting="waiting")
+_PROMPT = _parts(tail="uncompressed", bodies="prompts.bodies", waiting="waiting")
 register("prompt", "kvote.store.prompt:PromptSegment", check=check.prompt, **_PROMPT)
 register("waiting", "kvote.store.prompt:Waiting")
 register("thin body", "kvote.store.thin:ThinBody", check=check.thin)
@@ -217,12 +217,12 @@ register("merged body", "kvote.store.merged:MergedBody", check=check.merged)
 register("offloaded", "kvote.store.offloaded:OffloadedSegment", "heads rope regions recent", check=check.offloaded)
 register("disk region", "kvote.store.disk_region:DiskRegion", describe=describe_disk, fill=fill_disk)
 _TWO = "kvote.store.two_precisions:TwoPrecisionSegment"
-register("two precisions", _TWO, f"{_RAW} balanced", check=check.two_precisions)
+register("two precisions", _TWO, f"{_UNCOMPRESSED} balanced", check=check.two_precisions)
 register("balance", "kvote.store.two_precisions:Balance")
 
 # What readers and keepers remember.
 register("selection", "kvote.read.reuse:SelectionMemory", "in_place _known")
-register("chosen", "kvote.read.persistent:Chosen")
+register("chosen", "kvote.read.persistent:ChosenTokens")
 register("running sentence", "kvote.read.running:Running")
 register("sentences", "kvote.read.running:Sentences", "grouped")
 register("exchange", "kvote.read.exchanges:Exchange")
@@ -237,20 +237,20 @@ register("mass", "kvote.keep.score.mass:Mass")
 register("visible", "kvote.keep.subtasks:Visible")
 register("most attention", "kvote.keep.score.any_query:Most")
 register("noised mass", "kvote.keep.score.noised:NoisedMass")
-register("signs", "kvote.keep.score.signs:Signs")
-register("prompt mass", "kvote.keep.score.prompt_mass:PromptMass")
-register("importance", "kvote.keep.score.importance:Importance")
+register("signs", "kvote.keep.score.hybrid_memory:HybridMemory")
+register("prompt mass", "kvote.keep.score.prompt_attention:PromptMass")
+register("importance", "kvote.keep.score.overall_or_recent:Importance")
 register("moments", "kvote.keep.score.votes:Moments")
 register("vote", "kvote.keep.score.votes:Vote")
 register("votes", "kvote.keep.score.votes:Votes")
-register("prompts ended", "kvote.keep.score.lot:Ended")
-register("repeated", "kvote.keep.score.repeated:Repeated")
+register("prompts ended", "kvote.keep.score.random_score:EndedPrompts")
+register("repeated", "kvote.keep.score.repeat_attention:RepeatMemory")
 register("gaussian", "kvote.keep.score.gaussians:Gaussian")
 register("gaussians", "kvote.keep.score.gaussians:Gaussians")
 register("mean", "kvote.keep.merge.means:Mean")
 register("means", "kvote.keep.merge.means:Means")
 register("observation", "kvote.keep.observation:Observation", "rope")
-register("queries", "kvote.read.tokens:Queries")
-register("span", "kvote.read.tokens:Span")
-register("token set", "kvote.read.tokens:TokenSet")
-register("logits", "kvote.store.segment:Logits")
+register("queries", "kvote.read.reader:Queries")
+register("span", "kvote.read.reader:Span")
+register("token set", "kvote.read.reader:TokenSet")
+register("logits", "kvote.store.segment:Scaling")

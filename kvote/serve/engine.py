@@ -213,7 +213,7 @@ class Engine:
         assert job.cache is not None
         for choice in range(job.n):
             cache = job.cache if choice == job.n - 1 else job.cache.fork()
-            if job.watched:
+            if job.counts_reads:
                 cache.watch_reads()
             sampler = Sampler(job.sampling, choice)
             text = TextStream(self.tokenizer, job.stops)
@@ -303,7 +303,7 @@ class Engine:
             tokens_seen=max(layer.tokens_seen for layer in report.layers),
             tokens_held=max(layer.tokens_held for layer in report.layers),
             tokens_read=read,
-            shares=tuple(cache.reads()[: job.prompt_tokens].tolist()) if job.watched else (),
+            shares=tuple(cache.reads()[: job.prompt_tokens].tolist()) if job.counts_reads else (),
         )
 
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:

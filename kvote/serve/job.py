@@ -60,7 +60,7 @@ class Job:
     prefix: Cache | None = None
     prefix_tokens: int = 0
     question_follows: bool = False
-    watched: bool = False
+    counts_reads: bool = False
     owner: str = ""
     foreseen: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -181,7 +181,7 @@ class Service:
                     stops=tuple(decoded.stop or ()) if decoded else (),
                     prefix=document.cache if document else None,
                     prefix_tokens=prefix_tokens,
-                    watched=request.kv_read,
+                    counts_reads=request.kv_read,
                     owner=owner,
                 )
             )

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Angles, Rope
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries, TokenSet
 
 
 def asked_by(queries: Queries, tokens: TokenSet, at: slice | list[int]) -> tuple[Queries, TokenSet]:
@@ -17,7 +17,7 @@ def asked_by(queries: Queries, tokens: TokenSet, at: slice | list[int]) -> tuple
     return queries.of_sequences(at), replace(tokens, index=index)
 
 
-def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """What queries [b, heads, t, d] read in the tokens of a set, keys and values [b * q, h, m, c] in their places: out
     [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
     b, heads, t, d = query.shape
@@ -26,8 +26,8 @@ def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits:
         query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
         key,
         value,
-        scale=logits.scale,
-        softcap=logits.softcap,
+        scale=scaling.scale,
+        softcap=scaling.softcap,
         causal=tokens.causal,
         window=tokens.window,
     )
@@ -35,7 +35,7 @@ def answers(query: Tensor, key: Tensor, value: Tensor, tokens: TokenSet, logits:
     return out, lse.reshape(b, q, heads, t // q).transpose(1, 2).reshape(b, heads, t)
 
 
-def received(query: Tensor, lse: Tensor, key: Tensor, tokens: TokenSet, logits: Logits) -> Tensor:
+def received(query: Tensor, lse: Tensor, key: Tensor, tokens: TokenSet, scaling: Scaling) -> Tensor:
     """Attention [b, h, q, m] that the tokens of a set received; ``lse`` [b, heads, t], the rest as in ``answers``."""
     b, heads, t, d = query.shape
     q = tokens.blocks
@@ -43,8 +43,8 @@ def received(query: Tensor, lse: Tensor, key: Tensor, tokens: TokenSet, logits: 
         query.reshape(b, heads, q, t // q, d).transpose(1, 2).reshape(b * q, heads, t // q, d),
         lse.reshape(b, heads, q, t // q).transpose(1, 2).reshape(b * q, heads, t // q),
         key,
-        scale=logits.scale,
-        softcap=logits.softcap,
+        scale=scaling.scale,
+        softcap=scaling.softcap,
         causal=tokens.causal,
         window=tokens.window,
     )

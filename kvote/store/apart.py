@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvote.beside import INPUTS, Beside
+from kvote.extra_inputs import INPUTS, ExtraInputs
 from kvote.memory import storage_bytes
 from kvote.needs import Keys, Needs, StoreOffers
 from kvote.rope import Rope
@@ -161,43 +161,45 @@ class ApartSegment(QuantisedSegment):
         none = torch.empty(0, device=self.device)
         self.largest += [Largest(none, none.long()) for _ in range(count)]
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
-        if ahead is None or not self.sinks:
+    def observe_queries(
+        self, queries: Queries, rows: list[int], prompt_left: int | None, extra_bytes: ExtraInputs | None = None
+    ) -> None:
+        if prompt_left is None or not self.sinks:
             return
-        assert beside is not None
-        assert beside.inputs is not None
+        assert extra_bytes is not None
+        assert extra_bytes.inputs is not None
         t = queries.rotated.shape[2]
         # Behind a prompt's end, a pass may go on with drafts.
-        count = t + min(0, ahead)
+        count = t + min(0, prompt_left)
         if count <= 0:
             return
-        for states, row in zip(beside.inputs, rows, strict=True):
-            places = self.raw.positions(row)[0][-t:]
+        for states, row in zip(extra_bytes.inputs, rows, strict=True):
+            places = self.uncompressed.positions(row)[0][-t:]
             self.largest[row] = self.largest[row].and_of(states[:count], places[:count], self.sinks)
 
-    def mark(self) -> Any:
-        return super().mark(), list(self.largest)
+    def checkpoint(self) -> Any:
+        return super().checkpoint(), list(self.largest)
 
-    def restore(self, mark: Any) -> bool:
-        held, self.largest = mark
+    def restore(self, checkpoint: Any) -> bool:
+        held, self.largest = checkpoint
         return super().restore(held)
 
-    def seal(self, ahead: int) -> bool:
-        if not ahead:
+    def compress(self, prompt_left: int) -> bool:
+        if not prompt_left:
             self.largest = [each.only(self.sinks) for each in self.largest]
-        return super().seal(ahead)
+        return super().compress(prompt_left)
 
-    def _seal(self, rows: list[int]) -> bool:
+    def _compress(self, rows: list[int]) -> bool:
         first, begin = self.values.length(rows[0]), self.begin(rows[0])
         n = self.length(rows[0]) - self.residual
         for row in rows:
             if n > first and len(self.largest[row].positions):
-                places = torch.stack(self.raw.positions(row))[:, first - begin : n - begin]
+                places = torch.stack(self.uncompressed.positions(row))[:, first - begin : n - begin]
                 which = torch.isin(places, self.largest[row].positions)
                 if bool(which.any()):
-                    key, value = (part[0] for part in self.raw.decode([row], first - begin, n - begin))
+                    key, value = (part[0] for part in self.uncompressed.decode([row], first - begin, n - begin))
                     self.apart.add_exact(row, first, which, key, value)
-        return super()._seal(rows)
+        return super()._compress(rows)
 
     def truncate(self, row: int, length: int) -> None:
         super().truncate(row, length)
@@ -217,7 +219,7 @@ class SinksApart:
     codec: Codec
     sinks: int
     orders: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    needs = Needs(keys=Keys.UNROTATED, lasting=True, whole_layers=True, beside=frozenset({INPUTS}))
+    needs = Needs(keys=Keys.UNROTATED, lasting=True, whole_layers=True, extra_inputs=frozenset({INPUTS}))
     offers = StoreOffers()
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
@@ -232,5 +234,5 @@ class SinksApart:
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> ApartSegment:
         return ApartSegment(heads, like, value_dim, rope, codec=self.codec, residual=0, sinks=self.sinks)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         return False

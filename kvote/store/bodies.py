@@ -12,7 +12,7 @@ from kvote.kernels.contract import Answer
 from kvote.memory import storage_bytes
 from kvote.rope import Angles
 from kvote.store.region import PlainRegion, Slots
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 
 class Body(Protocol):
@@ -39,7 +39,7 @@ class Body(Protocol):
         head, ``slots`` [heads, m], as many heads as lists."""
         ...
 
-    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> Answer | None:
+    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, scaling: Scaling) -> Answer | None:
         """What queries [heads, t, d], which all see all of ``slots``, read there: [heads, t, dv] and lse [heads, t];
         None where the tokens had better be read first.
 
@@ -64,7 +64,7 @@ class PlainBody:
     def read(self, slots: Slots) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> Answer | None:
+    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, scaling: Scaling) -> Answer | None:
         return None
 
     def scores(self, query: Tensor, start: int, stop: int) -> Tensor:
@@ -106,13 +106,13 @@ class Bodies(PlainRegion):
         return body
 
     def attend(
-        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, logits: Logits
+        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, scaling: Scaling
     ) -> Answer | None:
         parts = []
         for i, row in enumerate(rows):
             own = slots if isinstance(slots, range) else slots[i]
             turn = angles if angles is None or angles[0].dim() == 2 else (angles[0][i], angles[1][i])
-            answer = self._of(row).attend(query[i], own, turn, logits)
+            answer = self._of(row).attend(query[i], own, turn, scaling)
             if answer is None:
                 return None
             parts.append(answer)

@@ -19,7 +19,7 @@ from kvote.rope import Angles, Rope
 from kvote.store.bodies import PlainBody
 from kvote.store.prompt import PromptSegment
 from kvote.store.region import Slots
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
 
 # Tokens of which whole keys, or float32 numbers, exist at a time.
 _BLOCK = 2048
@@ -73,7 +73,7 @@ class LowRankBody(PlainBody):
     def read(self, slots: Slots) -> tuple[Tensor, Tensor]:
         return _product(self.basis.key, slots, self.key), _product(self.basis.value, slots, self.value)
 
-    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> Answer:
+    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, scaling: Scaling) -> Answer:
         assert angles is not None
         heads, t, _ = query.shape
         rank, h, dim = self.value.shape
@@ -86,11 +86,11 @@ class LowRankBody(PlainBody):
             key = kernels.rotate(_product(self.basis.key, some, self.key), cos, sin, interleaved=self.interleaved)
             if absorbs:
                 rows = _rows(self.basis.value, some).float()
-                parts.append(_weighted(query, key, rows, logits))
+                parts.append(_weighted(query, key, rows, scaling))
             else:
                 value = _product(self.basis.value, some, self.value)
                 out, lse = kernels.attend(
-                    query[None], key[None], value[None], scale=logits.scale, softcap=logits.softcap, causal=False
+                    query[None], key[None], value[None], scale=scaling.scale, softcap=scaling.softcap, causal=False
                 )
                 parts.append((out[0], lse[0]))
         out, lse = kernels.merge(parts)
@@ -124,13 +124,13 @@ def _product(basis: Tensor, slots: Slots, block: Tensor) -> Tensor:
     return (rows @ block.flatten(1)).reshape(len(rows), *block.shape[1:]).transpose(0, 1)
 
 
-def _weighted(query: Tensor, key: Tensor, rows: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+def _weighted(query: Tensor, key: Tensor, rows: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     """``query`` [heads, t, d] over ``key`` [h, m, d]: ``rows`` [m, r] by their softmax weights, [heads, t, r] in
     float32, and the log-sum-exp."""
     heads, t, d = query.shape
-    scores = query.float().reshape(len(key), -1, d) @ key.float().transpose(1, 2) * logits.scale
-    if logits.softcap is not None:
-        scores = logits.softcap * torch.tanh(scores / logits.softcap)
+    scores = query.float().reshape(len(key), -1, d) @ key.float().transpose(1, 2) * scaling.scale
+    if scaling.softcap is not None:
+        scores = scaling.softcap * torch.tanh(scores / scaling.softcap)
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     return (torch.exp(scores - lse).flatten(0, 1) @ rows).reshape(heads, t, -1), lse.reshape(heads, t)
 
@@ -168,23 +168,27 @@ def factors(parts: list[Tensor], rank: int) -> tuple[Tensor, list[Tensor]]:
 
 @dataclass(frozen=True)
 class SharedLowRank:
-    """When a prompt has gone through the last of ``group`` layers, it is held as factors of at most ``key_rank`` and
-    ``value_rank``; parameters as in ``methods/xkv.py``."""
+    """When a prompt has gone through the last of ``layers_per_basis`` layers, it is held as factors of at most
+    ``key_rank`` and ``value_rank``; parameters as in ``methods/xkv.py``."""
 
-    group: int
+    layers_per_basis: int
     key_rank: int | float
     value_rank: int | float
     needs = Needs(keys=Keys.UNROTATED, equal_heads=True, equal_layers=True, whole_layers=True)
     offers = StoreOffers(shares_layers=True)
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
-        width = self.group * heads * dim
+        width = self.layers_per_basis * heads * dim
         ranks = (min(width, r if isinstance(r, int) else r * width) for r in (self.key_rank, self.value_rank))
-        return (sum(ranks) * dtype.itemsize + 4) / (self.group * heads)
+        return (sum(ranks) * dtype.itemsize + 4) / (self.layers_per_basis * heads)
 
     def __post_init__(self) -> None:
-        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
-            raise MethodError(f"group must be a whole number of layers, at least 1; got {self.group!r}.")
+        if (
+            isinstance(self.layers_per_basis, bool)
+            or not isinstance(self.layers_per_basis, int)
+            or self.layers_per_basis < 1
+        ):
+            raise MethodError(f"group must be a whole number of layers, at least 1; got {self.layers_per_basis!r}.")
         for name in ("key_rank", "value_rank"):
             rank = getattr(self, name)
             whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
@@ -197,13 +201,17 @@ class SharedLowRank:
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> PromptSegment:
         return PromptSegment(heads, like, value_dim, rope)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
-        if (index + 1) % self.group and index + 1 < len(segments):
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
+        if (index + 1) % self.layers_per_basis and index + 1 < len(segments):
             return False
-        layers = [s for s in segments[index // self.group * self.group : index + 1] if isinstance(s, PromptSegment)]
+        layers = [
+            s
+            for s in segments[index // self.layers_per_basis * self.layers_per_basis : index + 1]
+            if isinstance(s, PromptSegment)
+        ]
         encoded = False
         for row in range(layers[0].sequences):
-            n = layers[-1].prompt(row, ahead)
+            n = layers[-1].prompt(row, prompt_left)
             if n is None:
                 continue
             for segment, body in zip(layers, self.encode(layers, row, n), strict=True):
@@ -214,7 +222,7 @@ class SharedLowRank:
     def encode(self, layers: list[PromptSegment], row: int, n: int) -> Sequence[LowRankBody | None]:
         """The first ``n`` tokens of a sequence in each of a group's layers; None for each if factors would not be
         smaller by as much as pays."""
-        held = [segment.raw.decode([row], 0, n) for segment in layers]
+        held = [segment.uncompressed.decode([row], 0, n) for segment in layers]
         sides = [[side[0].transpose(0, 1).flatten(1) for side in pair] for pair in zip(*held, strict=True)]
         widths = [sum(part.shape[1] for part in parts) for parts in sides]
         ranks = [

@@ -13,9 +13,9 @@ from kvote.rope import Rope
 from kvote.store.bodies import PlainBody
 from kvote.store.pair import Pair, merged
 from kvote.store.prompt import PromptSegment
-from kvote.store.raw_tokens import token_bytes
 from kvote.store.region import Slots
 from kvote.store.segment import Segment
+from kvote.store.uncompressed_tokens import token_bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MergedPairs:
     needs = Needs(keys=Keys.ANY, equal_heads=True, equal_layers=True, whole_layers=True)
     offers = StoreOffers(shares_layers=True)
     # Layers that are encoded together.
-    group = 2
+    layers_per_basis = 2
 
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         """The mean over layers; of retained tokens nothing is known before."""
@@ -74,7 +74,7 @@ class MergedPairs:
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> PromptSegment:
         return PromptSegment(heads, like, value_dim, rope)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         first = int(self.start * len(segments))
         if index <= first or (index - first) % 2 == 0:
             return False
@@ -83,7 +83,7 @@ class MergedPairs:
         assert isinstance(other, PromptSegment)
         encoded = False
         for row in range(one.sequences):
-            n = other.prompt(row, ahead)
+            n = other.prompt(row, prompt_left)
             if n is None:
                 continue
             pair = self.encode(one, other, row, n)
@@ -94,7 +94,7 @@ class MergedPairs:
 
     def encode(self, one: PromptSegment, other: PromptSegment, row: int, n: int) -> Pair | None:
         """The first ``n`` tokens of a sequence in two layers; None if these are not alike in shape."""
-        held = [segment.raw.decode([row], 0, n) for segment in (one, other)]
+        held = [segment.uncompressed.decode([row], 0, n) for segment in (one, other)]
         if n == 0 or any(a.shape != b.shape for a, b in zip(*held, strict=True)):
             return None
         key, value = (merged(a[0], b[0], self.t, self.gamma) for a, b in zip(*held, strict=True))

@@ -28,33 +28,33 @@ class OffloadedSegment(RegionSegment):
     def reserve(self, tokens: int) -> None:
         """Nothing: few tokens are ever here."""
 
-    def seal(self, ahead: int) -> bool:
+    def compress(self, prompt_left: int) -> bool:
         """Writes what is old enough, also while a prompt goes on: what is read back is what was written."""
         moved = [self._move(row) for row in range(self.sequences)]
         if any(moved):
-            self.raw.trim()
+            self.uncompressed.trim()
         return any(moved)
 
     def _move(self, row: int) -> bool:
-        count = max(0, self.raw.length(row) - self.recent) // PAGE * PAGE
+        count = max(0, self.uncompressed.length(row) - self.recent) // PAGE * PAGE
         if not count:
             return False
         # All or nothing: a full disk leaves every token where it was.
-        key, value = self.raw.decode([row], 0, count)
+        key, value = self.uncompressed.decode([row], 0, count)
         self.disk.write(row, key[0], value[0])
-        kinds = 1 if self.raw.alike else self.heads
-        self.disk.leave(row, torch.stack(self.raw.positions(row)[:kinds])[:, :count])
+        kinds = 1 if self.uncompressed.alike else self.heads
+        self.disk.leave(row, torch.stack(self.uncompressed.positions(row)[:kinds])[:, :count])
         for i in range(row * self.heads, (row + 1) * self.heads):
-            self.raw.pool.drop_front(self.raw.pool.lanes[i], count // PAGE)
+            self.uncompressed.pool.drop_front(self.uncompressed.pool.lanes[i], count // PAGE)
         return True
 
-    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
-        raw = self.raw.tokens_within(nbytes, beside)
+    def tokens_within(self, nbytes: float, extra_bytes: int = 0) -> int:
+        unrotated = self.uncompressed.tokens_within(nbytes, extra_bytes)
         lanes = max(1, self.sequences * self.heads)
-        each = self.raw.pool.parts
+        each = self.uncompressed.pool.parts
         token = sum(part[:0].element_size() * part.shape[1:].numel() for part in each.values()) / PAGE
         spent = (self.recent + 3 * PAGE) * token
-        return max(raw, int((nbytes / lanes - spent) / (4 + beside)))
+        return max(unrotated, int((nbytes / lanes - spent) / (4 + extra_bytes)))
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ class Offloaded:
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> OffloadedSegment:
         return OffloadedSegment(heads, like, value_dim, rope, folder=self.folder, recent=self.recent)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         return False

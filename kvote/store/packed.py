@@ -15,7 +15,7 @@ from kvote.store.pages import Lane, PagePool
 from kvote.store.transform import Transform
 
 # Room left behind a lane where it has to move: a 64th of its pages. Growth copies a token 65 times at most, which is
-# what a raw token is copied 9 times or so.
+# what an uncompressed token is copied 9 times or so.
 _ROOM = 64
 
 
@@ -104,9 +104,9 @@ class PackedLanes:
         own = [x[0, j % heads // (heads // self.heads)] for j, x in enumerate(each)]
         return torch.stack(own).view(b, heads, -1, self.form.dim)
 
-    def reads(self, groups: int) -> bool:
+    def reads(self, queries_per_kv: int) -> bool:
         """Whether queries of so many heads per key head read codes in place; else, tokens are decoded first."""
-        return self.transform is None and groups <= self.backend.MAX_GROUPS
+        return self.transform is None and queries_per_kv <= self.backend.MAX_QUERIES_PER_KV
 
     def held(self, rows: list[int], each: int = 0) -> tuple[Tensor, Packing, kernels.Lanes]:
         """As kernels read them; with ``each``, every lane so many times: once for each of its query heads."""

@@ -9,9 +9,9 @@ from kvote.rope import Angles, Rope
 from kvote.store import packed
 from kvote.store.codec import Codec
 from kvote.store.pages import PAGE, PagePool
-from kvote.store.raw import RawSegment
 from kvote.store.region import PlainRegion, Slots
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import UncompressedSegment
 from kvote.tokens import TokenSet
 
 
@@ -49,34 +49,46 @@ class PackedRegion(PlainRegion):
         return self.before[row]
 
     def attend(
-        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, logits: Logits
+        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, scaling: Scaling
     ) -> Answer | None:
         if angles is not None or isinstance(slots, Tensor):
             return None
-        return packed.attend(query, self.keys, self.values, rows, slots, scale=logits.scale, softcap=logits.softcap)
+        return packed.attend(query, self.keys, self.values, rows, slots, scale=scaling.scale, softcap=scaling.softcap)
 
     def attend_with(
-        self, query: Tensor, rows: list[int], slots: range, recent: Recent, logits: Logits
+        self, query: Tensor, rows: list[int], slots: range, recent: Recent, scaling: Scaling
     ) -> Answer | None:
-        scale, softcap = logits.scale, logits.softcap
+        scale, softcap = scaling.scale, scaling.softcap
         return packed.attend(query, self.keys, self.values, rows, slots, recent=recent, scale=scale, softcap=softcap)
 
     def scores(self, query: Tensor, rows: list[int], slots: range) -> Tensor:
         return packed.scores(query, self.keys, rows, slots)
 
-    def votes(self, query: Tensor, rows: list[int], raw: RawSegment, start: int, limits: list[int]) -> Tensor:
-        """As ``Segment.votes``, over these tokens and the ``raw`` ones behind them, of any rows."""
-        return self.keys.backend.packed.votes(query, self.keys.held(rows), self._tail(rows, raw), start, limits)
+    def votes(
+        self, query: Tensor, rows: list[int], unrotated: UncompressedSegment, start: int, limits: list[int]
+    ) -> Tensor:
+        """As ``Segment.votes``, over these tokens and the ``unrotated`` ones behind them, of any rows."""
+        return self.keys.backend.packed.votes(query, self.keys.held(rows), self._tail(rows, unrotated), start, limits)
 
-    def winners(self, query: Tensor, rows: list[int], raw: RawSegment, start: int, limits: list[int], k: int) -> Tensor:
+    def winners(
+        self, query: Tensor, rows: list[int], unrotated: UncompressedSegment, start: int, limits: list[int], k: int
+    ) -> Tensor:
         """As ``Segment.winners``, in the same way."""
-        return self.keys.backend.packed.select(query, self.keys.held(rows), self._tail(rows, raw), start, limits, k)
+        return self.keys.backend.packed.select(
+            query, self.keys.held(rows), self._tail(rows, unrotated), start, limits, k
+        )
 
     def attend_list(
-        self, query: Tensor, rows: list[int], tokens: TokenSet, raw: RawSegment, rope: Rope | None, logits: Logits
+        self,
+        query: Tensor,
+        rows: list[int],
+        tokens: TokenSet,
+        unrotated: UncompressedSegment,
+        rope: Rope | None,
+        scaling: Scaling,
     ) -> Answer | None:
         """Attention of ``query`` [b, heads, 1, d], each sequence or each query head reading a list of these tokens and
-        of the ``raw`` ones behind them; None where no kernel can do that."""
+        of the ``unrotated`` ones behind them; None where no kernel can do that."""
         b, heads, t, d = query.shape
         placed = rope is None or tokens.positions == "contiguous"
         seen = tokens.window is None or tokens.window >= len(tokens)
@@ -89,20 +101,20 @@ class PackedRegion(PlainRegion):
             query.reshape(-1, 1, d) if each else query[:, :, 0],
             self.keys.held(rows, each),
             self.values.held(rows, each),
-            self._tail(rows, raw, each),
+            self._tail(rows, unrotated, each),
             tokens.index[..., 0, :].reshape(-1, len(tokens)).contiguous(),
-            angles=raw.angles(tokens),
+            angles=unrotated.angles(tokens),
             interleaved=rope is not None and rope.interleaved,
-            scale=logits.scale,
-            softcap=logits.softcap,
+            scale=scaling.scale,
+            softcap=scaling.softcap,
         )
         return out.to(query.dtype).view(b, heads, 1, -1), lse.view(b, heads, 1)
 
-    def _tail(self, rows: list[int], raw: RawSegment, each: int = 0) -> Tail:
+    def _tail(self, rows: list[int], unrotated: UncompressedSegment, each: int = 0) -> Tail:
         """What is not packed, as kernels read it behind what is; ``each`` as in ``PackedLanes.held``."""
         times = max(1, each * self.heads)
         counts = [(self.length(row), self.alone(row)) for row in rows for _ in range(times)]
-        return Tail(*raw.held(rows, each), [n for n, _ in counts], [first for _, first in counts])
+        return Tail(*unrotated.held(rows, each), [n for n, _ in counts], [first for _, first in counts])
 
     def decode(self, rows: list[int], slots: Slots, room: int = 0) -> tuple[Tensor, Tensor]:
         return self.keys.unpack(rows, slots, room), self.values.unpack(rows, slots, room)

@@ -1,8 +1,9 @@
 """Pages: where the tokens of one layer lie in memory.
 
 A lane (one key/value head of one sequence) owns pages of ``PAGE`` tokens out of a pool that all lanes of the layer
-share. Raw pages hold keys, values and original positions side by side, so a token that moves takes its position with
-it. Sequences that start alike (beams, several answers to one prompt) own the same pages until one of them writes.
+share. Uncompressed pages hold keys, values and original positions side by side, so a token that moves takes its
+position with it. Sequences that start alike (beams, several answers to one prompt) own the same pages until one of them
+writes.
 
 Each lane's pages are runs of neighbours in the pool. ``arrange`` lays every lane out in one run with room to grow,
 which is the usual state: a lane then is a plain strided tensor and reading it copies nothing.
@@ -259,10 +260,10 @@ class PagePool:
         if len(self.owners) - used > used // self.room + _UNUSED * len(self.lanes):
             self.arrange([0] * len(self.lanes))
 
-    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
+    def tokens_within(self, nbytes: float, extra_bytes: int = 0) -> int:
         """Tokens that each lane may hold for the pool to take ``nbytes`` at most, unused pages included, and as many
-        times ``beside`` elsewhere."""
-        pages = nbytes / (self._page_bytes + self.page * beside) / max(1, len(self.lanes))
+        times ``extra_bytes`` elsewhere."""
+        pages = nbytes / (self._page_bytes + self.page * extra_bytes) / max(1, len(self.lanes))
         return max(0, int((pages - _UNUSED) * self.room / (self.room + 1))) * self.page
 
     def bytes_within(self, tokens: int) -> float:
@@ -332,7 +333,7 @@ class PagePool:
         lane.length = length
 
 
-class RawPool(PagePool):
+class UncompressedPool(PagePool):
     """Keys [pages, PAGE, d], values [pages, PAGE, dv] and positions [pages, PAGE] int32; more parts by ``add``."""
 
     def __init__(self, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.kernels.contract import Answer
 from kvote.memory import storage_bytes
 from kvote.needs import Keys, Needs, StoreOffers
@@ -17,7 +17,7 @@ from kvote.store.bodies import Bodies
 from kvote.store.region import Slots
 from kvote.store.saliency import Probes, chosen, drawn, saliency
 from kvote.store.salient import Bits, SalientBody, encode
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
 from kvote.store.sequence import RegionSegment
 from kvote.tokens import Queries, TokenSet
 
@@ -30,7 +30,7 @@ class ProbedSegment(RegionSegment):
         self.prompts = Bodies(heads, like.device)
         self.probes: list[Probes | None] = []
         # What the model does to q.k, once it has read something here.
-        self.logits: Logits | None = None
+        self.scaling: Scaling | None = None
         super().__init__(heads, like, value_dim, rope, [self.prompts])
 
     @property
@@ -44,16 +44,23 @@ class ProbedSegment(RegionSegment):
         super().add_sequences(count)
         self.probes += [None] * count
 
-    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> Answer:
-        self.logits = logits
-        return super().attend(queries, rows, tokens, logits)
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, scaling: Scaling) -> Answer:
+        self.scaling = scaling
+        return super().attend(queries, rows, tokens, scaling)
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
+    def observe_queries(
+        self, queries: Queries, rows: list[int], prompt_left: int | None, extra_bytes: ExtraInputs | None = None
+    ) -> None:
         # Until it is sure that nothing is taken back, which of them will be probes is open.
         for query, row in zip(queries.rotated, rows, strict=True):
             n, t = self.length(row), query.shape[1]
             slots = torch.arange(n - t, n, device=self.device)
-            new = Probes(query, slots, self.raw.positions(row)[0][-t:].long(), ahead is not None and ahead <= 0)
+            new = Probes(
+                query,
+                slots,
+                self.uncompressed.positions(row)[0][-t:].long(),
+                prompt_left is not None and prompt_left <= 0,
+            )
             old = self.probes[row]
             self.probes[row] = new if old is None else old.and_of(new)
 
@@ -64,22 +71,22 @@ class ProbedSegment(RegionSegment):
             recent = probes.slots >= self.encoded(row) + block - max(1, int(how.probes / 2 * block))
             self.probes[row] = probes.only(recent | drawn(probes.places, how.probes / 2, how.seed))
 
-    def mark(self) -> Any:
-        return super().mark(), list(self.probes)
+    def checkpoint(self) -> Any:
+        return super().checkpoint(), list(self.probes)
 
-    def restore(self, mark: Any) -> bool:
-        held, self.probes = mark
+    def restore(self, checkpoint: Any) -> bool:
+        held, self.probes = checkpoint
         return super().restore(held)
 
-    def seal(self, ahead: int) -> bool:
+    def compress(self, prompt_left: int) -> bool:
         """Encodes what is due, together with what is encoded: all of it is rounded anew."""
         before = [self.encoded(row) for row in range(self.sequences)]
         for row, first in enumerate(before):
-            probes, raw = self.probes[row], self.length(row) - first
-            if ahead or probes is None or not raw or not (probes.ended or raw >= self.how.gap):
-                self._only_probes(row, raw + ahead if ahead else max(raw, self.how.gap))
+            probes, unrotated = self.probes[row], self.length(row) - first
+            if prompt_left or probes is None or not unrotated or not (probes.ended or unrotated >= self.how.gap):
+                self._only_probes(row, unrotated + prompt_left if prompt_left else max(unrotated, self.how.gap))
                 continue
-            self._only_probes(row, raw)
+            self._only_probes(row, unrotated)
             self._encode(row)
         return before != [self.encoded(row) for row in range(self.sequences)]
 
@@ -87,13 +94,13 @@ class ProbedSegment(RegionSegment):
         body, probes, first = self.prompts.bodies[row], self.probes[row], self.encoded(row)
         assert probes is not None
         key, value = (part[0] for part in self.tokens([row], 0, self.length(row)))
-        logits = Logits(key.shape[-1] ** -0.5) if self.logits is None else self.logits
-        salient = chosen(saliency(probes, key, first, logits), self.how.share)
+        scaling = Scaling(key.shape[-1] ** -0.5) if self.scaling is None else self.scaling
+        salient = chosen(saliency(probes, key, first, scaling), self.how.share)
         if isinstance(body, SalientBody):
             salient = torch.cat([body.salient(), salient], dim=1)
         self.prompts.bodies[row] = encode(key, value, salient, torch.stack(self.positions(row)), self.how.bits)
-        self.raw.truncate(row, 0)
-        self.raw.trim()
+        self.uncompressed.truncate(row, 0)
+        self.uncompressed.trim()
         self.probes[row] = None
 
     def _keep(self, row: int, slots: Slots, content: tuple[Tensor, Tensor] | None) -> None:
@@ -132,5 +139,5 @@ class Salient:
     def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> ProbedSegment:
         return ProbedSegment(heads, like, value_dim, rope, self)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         return False

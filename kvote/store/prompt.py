@@ -1,4 +1,4 @@
-"""A prompt that is encoded once, when it has ended, with raw pages behind it for all that comes later."""
+"""A prompt that is encoded once, when it has ended, with uncompressed pages behind it for all that comes later."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.memory import storage_bytes
 from kvote.rope import Rope
 from kvote.store.bodies import Bodies, Body
@@ -24,18 +24,18 @@ class Waiting:
     ended: bool = False
     after: int = 0
 
-    def take(self, query: Tensor, ahead: int | None) -> None:
-        """The next ``query`` [heads, t, d] of the sequence; ``ahead`` as in ``Segment.watch``."""
+    def take(self, query: Tensor, prompt_left: int | None) -> None:
+        """The next ``query`` [heads, t, d] of the sequence; ``prompt_left`` as in ``Segment.observe_queries``."""
         t = query.shape[1]
-        if ahead is None:
+        if prompt_left is None:
             self.after += t
             return
         if self.after:
             # Another turn: what was generated before it is now part of the text that it ends.
             self.queries, self.after = [], 0
-        own = t + min(ahead, 0)
+        own = t + min(prompt_left, 0)
         self.queries.append(query[:, :own])
-        self.ended, self.after = ahead <= 0, t - own
+        self.ended, self.after = prompt_left <= 0, t - own
 
     def only_last(self, window: int) -> bool:
         """Lets go of all queries but the last ``window``, and says whether there were others."""
@@ -68,7 +68,7 @@ Encode = Callable[[Tensor, Tensor, Tensor, Tensor], Body | None]
 
 
 class PromptSegment(RegionSegment):
-    """A layer's tokens: for each sequence a body, once its prompt has ended, and raw pages behind it.
+    """A layer's tokens: for each sequence a body, once its prompt has ended, and uncompressed pages behind it.
 
     With ``encode``, a prompt is encoded as soon as it ends, by its last ``window`` queries. Without, someone who sees
     more than this layer asks for ``prompt`` and does it with ``put``.
@@ -94,42 +94,44 @@ class PromptSegment(RegionSegment):
         super().add_sequences(count)
         self.waiting += [Waiting() for _ in range(count)]
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
+    def observe_queries(
+        self, queries: Queries, rows: list[int], prompt_left: int | None, extra_bytes: ExtraInputs | None = None
+    ) -> None:
         for i, row in enumerate(rows):
             if self.bodies[row] is None:
-                self.waiting[row].take(queries.rotated[i], ahead)
+                self.waiting[row].take(queries.rotated[i], prompt_left)
                 if not self.window:
                     self.waiting[row].queries.clear()
 
-    def mark(self) -> tuple[Any, list[Waiting]]:
-        return super().mark(), [waiting.copy() for waiting in self.waiting]
+    def checkpoint(self) -> tuple[Any, list[Waiting]]:
+        return super().checkpoint(), [waiting.copy() for waiting in self.waiting]
 
-    def restore(self, mark: tuple[Any, list[Waiting]]) -> bool:
-        raw, self.waiting = mark
-        return super().restore(raw)
+    def restore(self, checkpoint: tuple[Any, list[Waiting]]) -> bool:
+        uncompressed, self.waiting = checkpoint
+        return super().restore(uncompressed)
 
-    def seal(self, ahead: int) -> bool:
+    def compress(self, prompt_left: int) -> bool:
         before, forgot = [self.encoded(row) for row in range(self.sequences)], False
         for row, waiting in enumerate(self.waiting):
             if self.bodies[row] is not None:
                 continue
             forgot |= waiting.only_last(self.window)
-            if self.encode is None or not waiting.queries or self.prompt(row, ahead) is None:
+            if self.encode is None or not waiting.queries or self.prompt(row, prompt_left) is None:
                 continue
             waiting.ended = False
             queries = torch.cat(waiting.queries, dim=1)
             held = (
-                *(part[0] for part in self.raw.decode([row], 0, self.length(row))),
+                *(part[0] for part in self.uncompressed.decode([row], 0, self.length(row))),
                 torch.stack(self.positions(row)),
             )
             prompt = [part[:, : self.length(row) - waiting.after] for part in held]
             self.put(row, self.encode(queries, *prompt))
         return forgot or before != [self.encoded(row) for row in range(self.sequences)]
 
-    def prompt(self, row: int, ahead: int) -> int | None:
+    def prompt(self, row: int, prompt_left: int) -> int | None:
         """Tokens up to the end of a prompt that is to be encoded now; None if there is no such prompt."""
         waiting = self.waiting[row]
-        if ahead or self.bodies[row] is not None or not waiting.ended:
+        if prompt_left or self.bodies[row] is not None or not waiting.ended:
             return None
         return max(0, self.length(row) - waiting.after)
 
@@ -139,7 +141,7 @@ class PromptSegment(RegionSegment):
         if body is None:
             return
         self.bodies[row], self.waiting[row] = body, Waiting()
-        self.raw.keep(row, torch.arange(body.positions.shape[1], self.raw.length(row)))
+        self.uncompressed.keep(row, torch.arange(body.positions.shape[1], self.uncompressed.length(row)))
 
     def truncate(self, row: int, length: int) -> None:
         self.waiting[row].cut(self.length(row) - length)

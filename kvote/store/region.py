@@ -8,7 +8,7 @@ from torch import Tensor
 from kvote.kernels.contract import Answer, Recent
 from kvote.rope import Angles
 from kvote.store.pages import PagePool
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 # Tokens by their slots: a range that all sequences share, or lists that ascend.
 Slots = range | Tensor
@@ -34,8 +34,8 @@ class Region(Protocol):
     def add_sequences(self, count: int) -> None: ...
     def length(self, row: int) -> int: ...
     def alone(self, row: int) -> int:
-        """How many of its tokens lie nowhere else: those after them, and all later ones, lie in the raw pages too. Of
-        all regions but the last, ``length``."""
+        """How many of its tokens lie nowhere else: those after them, and all later ones, lie in the uncompressed pages
+        too. Of all regions but the last, ``length``."""
         ...
 
     def positions(self, row: int) -> Tensor:
@@ -44,7 +44,7 @@ class Region(Protocol):
         ...
 
     def attend(
-        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, logits: Logits
+        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, scaling: Scaling
     ) -> Answer | None:
         """What queries [b, heads, t, d], which all see all of ``slots``, read there: [b, heads, t, dv] and log-sum-exp
         [b, heads, t]; None where the tokens had better be decoded first.
@@ -54,9 +54,10 @@ class Region(Protocol):
         ...
 
     def attend_with(
-        self, query: Tensor, rows: list[int], slots: range, recent: Recent, logits: Logits
+        self, query: Tensor, rows: list[int], slots: range, recent: Recent, scaling: Scaling
     ) -> Answer | None:
-        """The same for a query [b, heads, 1, d] which sees some ``recent`` raw tokens as well; keys are not turned."""
+        """The same for a query [b, heads, 1, d] which sees some ``recent`` uncompressed tokens as well; keys are not
+        turned."""
         ...
 
     def scores(self, query: Tensor, rows: list[int], slots: range) -> Tensor:
@@ -98,11 +99,11 @@ class PlainRegion:
         return []
 
     def attend(
-        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, logits: Logits
+        self, query: Tensor, rows: list[int], slots: Slots, angles: Angles | None, scaling: Scaling
     ) -> Answer | None:
         return None
 
     def attend_with(
-        self, query: Tensor, rows: list[int], slots: range, recent: Recent, logits: Logits
+        self, query: Tensor, rows: list[int], slots: range, recent: Recent, scaling: Scaling
     ) -> Answer | None:
         return None

@@ -7,18 +7,19 @@ from torch import Tensor
 
 from kvote.rope import Rope
 from kvote.store.pages import PagePool
-from kvote.store.raw import RawSegment
 from kvote.store.region import Region
 from kvote.store.segment import NO_INDEXES
+from kvote.store.uncompressed import UncompressedSegment
 from kvote.tokens import TokenSet
 
 
 class Regions:
-    """Tokens of a layer: encoded ``regions``, one after the other, and behind them the most recent tokens, ``raw``, as
-    the model made them. With a ``rope``, keys are held at position 0 and rotated when they are read.
+    """Tokens of a layer: encoded ``regions``, one after the other, and behind them the most recent tokens,
+    ``uncompressed``, as the model made them. With a ``rope``, keys are held at position 0 and rotated when they are
+    read.
 
-    Of each sequence, the raw pages begin with the first token that does not lie in a region alone. In what takes
-    ``rows``, these are sequences that hold equally many tokens in each region, unless it says otherwise.
+    Of each sequence, the uncompressed pages begin with the first token that does not lie in a region alone. In what
+    takes ``rows``, these are sequences that hold equally many tokens in each region, unless it says otherwise.
     """
 
     indexes = NO_INDEXES
@@ -26,34 +27,34 @@ class Regions:
 
     def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None, regions: list[Region]) -> None:
         self.heads, self.rope, self.regions = heads, rope, regions
-        self.raw = RawSegment(heads, like, value_dim, rope)
+        self.uncompressed = UncompressedSegment(heads, like, value_dim, rope)
 
     @property
     def sequences(self) -> int:
-        return self.raw.sequences
+        return self.uncompressed.sequences
 
     @property
     def device(self) -> torch.device:
-        return self.raw.device
+        return self.uncompressed.device
 
     @property
     def pools(self) -> list[PagePool]:
-        return [self.raw.pool, *(pool for region in self.regions for pool in region.pools)]
+        return [self.uncompressed.pool, *(pool for region in self.regions for pool in region.pools)]
 
     @property
     def nbytes(self) -> int:
-        return self.raw.nbytes + sum(region.nbytes for region in self.regions)
+        return self.uncompressed.nbytes + sum(region.nbytes for region in self.regions)
 
     def encoded(self, row: int) -> int:
         """How many tokens, the first ones, are encoded."""
         return sum([region.length(row) for region in self.regions])
 
     def begin(self, row: int) -> int:
-        """The token with which the raw pages begin."""
+        """The token with which the uncompressed pages begin."""
         return sum([region.alone(row) for region in self.regions])
 
     def length(self, row: int) -> int:
-        return self.begin(row) + self.raw.length(row)
+        return self.begin(row) + self.uncompressed.length(row)
 
     def by_form(
         self, rows: list[int], call: Callable[[list[int], slice | list[int]], tuple[Tensor, ...]]
@@ -85,7 +86,7 @@ class Regions:
         n, begin = self.encoded(rows[0]), self.begin(rows[0])
         parts = [region.decode(rows, slots) for region, slots, _ in self.pieces(rows[0], start, stop)]
         if stop > n or not parts:
-            parts.append(self.raw.decode(rows, max(start, n) - begin, max(stop, n) - begin))
+            parts.append(self.uncompressed.decode(rows, max(start, n) - begin, max(stop, n) - begin))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([key for key, _ in parts], dim=2), torch.cat([value for _, value in parts], dim=2)
@@ -115,7 +116,7 @@ class Regions:
             return out
         late = index[..., least:]
         recent = (late - self.begin(row)).clamp(min=0)[..., None, :]
-        new = self.raw.read(rows, TokenSet(recent))[:2]
+        new = self.uncompressed.read(rows, TokenSet(recent))[:2]
         if out is None:
             return new
         _write(out, slice(least, m), new, None if least == most else late >= offset)
@@ -123,7 +124,7 @@ class Regions:
 
     def positions(self, row: int) -> list[Tensor]:
         before = [region.positions(row).expand(self.heads, -1) for region in self.regions]
-        return [torch.cat(parts) for parts in zip(*before, self.raw.positions(row), strict=True)]
+        return [torch.cat(parts) for parts in zip(*before, self.uncompressed.positions(row), strict=True)]
 
     def places(self, rows: list[int]) -> Tensor:
         """Original positions [b, h, n]; [b, 1, n] where all key heads hold the same tokens."""
@@ -133,7 +134,7 @@ class Regions:
         each = []
         for row in rows:
             before = [region.positions(row).expand(kinds, -1) for region in self.regions]
-            each.append(torch.cat([*before, torch.stack(self.raw.positions(row)[:kinds])], dim=1))
+            each.append(torch.cat([*before, torch.stack(self.uncompressed.positions(row)[:kinds])], dim=1))
         return torch.stack(each)
 
 

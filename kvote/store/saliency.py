@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 # Attention weights that exist at a time.
 _WEIGHTS = 1 << 24
@@ -41,7 +41,7 @@ def drawn(positions: Tensor, share: float, seed: int) -> Tensor:
     return (x ^ (x >> 16)) < share * 2**32
 
 
-def saliency(probes: Probes, key: Tensor, start: int, logits: Logits) -> Tensor:
+def saliency(probes: Probes, key: Tensor, start: int, scaling: Scaling) -> Tensor:
     """Normalised attention float32 [h, n - start] that tokens from ``start`` on receive, of all keys [h, n, d]: what
     probes pay, over how many of them can see the token. Query heads that share a key head add up."""
     h, n, d = key.shape
@@ -51,9 +51,9 @@ def saliency(probes: Probes, key: Tensor, start: int, logits: Logits) -> Tensor:
     place, transposed = torch.arange(n, device=key.device), key.float().transpose(1, 2)
     rows = max(1, _WEIGHTS // (len(query) * n))
     for i in range(0, len(last), rows):
-        some = query[:, i : i + rows].reshape(h, -1, d) @ transposed * logits.scale
-        if logits.softcap is not None:
-            some = logits.softcap * torch.tanh(some / logits.softcap)
+        some = query[:, i : i + rows].reshape(h, -1, d) @ transposed * scaling.scale
+        if scaling.softcap is not None:
+            some = scaling.softcap * torch.tanh(some / scaling.softcap)
         hidden = place > last[i : i + rows, None]
         weights = some.view(h, groups, -1, n).masked_fill(hidden, float("-inf")).softmax(-1)
         total += weights[..., start:].sum((1, 2))

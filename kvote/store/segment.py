@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.index.column import Index
 from kvote.needs import Needs, StoreOffers
 from kvote.rope import Rope
@@ -17,7 +17,7 @@ from kvote.tokens import Queries, TokenSet
 
 
 @dataclass(frozen=True)
-class Logits:
+class Scaling:
     """What the model does to q.k before the softmax: its scale, and a tanh soft cap if it has one."""
 
     scale: float
@@ -57,35 +57,37 @@ class Segment(Protocol):
         """Adds tokens: ``key`` [b, h, t, d], ``value`` [b, h, t, dv], original ``positions`` [b, t]."""
         ...
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
-        """Sees the queries of the pass whose tokens were just added, and what the store needs ``beside`` them;
-        ``ahead`` as in ``keep.Observation``."""
+    def observe_queries(
+        self, queries: Queries, rows: list[int], prompt_left: int | None, extra_bytes: ExtraInputs | None = None
+    ) -> None:
+        """Sees the queries of the pass whose tokens were just added, and what the store needs ``extra_bytes`` them;
+        ``prompt_left`` as in ``keep.Observation``."""
         ...
 
-    def mark(self) -> Any:
-        """What ``restore`` needs to forget what ``append``, ``watch`` and reading add from now on. Cheap."""
+    def checkpoint(self) -> Any:
+        """What ``restore`` needs to forget what ``append``, ``observe_queries`` and reading add from now on. Cheap."""
         ...
 
-    def restore(self, mark: Any) -> bool:
-        """Back to ``mark``, wherever ``append`` or ``watch`` were interrupted; nothing was kept or sealed since. False
-        where that cannot be, because pages were being moved."""
+    def restore(self, checkpoint: Any) -> bool:
+        """Back to ``checkpoint``, wherever ``append`` or ``observe_queries`` were interrupted; nothing was kept or
+        compressed since. False where that cannot be, because pages were being moved."""
         ...
 
-    def seal(self, ahead: int) -> bool:
+    def compress(self, prompt_left: int) -> bool:
         """May encode what is old enough, and says whether it did. Called after every pass, once nothing can be rolled
-        back any more without a crop; ``ahead`` tokens of an announced prompt are still to come."""
+        back any more without a crop; ``prompt_left`` tokens of an announced prompt are still to come."""
         ...
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
+    def slotless_attention(self, queries: Queries, rows: list[int], scaling: Scaling) -> tuple[Tensor, Tensor] | None:
         """What tokens answer that every query reads although they have no slot; None if there are none."""
         ...
 
-    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, scaling: Scaling) -> tuple[Tensor, Tensor]:
         """Softmax attention over ``tokens``: out [b, heads, t, dv] and its log-sum-exp [b, heads, t]."""
         ...
 
     def attention_mass(
-        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
+        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, scaling: Scaling
     ) -> Tensor:
         """Attention [b, h, q, m] that each token of each of the q lists of ``tokens`` received in every key head,
         [b, heads, q, m] where query heads have lists of their own.
@@ -134,8 +136,8 @@ class Segment(Protocol):
         """Gives back memory that is no longer used."""
         ...
 
-    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
-        """How many tokens of each sequence fit into ``nbytes``, with ``beside`` bytes per token and key head."""
+    def tokens_within(self, nbytes: float, extra_bytes: int = 0) -> int:
+        """How many tokens of each sequence fit into ``nbytes``, with ``extra_bytes`` bytes per token and key head."""
         ...
 
     @property
@@ -166,7 +168,7 @@ class Store(Protocol):
         """Bytes of a token of one key head once it is encoded, of ``heads`` of ``dim`` channels in the layer."""
         ...
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         """After the pass of layer ``index`` among the ``segments`` of all layers, None where no token has come yet.
         Says whether anything was encoded.
 

@@ -5,39 +5,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.store.reading import ReadRegions
 from kvote.store.region import Slots
 from kvote.tokens import Queries
 
 
 class RegionSegment(ReadRegions):
-    """As ``Segment``: encoded regions and the raw tokens behind them. New tokens are raw; a subclass says in ``seal``
-    when which of them are encoded."""
+    """As ``Segment``: encoded regions and the uncompressed tokens behind them. New tokens are uncompressed; a subclass
+    says in ``compress`` when which of them are encoded."""
 
     def add_sequences(self, count: int) -> None:
-        self.raw.add_sequences(count)
+        self.uncompressed.add_sequences(count)
         for region in self.regions:
             region.add_sequences(count)
 
     def reserve(self, tokens: int) -> None:
         """Makes room where new tokens lie."""
-        self.raw.reserve(tokens)
+        self.uncompressed.reserve(tokens)
 
     def append(self, rows: list[int], key: Tensor, value: Tensor, positions: Tensor) -> None:
-        self.raw.append(rows, key, value, positions)
+        self.uncompressed.append(rows, key, value, positions)
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
+    def observe_queries(
+        self, queries: Queries, rows: list[int], prompt_left: int | None, extra_bytes: ExtraInputs | None = None
+    ) -> None:
         pass
 
-    def mark(self) -> Any:
-        """New tokens are raw until they are sealed."""
-        return self.raw.mark()
+    def checkpoint(self) -> Any:
+        """New tokens are uncompressed until they are compressed."""
+        return self.uncompressed.checkpoint()
 
-    def restore(self, mark: Any) -> bool:
-        return self.raw.restore(mark)
+    def restore(self, checkpoint: Any) -> bool:
+        return self.uncompressed.restore(checkpoint)
 
-    def seal(self, ahead: int) -> bool:
+    def compress(self, prompt_left: int) -> bool:
         return False
 
     # Taking tokens away.
@@ -65,7 +67,7 @@ class RegionSegment(ReadRegions):
             offset += region.length(row)
             held, alone = held + count, alone + only
             whole = whole and held == _before(slots, offset)
-        # Raw tokens stay where they are if those in front of them do, or if none of them are encoded as well.
+        # Uncompressed tokens stay where they are if those in front of them do, or if none of them are encoded as well.
         stay = whole and (alone == begin if held == n else n == begin and held == alone)
         again = None if stay else self._decoded(row, slots, content, alone)
         for region, own, first, count in shares:
@@ -73,22 +75,22 @@ class RegionSegment(ReadRegions):
         if again is None:
             self._keep_raw(row, slots, content, held, n - begin, begin)
             return
-        self.raw.truncate(row, 0)
+        self.uncompressed.truncate(row, 0)
         if again[0].shape[2]:
-            self.raw.put([row], *again)
+            self.uncompressed.put([row], *again)
 
     def _keep_raw(
         self, row: int, slots: Slots, content: tuple[Tensor, Tensor] | None, held: int, hidden: int, begin: int
     ) -> None:
-        """Keeps the first ``hidden`` raw tokens, which are encoded as well, and those that ``slots`` name behind the
-        first ``held``."""
+        """Keeps the first ``hidden`` uncompressed tokens, which are encoded as well, and those that ``slots`` name
+        behind the first ``held``."""
         if isinstance(slots, range):
-            self.raw.truncate(row, max(0, len(slots) - begin))
+            self.uncompressed.truncate(row, max(0, len(slots) - begin))
             return
         kept = slots[:, held:] - begin
         if hidden:
             kept = torch.cat([torch.arange(hidden, device=self.device).expand(len(slots), -1), kept], dim=1)
-        self.raw.keep(row, kept, _part(content, held, slots.shape[1]))
+        self.uncompressed.keep(row, kept, _part(content, held, slots.shape[1]))
 
     def _decoded(
         self, row: int, slots: Slots, content: tuple[Tensor, Tensor] | None, first: int
@@ -106,7 +108,7 @@ class RegionSegment(ReadRegions):
         return key, value, places.gather(1, rest.expand(self.heads, -1))[None]
 
     def select(self, index: list[int]) -> None:
-        self.raw.select(index)
+        self.uncompressed.select(index)
         for region in self.regions:
             region.select(index)
 
@@ -114,8 +116,8 @@ class RegionSegment(ReadRegions):
         for pool in self.pools:
             pool.trim()
 
-    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
-        return self.raw.tokens_within(nbytes, beside)
+    def tokens_within(self, nbytes: float, extra_bytes: int = 0) -> int:
+        return self.uncompressed.tokens_within(nbytes, extra_bytes)
 
 
 def _behind(slots: Slots, held: int, offset: int) -> Slots:

@@ -21,7 +21,7 @@ from kvote.store.bodies import PlainBody, head_of
 from kvote.store.pages import PAGE
 from kvote.store.prompt import PromptSegment
 from kvote.store.region import Slots
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class ThinBody(PlainBody):
         channels = self.channels.long().repeat_interleave(len(thin) // len(self.keys), dim=0)
         return full.scatter_(2, channels[:, None].expand(thin.shape), thin), self._values(slots)
 
-    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, logits: Logits) -> Answer | None:
+    def attend(self, query: Tensor, slots: Slots, angles: Angles | None, scaling: Scaling) -> Answer | None:
         assert angles is None
         if query.shape[1] != 1 or not self._streams(slots, len(query)):
             # Zeros where channels are gone add nothing to a score, so for many queries the usual kernels serve.
             return None
         narrow = self._narrow(query)
         out, lse = kernels.chosen(self.values).thin_decode(
-            narrow, self.keys, self.values, len(slots), scale=logits.scale, softcap=logits.softcap
+            narrow, self.keys, self.values, len(slots), scale=scaling.scale, softcap=scaling.softcap
         )
         return out.to(query.dtype).reshape(len(query), 1, -1), lse.reshape(-1, 1)
 
@@ -167,5 +167,5 @@ class FewerChannels:
         thin = key[:, :n].gather(2, channels[:, None].expand(-1, n, -1))
         return _body(key.shape[2], channels.to(torch.int16), thin, value[:, :n], positions[:, :n])
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         return False

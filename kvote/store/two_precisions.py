@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from kvote import kernels
-from kvote.beside import Beside
 from kvote.errors import MethodError
+from kvote.extra_inputs import ExtraInputs
 from kvote.kernels import packing
 from kvote.kernels.packing import Packing
 from kvote.memory import storage_bytes
 from kvote.needs import Keys, Needs, StoreOffers
-from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.packed import BLOCK, PackedLanes
 from kvote.store.pages import PagePool
-from kvote.store.raw import RawSegment
-from kvote.store.raw_tokens import token_bytes
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.store.uncompressed_tokens import token_bytes
+from kvote.tokens import Queries, TokenSet
 
 Answer = tuple[Tensor, Tensor]
 
@@ -50,23 +50,23 @@ class Balance:
         return replace(self, query=factor[:0], key=factor[:0], factor=factor)
 
 
-class TwoPrecisionSegment(RawSegment):
+class TwoPrecisionSegment(UncompressedSegment):
     """Important tokens as the model made them, in slots; the others without slots, packed in ``bits`` per number in
-    groups of ``group`` channels of one token, in the order in which they were demoted.
+    groups of ``group_size`` channels of one token, in the order in which they were demoted.
 
     Keys are packed times a factor per sequence, key head and channel, by which queries are divided in turn
     (``balanced``): rounding then weighs on a channel as much as queries make use of it.
     """
 
-    def __init__(self, heads: int, like: Tensor, value_dim: int, *, bits: int, group: int, balanced: bool) -> None:
+    def __init__(self, heads: int, like: Tensor, value_dim: int, *, bits: int, group_size: int, balanced: bool) -> None:
         super().__init__(heads, like, value_dim, None)
         # Codes have slots of their own: none that a reader, a keeper or the layer could name.
         self.balanced = balanced and bits != RAW_BITS
         self.balances: list[Balance] = []
         # Prompt queries [heads, t, d] of each sequence, and the slot of the first, until they cannot be rolled back.
         self.waiting: list[list[tuple[Tensor, int]]] = []
-        self.whole = RawSegment(heads, like, value_dim, None) if bits == RAW_BITS else None
-        dim, each = like.shape[-1], (min(bits, 8), group)
+        self.whole = UncompressedSegment(heads, like, value_dim, None) if bits == RAW_BITS else None
+        dim, each = like.shape[-1], (min(bits, 8), group_size)
         reads = kernels.chosen(like, like.new_empty(0, value_dim))
         self.keys = PackedLanes(heads, Packing(*each, dim, like.dtype, True, True), like.device, backend=reads)
         self.values = PackedLanes(heads, Packing(*each, value_dim, like.dtype, False), like.device, backend=reads)
@@ -76,7 +76,7 @@ class TwoPrecisionSegment(RawSegment):
         return [self.pool, *(part.pool for part in self._low)]
 
     @property
-    def _low(self) -> list[PackedLanes | RawSegment]:
+    def _low(self) -> list[PackedLanes | UncompressedSegment]:
         """What holds the demoted tokens."""
         return [self.keys, self.values] if self.whole is None else [self.whole]
 
@@ -100,24 +100,26 @@ class TwoPrecisionSegment(RawSegment):
 
     # What the queries of a prompt are like.
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
-        if not self.balanced or ahead is None:
+    def observe_queries(
+        self, queries: Queries, rows: list[int], prompt_left: int | None, extra_bytes: ExtraInputs | None = None
+    ) -> None:
+        if not self.balanced or prompt_left is None:
             return
         # Behind a prompt's end, a pass may go on with drafts.
         t = queries.rotated.shape[2]
-        count = t + min(0, ahead)
+        count = t + min(0, prompt_left)
         for query, row in zip(queries.rotated, rows, strict=True):
             if count > 0 and self.balances[row].factor is None:
                 self.waiting[row].append((query[:, :count], self.length(row) - t))
 
-    def mark(self) -> Any:
-        return super().mark(), list(self.balances), [list(passes) for passes in self.waiting]
+    def checkpoint(self) -> Any:
+        return super().checkpoint(), list(self.balances), [list(passes) for passes in self.waiting]
 
-    def restore(self, mark: Any) -> bool:
-        held, self.balances, self.waiting = mark
+    def restore(self, checkpoint: Any) -> bool:
+        held, self.balances, self.waiting = checkpoint
         return super().restore(held)
 
-    def seal(self, ahead: int) -> bool:
+    def compress(self, prompt_left: int) -> bool:
         due = any(self.waiting)
         for row in range(self.sequences):
             self._weigh(row)
@@ -173,31 +175,31 @@ class TwoPrecisionSegment(RawSegment):
 
     # What demoted tokens answer.
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> Answer | None:
+    def slotless_attention(self, queries: Queries, rows: list[int], scaling: Scaling) -> Answer | None:
         counts = [self.retained(row) for row in rows]
         if not any(counts):
             return None
         if len(set(counts)) == 1:
-            return self._answer(queries.rotated, rows, counts[0], logits)
+            return self._answer(queries.rotated, rows, counts[0], scaling)
         # Sequences that hold equally many important tokens may retain unequally many others.
         b, heads, t, _ = queries.rotated.shape
         out = queries.rotated.new_zeros(b, heads, t, self.values.form.dim)
         lse = torch.full((b, heads, t), float("-inf"), device=self.device)
         for count in set(counts) - {0}:
             at = [i for i, own in enumerate(counts) if own == count]
-            out[at], lse[at] = self._answer(queries.rotated[at], [rows[i] for i in at], count, logits)
+            out[at], lse[at] = self._answer(queries.rotated[at], [rows[i] for i in at], count, scaling)
         return out, lse
 
-    def _answer(self, query: Tensor, rows: list[int], count: int, logits: Logits) -> Answer:
+    def _answer(self, query: Tensor, rows: list[int], count: int, scaling: Scaling) -> Answer:
         """Attention of ``query`` [b, heads, t, d] over the ``count`` demoted tokens that each of the rows has."""
         if self.whole is not None:
-            return self.whole.attend(Queries(query), rows, TokenSet(range(count), causal=False), logits)
+            return self.whole.attend(Queries(query), rows, TokenSet(range(count), causal=False), scaling)
         b, heads, t, d = query.shape
         balanced = query
         if self.balanced:
             factor = torch.stack([self._factor(row) for row in rows])
             balanced = (query.float().reshape(b, self.heads, -1, d) / factor[:, :, None]).view(b, heads, t, d)
-        scale, softcap = logits.scale, logits.softcap
+        scale, softcap = scaling.scale, scaling.softcap
         few = heads // self.heads * t <= _STREAMED
         if few and self.keys.reads(1) and self.keys.form.dim == self.values.form.dim:
             # None of these tokens is later than any query, so all positions of a sequence read them like more heads.
@@ -235,7 +237,7 @@ class TwoPrecisionSegment(RawSegment):
         for pool in self.pools:
             pool.trim()
 
-    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
+    def tokens_within(self, nbytes: float, extra_bytes: int = 0) -> int:
         """Important tokens that fit beside all others of the longest sequence in low precision."""
         longest = max((self.length(row) + self.retained(row) for row in range(self.sequences)), default=0)
         nbytes -= 4 * self.heads * self.sequences * self.keys.form.dim * self.balanced
@@ -244,8 +246,8 @@ class TwoPrecisionSegment(RawSegment):
         # below: there is room for a page in low precision besides, because bursts demote ahead of time.
         while before < tokens < longest:
             low = sum(part.pool.bytes_within(longest - tokens) for part in self._low)
-            tokens, before = self.pool.tokens_within(nbytes - low, beside), tokens
-        return tokens if longest else self.pool.tokens_within(nbytes, beside)
+            tokens, before = self.pool.tokens_within(nbytes - low, extra_bytes), tokens
+        return tokens if longest else self.pool.tokens_within(nbytes, extra_bytes)
 
 
 def _channels(index: Tensor, like: Tensor) -> Tensor:
@@ -260,12 +262,13 @@ def _largest(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TwoPrecisions:
-    """Tokens that a keeper lets go of stay in ``low_bits`` per number, in groups of ``group`` channels of one token;
-    with ``balancer``, key channels are scaled as queries use them. Raises MethodError for a form that does not exist.
+    """Tokens that a keeper lets go of stay in ``low_bits`` per number, in groups of ``group_size`` channels of one
+    token; with ``balancer``, key channels are scaled as queries use them. Raises MethodError for a form that does not
+    exist.
     """
 
     low_bits: int
-    group: int
+    group_size: int
     balancer: bool = True
     needs = Needs(keys=Keys.ROTATED)
     # Demoted tokens are read as a whole or not at all.
@@ -274,15 +277,17 @@ class TwoPrecisions:
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         if self.low_bits == RAW_BITS:
             return token_bytes(dim, dim, dtype)
-        sides = (Packing(self.low_bits, self.group, dim, dtype, side, side) for side in (True, False))
+        sides = (Packing(self.low_bits, self.group_size, dim, dtype, side, side) for side in (True, False))
         return sum(side.page_bytes for side in sides) / packing.PACKED
 
     def __post_init__(self) -> None:
         bits = (*packing.BITS, RAW_BITS)
         if self.low_bits not in bits or isinstance(self.low_bits, bool):
             raise MethodError(f"low_bits must be one of {', '.join(map(str, bits))}; got {self.low_bits!r}.")
-        if self.group not in packing.GROUPS:
-            raise MethodError(f"group must be one of {', '.join(map(str, packing.GROUPS))}; got {self.group!r}.")
+        if self.group_size not in packing.GROUP_SIZES:
+            raise MethodError(
+                f"group must be one of {', '.join(map(str, packing.GROUP_SIZES))}; got {self.group_size!r}."
+            )
         if not isinstance(self.balancer, bool):
             raise MethodError(f"balancer must be True or False; got {self.balancer!r}.")
 
@@ -291,8 +296,8 @@ class TwoPrecisions:
         their positions."""
         if rope is not None:
             raise MethodError("Tokens retained in low precision need keys as the model rotated them.")
-        bits, group, balanced = self.low_bits, self.group, self.balancer
-        return TwoPrecisionSegment(heads, like, value_dim, bits=bits, group=group, balanced=balanced)
+        bits, group_size, balanced = self.low_bits, self.group_size, self.balancer
+        return TwoPrecisionSegment(heads, like, value_dim, bits=bits, group_size=group_size, balanced=balanced)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""Raw pages whose lanes differ in length: key heads of a sequence, or sequences that are read in one call.
+"""Uncompressed pages whose lanes differ in length: key heads of a sequence, or sequences that are read in one call.
 
 Places are aligned at the lanes' ends: the last token of every lane has the place of the longest one's last token, and a
 lane that is shorter by k begins at place k. New tokens, whole prompts before them and what a rollback takes back are
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from kvote.kernels import reference
-from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.answers import answers, received
 from kvote.store.pages import PAGE, Lane
-from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import Queries, TokenSet
 
 
-class UnevenSegment(RawSegment):
-    """As ``RawSegment``; where lanes differ, ranges are places, and what a lane has not got there is left out of
-    answers, 0 in attention received and in tokens, and -inf in scores."""
+class UnevenSegment(UncompressedSegment):
+    """As ``UncompressedSegment``; where lanes differ, ranges are places, and what a lane has not got there is left out
+    of answers, 0 in attention received and in tokens, and -inf in scores."""
 
     def __init__(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> None:
         super().__init__(heads, like, value_dim, rope)
@@ -39,7 +39,7 @@ class UnevenSegment(RawSegment):
     def joins(self, query_heads: int) -> bool:
         """Whether sequences of any lengths are read in one call, a query each."""
         each = query_heads // self.heads
-        return self.rope is None and not self.indexes and self._same_shape() and each <= self.kernels.MAX_GROUPS
+        return self.rope is None and not self.indexes and self._same_shape() and each <= self.kernels.MAX_QUERIES_PER_KV
 
     def _differ(self, rows: list[int]) -> bool:
         return self.by_head or (len(rows) > 1 and len({self.length(row) for row in rows}) > 1)
@@ -62,9 +62,9 @@ class UnevenSegment(RawSegment):
         """Of each lane, the tokens that stand at the places ``start`` to ``stop``."""
         return [(lane, max(0, start - begin), max(0, stop - begin)) for lane, begin in self._begun(rows)]
 
-    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, scaling: Scaling) -> tuple[Tensor, Tensor]:
         if not self._differ(rows):
-            return super().attend(queries, rows, tokens, logits)
+            return super().attend(queries, rows, tokens, scaling)
         places = _range(tokens)
         own = self._own(rows, places.start, places.stop)
         b, heads, t, d = queries.rotated.shape
@@ -78,31 +78,31 @@ class UnevenSegment(RawSegment):
                 range(longest),
                 angles=None,
                 interleaved=False,
-                scale=logits.scale,
-                softcap=logits.softcap,
+                scale=scaling.scale,
+                softcap=scaling.softcap,
                 ends=[stop for _, _, stop in own],
             )
             return out.to(queries.rotated.dtype)[:, :, None], lse[:, :, None]
         query = queries.rotated.reshape(len(own), heads // self.heads, t, d)
-        parts = [self._of_lane(query[i : i + 1], *each, tokens, logits) for i, each in enumerate(own)]
+        parts = [self._of_lane(query[i : i + 1], *each, tokens, scaling) for i, each in enumerate(own)]
         out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
         return out.reshape(b, heads, t, -1), lse.reshape(b, heads, t)
 
     def _of_lane(
-        self, query: Tensor, lane: Lane, start: int, stop: int, tokens: TokenSet, logits: Logits
+        self, query: Tensor, lane: Lane, start: int, stop: int, tokens: TokenSet, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """What queries [1, g, t, d] read in one lane."""
         key, value = (self._tokens(pool, lane, start, stop)[None, None] for pool in (self.pool.keys, self.pool.values))
         if stop <= start:
             out = query.new_zeros(*query.shape[:3], value.shape[-1])
             return out, torch.full(out.shape[:3], float("-inf"), device=out.device)
-        return answers(query, key, value, replace(tokens, index=range(start, stop)), logits)
+        return answers(query, key, value, replace(tokens, index=range(start, stop)), scaling)
 
     def attention_mass(
-        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
+        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, scaling: Scaling
     ) -> Tensor:
         if not self._differ(rows):
-            return super().attention_mass(queries, lse, rows, tokens, logits)
+            return super().attention_mass(queries, lse, rows, tokens, scaling)
         places = _range(tokens)
         _, heads, t, d = queries.rotated.shape
         own = self._own(rows, places.start, places.stop)
@@ -113,7 +113,7 @@ class UnevenSegment(RawSegment):
             if stop > start:
                 key = self._tokens(self.pool.keys, lane, start, stop)[None, None]
                 its = replace(tokens, index=range(start, stop))
-                mass[i, start - stop :] = received(query[i : i + 1], total[i : i + 1], key, its, logits)[0, 0, 0]
+                mass[i, start - stop :] = received(query[i : i + 1], total[i : i + 1], key, its, scaling)[0, 0, 0]
         return mass.view(len(rows), self.heads, 1, len(places))
 
     def scores(self, query: Tensor, rows: list[int], start: int, stop: int) -> Tensor:

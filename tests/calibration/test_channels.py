@@ -8,8 +8,9 @@ from torch import Tensor
 from kvote import InputError
 from kvote.calibration.channels import ChannelProducts, order_of
 from kvote.calibration.measure import LEAST, blocks_of, measure_channels
-from kvote.read.tokens import Activity, Queries, Reading
-from kvote.store.raw import RawSegment
+from kvote.read.reader import Activity, Reading
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import Queries
 
 
 def rotated(net, block: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -62,7 +63,7 @@ def test_planted_channels_are_found():
     query, key = torch.randn(1, 4, 50, 16), torch.randn(1, 2, 50, 16)
     key[:, 0, :, [5, 11]] *= 20
     query[:, 2:, :, 3] *= 20
-    segment = RawSegment(2, key, 16, None)
+    segment = UncompressedSegment(2, key, 16, None)
     segment.add_sequences(1)
     segment.append([0], key, key, torch.arange(50)[None])
     reader = ChannelProducts()

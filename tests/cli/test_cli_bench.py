@@ -8,7 +8,7 @@ import torch
 from kvote.cli import main
 from kvote.kernels import cpu
 from kvote.measure import kernels, sweep
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 SMALL = ["bench", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--tokens", "4096"]
 compiled = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
@@ -60,9 +60,9 @@ def test_what_a_person_sees(capsys):
         (cpu, "decode", "dense decode is off by"),
         (cpu, "votes", "votes, exact is off by"),
         (cpu, "top_k", "top-k, 2,048 does not find the largest votes"),
-        (RawSegment, "append", "storing a token, 8-bit sketch does not store what it is given"),
-        (RawSegment, "attend", "tokenselect step is off by"),
-        (RawSegment, "winners", "tokenselect step finds only"),
+        (UncompressedSegment, "append", "storing a token, 8-bit sketch does not store what it is given"),
+        (UncompressedSegment, "attend", "tokenselect step is off by"),
+        (UncompressedSegment, "winners", "tokenselect step finds only"),
     ],
 )
 def test_a_wrong_kernel_means_no_figures(capsys, monkeypatch, owner, kernel, sentence):

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import kvote
-from kvote.hf.mask import Carrier
+from kvote.hf.mask import MaskCarrier
 from kvote.hf.switch import AttentionName, attach, is_attached
 
 
@@ -47,7 +47,7 @@ def test_to_code_that_looks_into_it_a_mask_is_the_native_one(native):
     attach(net)
     tiny.feed(net, None, tokens, padding)
     expected, carrier = masks
-    assert isinstance(carrier, Carrier)
+    assert isinstance(carrier, MaskCarrier)
     assert carrier.shape == expected.shape
     assert carrier.size(-1) == expected.size(-1)
     assert torch.equal(carrier[:, :, 1:], expected[:, :, 1:])

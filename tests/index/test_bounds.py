@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvote.index.bounds import Bounds, BoundsIndex
 from kvote.kernels import reference
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 N, D = 203, 32
 
@@ -14,7 +14,7 @@ N, D = 203, 32
 def bounded(page: int, dtype: torch.dtype, size: float = 1.0) -> tuple[Bounds, Tensor, Tensor]:
     """Bounds over random keys, one query [1, 4, 1, d], and its products [4, n] with the keys."""
     key = (size * torch.randn(1, 2, N, D)).to(dtype)
-    segment = RawSegment(2, key, D, None)
+    segment = UncompressedSegment(2, key, D, None)
     segment.add_sequences(1)
     segment.add_index(BoundsIndex(page), 0)
     for start in range(0, N, 29):

@@ -7,7 +7,7 @@ from torch import Tensor
 from kvote.index.sketch import SketchIndex
 from kvote.kernels import cpu, reference
 from kvote.kernels.lanes import PAGE
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 HEADS, GROUPS, DIM, N, K = 2, 2, 32, 600, 10
@@ -24,8 +24,8 @@ def queries() -> Tensor:
     return torch.randn(1, HEADS * GROUPS, 1, DIM, generator=torch.Generator().manual_seed(2))
 
 
-def segment(bits: int, key: Tensor, passes: list[int] | None = None) -> RawSegment:
-    held = RawSegment(HEADS, key, DIM, None)
+def segment(bits: int, key: Tensor, passes: list[int] | None = None) -> UncompressedSegment:
+    held = UncompressedSegment(HEADS, key, DIM, None)
     held.add_sequences(1)
     held.add_index(SketchIndex(bits), 0)
     at = 0
@@ -36,7 +36,7 @@ def segment(bits: int, key: Tensor, passes: list[int] | None = None) -> RawSegme
     return held
 
 
-def codes(held: RawSegment) -> list[Tensor]:
+def codes(held: UncompressedSegment) -> list[Tensor]:
     """Bytes of the whole pages of every lane."""
     coded = held.indexes["sketch"].coded
     assert coded is not None

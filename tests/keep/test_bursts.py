@@ -9,7 +9,7 @@ import torch
 from selecting import Fed
 
 from kvote import CropError, Method, MethodError
-from kvote.keep.budget import Budget, left
+from kvote.keep.budget import Budget, after_burst
 from kvote.keep.evict import sinks_and_recent
 from kvote.keep.merge.means import recent_and_mean
 from kvote.layer import Layer
@@ -33,7 +33,7 @@ from kvote.spec import parse
     ],
 )
 def test_what_is_left_for_a_burst(most, burst, expected):
-    assert left(most, burst) == expected
+    assert after_burst(most, burst) == expected
 
 
 def fed_with(method: str | Method, n: int) -> Fed:
@@ -114,7 +114,7 @@ def test_tokens_generated_several_at_a_time_go_in_bursts():
     fed.feed(260)
     held = []
     for _ in range(6):
-        fed.feed(3, ahead=None)
+        fed.feed(3, prompt_left=None)
         held.append(fed.layer.segment.length(0))
     assert held == [253, 256] * 3
 
@@ -143,7 +143,7 @@ def test_the_mean_is_of_all_that_was_dropped_in_bursts():
         gone = fed.at - fed.layer.segment.length(0)
         mean = fed.layer.record.memory.rows[0]
         assert mean.count == gone
-        torch.testing.assert_close(mean.key, fed.turned(fed.key, 2, 2 + gone)[0].mean(1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mean.key, fed.rotated(fed.key, 2, 2 + gone)[0].mean(1), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(mean.value, fed.value[0, :, 2 : 2 + gone].mean(1), atol=1e-5, rtol=1e-4)
 
 

@@ -20,8 +20,8 @@ from kvote.keep.observation import Observation
 from kvote.kernels import reference
 from kvote.method import Method
 from kvote.read.recent import SinksAndRecent
-from kvote.read.tokens import Span, TokenSet
 from kvote.spec import parse
+from kvote.tokens import Span, TokenSet
 
 READERS = {
     "everything": "dense",
@@ -53,7 +53,7 @@ def test_attention_received_is_the_column_sum_of_the_weights(monkeypatch, heads,
     layer, keeper = fed(heads, kv_heads, rows=2)
     for count in passes:
         layer.feed(count)
-    query, key = layer.turned(layer.query, 0, 64), layer.turned(layer.key, 0, 64)
+    query, key = layer.rotated(layer.query, 0, 64), layer.rotated(layer.key, 0, 64)
     expected = received(weights(query, key, DIM**-0.5), kv_heads)
     for row in range(2):
         torch.testing.assert_close(keeper.total(row, 64), expected[row], atol=1e-4, rtol=1e-4)
@@ -103,12 +103,12 @@ def test_some_query_rows_give_what_they_alone_gave(reader):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (7, 1)])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_the_weights_of_a_few_rows_are_those_of_the_matrix(monkeypatch, heads, kv_heads, softcap):
-    logits = selecting.Logits
-    monkeypatch.setattr(selecting, "Logits", lambda scale: logits(scale, softcap))
+    logits = selecting.Scaling
+    monkeypatch.setattr(selecting, "Scaling", lambda scale: logits(scale, softcap))
     layer, keeper = fed(heads, kv_heads, rows=2)
     for count in (40, 1, 23):
         layer.feed(count)
-    query, key = layer.turned(layer.query, 0, 64), layer.turned(layer.key, 0, 64)
+    query, key = layer.rotated(layer.query, 0, 64), layer.rotated(layer.key, 0, 64)
     expected = weights(query, key, DIM**-0.5, softcap).float()
     for seen, _ in keeper.seen:
         n = seen.first + seen.count
@@ -165,7 +165,7 @@ def test_a_cut_observation_is_that_of_the_tokens_that_stay(reader):
     tiny.feed(net, cache, tiny.ids(2, 10, seed=1))
     seen = method.keep.seen[-1][0]
     part = seen.of(1, 46)
-    assert (part.rows, part.first, part.count, part.ahead) == ([1], 40, 6, 0)
+    assert (part.rows, part.first, part.count, part.prompt_left) == ([1], 40, 6, 0)
     torch.testing.assert_close(part.mass()[0], seen.mass(0, 6)[1, :, :46], atol=1e-5, rtol=1e-5)
     assert seen.of(0, 40) is None
     copied, before = seen.selected([1, 1, 0]), seen.mass(2, 5)

@@ -167,7 +167,7 @@ def pack_writes_what_the_law_writes(
     ``spoil`` is one number of each lane, and then NaN is like NaN."""
     held = PacksThere(pack)
     for form, tokens in ((held.key_form, held.keys), (held.value_form, held.values)):
-        group = form.group if form.are_keys and not form.by_token else 1
+        group = form.group_size if form.are_keys and not form.by_token else 1
         x, begin = tokens[:, : count // group * group].clone(), [at // group * group for at in firsts]
         if spoil is not None:
             x[:, :1, pack.case.d // 2] = spoil

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvote.kernels import cpu, packing, reference
 from kvote.kernels.cpu import packed
 from kvote.kernels.lanes import Lanes
-from kvote.kernels.packing import BITS, GROUPS, PACKED, Packing
+from kvote.kernels.packing import BITS, GROUP_SIZES, PACKED, Packing
 
 LENGTHS = [1, 31, 32, 127, 128, 129, 300, 1000]
 
@@ -38,7 +38,7 @@ def pack_cases(draw: Any) -> PackCase:
     return PackCase(
         replace(draw(cases(LENGTHS)), size=1.0),
         draw(st.sampled_from(BITS)),
-        draw(st.sampled_from(GROUPS)),
+        draw(st.sampled_from(GROUP_SIZES)),
         draw(st.sampled_from(["plain", "plain", "outliers", "constant", "tiny", "huge"])),
         draw(st.booleans()),
     )

@@ -43,7 +43,7 @@ def test_a_backend_has_every_function_with_its_arguments(name, part):
 def test_a_backend_states_its_facts(name):
     held = kernels.named(name)
     assert name == held.NAME
-    assert {type(held.MAX_GROUPS), type(held.SKETCH_TOKENS), type(held.ASKING_WAITS)} == {int, bool}
+    assert {type(held.MAX_QUERIES_PER_KV), type(held.SKETCH_TOKENS), type(held.ASKING_WAITS)} == {int, bool}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,9 +87,9 @@ def test_the_law_over_pages_is_the_law(case):
     query, rule = pool.query(), {"scale": case.scale, "softcap": 3.0}
     index, angles = pool.some_tokens(half), pool.angles(half, pairs=8)
     places = index[:, None, :, None].expand(-1, case.heads, -1, case.d)
-    turned = reference.rotate(pool.key.gather(2, places), *angles)
+    rotated = reference.rotate(pool.key.gather(2, places), *angles)
     got = law.decode(query, pool.keys, pool.values, pool.table(), index, angles=angles, interleaved=False, **rule)
-    wanted = reference.attend(query[:, :, None], turned, pool.value.gather(2, places), **rule)
+    wanted = reference.attend(query[:, :, None], rotated, pool.value.gather(2, places), **rule)
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs[:, :, 0])
     asked, limits = pool.query(2), [case.n - 1, case.n]
@@ -102,11 +102,11 @@ def test_the_law_over_pages_is_the_law(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_law_reads_each_lane_as_far_as_its_own_end(case, turned):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_law_reads_each_lane_as_far_as_its_own_end(case, rotated):
     pool, start, ends = Paged(case), 2, [case.n, 0, 2, case.n // 2]
     query, rule = pool.query(), {"scale": case.scale, "softcap": 3.0}
-    angles = pool.angles(case.n - start, pairs=8) if turned else None
+    angles = pool.angles(case.n - start, pairs=8) if rotated else None
     given = query, pool.keys, pool.values, pool.table(), range(start, case.n)
     out, lse = law.decode(*given, angles=angles, interleaved=False, ends=ends, **rule)
     for lane, end in enumerate(ends):
@@ -170,9 +170,9 @@ def test_the_law_packs_and_unpacks_lanes_as_it_does_tokens(form):
     x, out = torch.randn(2, 64, 32), torch.empty(2, 40, 32)
     law.packed.pack(x, pages, form, layout.table(), [128, 128])
     law.packed.unpack(pages, form, layout.table(), range(130, 170), 1, out)
-    codes = (packing.quantise_keys if form.are_keys else packing.quantise_values)(x, form.bits, form.group)
+    codes = (packing.quantise_keys if form.are_keys else packing.quantise_values)(x, form.bits, form.group_size)
     dims = 1 if form.are_keys else 2
-    wide = [part.repeat_interleave(form.group, dim=dims) for part in codes[1:]]
+    wide = [part.repeat_interleave(form.group_size, dim=dims) for part in codes[1:]]
     torch.testing.assert_close(out, packing.dequantise(codes[0], *wide)[:, 2:42])
     assert PACKED == 128
 

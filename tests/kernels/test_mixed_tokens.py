@@ -103,8 +103,8 @@ def test_the_law_reads_tokens_where_they_lie(ends):
         query[:, :, 0], held.keys, held.values, held.tail, tokens, angles=angles, interleaved=True, **rule
     )
     at = tokens[:, None, :, None].expand(-1, 2, -1, key.shape[-1])
-    turned = reference.rotate(key.gather(2, at), *angles, interleaved=True)
-    wanted = reference.attend(query[:, :, :1], turned, value.gather(2, at), **rule)
+    rotated = reference.rotate(key.gather(2, at), *angles, interleaved=True)
+    wanted = reference.attend(query[:, :, :1], rotated, value.gather(2, at), **rule)
     for mine, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, theirs[:, :, 0])
 

@@ -29,7 +29,7 @@ from kvote.kernels import gpu
 from kvote.layer import Layer, Step
 from kvote.rope import Rope
 from kvote.spec import parse
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,7 +137,7 @@ def step(position: int, t: int, seed: int) -> Step:
     )
     positions = torch.arange(position, position + t, device="cuda")[None]
     ahead = None if t == 1 else 0
-    return Step(query, key, value, positions, None, 1, Logits(128**-0.5), decode=t == 1, ahead=ahead)
+    return Step(query, key, value, positions, None, 1, Scaling(128**-0.5), decode=t == 1, ahead=ahead)
 
 
 def filled(method: str) -> Layer:

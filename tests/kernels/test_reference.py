@@ -183,9 +183,9 @@ def test_rotation_turns_each_pair_of_channels(interleaved, r):
     got = reference.rotate(x, angle.cos(), angle.sin(), interleaved=interleaved)
     for i in range(r):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + r)
-        turned = torch.complex(x[..., a], x[..., b]) * torch.polar(torch.ones(5), angle[:, i])
-        torch.testing.assert_close(got[..., a], turned.real, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(got[..., b], turned.imag, atol=1e-6, rtol=1e-5)
+        rotated = torch.complex(x[..., a], x[..., b]) * torch.polar(torch.ones(5), angle[:, i])
+        torch.testing.assert_close(got[..., a], rotated.real, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(got[..., b], rotated.imag, atol=1e-6, rtol=1e-5)
     assert torch.equal(got[..., 2 * r :], x[..., 2 * r :])
 
 

@@ -14,7 +14,7 @@ import kvote
 from kvote import kernels
 from kvote.kernels import gpu
 from kvote.store import packed
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 pytestmark = [
     runs,
@@ -51,7 +51,7 @@ def test_a_model_answers_as_with_the_reference(monkeypatch, method):
     law, theirs = answers(monkeypatch, "reference", method, 36)
     mine, cache = answers(monkeypatch, "triton", method, 36)
     segment = cache.managed[0].segment
-    assert isinstance(segment, RawSegment)
+    assert isinstance(segment, UncompressedSegment)
     assert segment.kernels is kernels.named("triton")
     torch.testing.assert_close(mine, law, rtol=1e-4, atol=1e-4)
     assert [(x.selections, x.reused) for x in cache.report().layers] == [

@@ -53,7 +53,7 @@ def test_a_prefilled_layer_is_one_that_was_fed(spec):
     key, value = SMALL.tokens(800)
     (layer,) = SMALL.prefilled(parse(spec), key, value)
     assert layer.seen == 800
-    assert layer.ahead == 0
+    assert layer.prompt_left == 0
     if layer.method.keep.offers.drops:
         assert layer.activity.dropped == 600 - 4 * (spec.startswith("streaming"))
     before = layer.segment.length(0)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from kvote.measure import load
-from kvote.measure.load import Load, Watch
+from kvote.measure.load import Load, LoadMeter
 
 IDLE = Load(wall=10.0, waited=0.1, average=0.2, threads=2, cores=2)
 
@@ -31,7 +31,7 @@ def test_of_many_cores_others_may_use_some():
 
 
 def test_time_in_which_the_thread_did_not_compute_was_waited():
-    watch = Watch()
+    watch = LoadMeter()
     time.sleep(0.05)
     found = watch.load()
     assert 0.9 < found.waiting_share <= 1
@@ -42,10 +42,10 @@ def test_time_in_which_the_thread_did_not_compute_was_waited():
 def test_a_thread_that_waits_makes_the_others_wait(monkeypatch):
     delays = iter([{"1": 1.0, "2": 5.0}, {"1": 1.0, "2": 5.0 + 1e-9, "3": 9e9}])
     monkeypatch.setattr(load, "_delays", lambda: next(delays))
-    found = Watch().load()
+    found = LoadMeter().load()
     assert found.waited == found.wall
 
 
 def test_without_a_load_average_none_is_named(monkeypatch):
     monkeypatch.delattr(load.os, "getloadavg", raising=False)
-    assert "load average" not in str(Watch().load())
+    assert "load average" not in str(LoadMeter().load())

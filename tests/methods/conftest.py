@@ -9,17 +9,17 @@ from selecting import Trace
 from kvote import kernels
 from kvote.index.sketch import Sketch
 from kvote.rope import Rope
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
-    seen, attend = Trace(), RawSegment.attend
+    seen, attend = Trace(), UncompressedSegment.attend
     top_k, contiguous = kernels.top_k, Rope.contiguous
 
-    def spy_attend(self: Any, queries: Any, rows: Any, tokens: Any, logits: Any) -> Any:
+    def spy_attend(self: Any, queries: Any, rows: Any, tokens: Any, scaling: Any) -> Any:
         seen.lists.append(tokens.index)
-        return attend(self, queries, rows, tokens, logits)
+        return attend(self, queries, rows, tokens, scaling)
 
     def spied(winners: Any) -> Any:
         def spy(
@@ -36,9 +36,9 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
         return spy
 
     # What happens in one call cannot be watched; tests/test_step.py holds it to what happens in several.
-    monkeypatch.setattr(RawSegment, "step", lambda *_: None)
-    monkeypatch.setattr(RawSegment, "attend", spy_attend)
-    for voted in (RawSegment, Sketch):
+    monkeypatch.setattr(UncompressedSegment, "step", lambda *_: None)
+    monkeypatch.setattr(UncompressedSegment, "attend", spy_attend)
+    for voted in (UncompressedSegment, Sketch):
         monkeypatch.setattr(voted, "winners", spied(voted.winners))
     monkeypatch.setattr(kernels, "top_k", lambda votes, k: (seen.votes.append(votes.clone()), top_k(votes, k))[1])
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ Masking = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
 
 def model(groups: int = 2, layers: int = 4) -> PreTrainedModel:
-    """Two key heads of 16 channels, with ``groups`` query heads each."""
+    """Two key heads of 16 channels, with ``head_groups`` query heads each."""
     heads = 2 * groups
     return tiny.model(num_hidden_layers=layers, hidden_size=16 * heads, num_attention_heads=heads, head_dim=16)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from watching import weights
 
 from kvote import MethodError
-from kvote.keep.allocate.over_heads import Joint
+from kvote.keep.allocate.over_heads import CompetingHeads
 from kvote.spec import parse
 from kvote.store.pages import PAGE
 
@@ -30,7 +30,7 @@ def skewed(spec: str, heads: int = 8, kv_heads: int = 4, rows: int = 1, n: int =
 def pooled(fed: Fed, row: int = 0) -> Tensor:
     """What the candidates of each key head are worth, [h, N - WINDOW]."""
     kv_heads = fed.key.shape[1]
-    query, key = (fed.turned(x, 0, N)[row : row + 1].double() for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, N)[row : row + 1].double() for x in (fed.query, fed.key))
     attention = weights(query, key, DIM**-0.5)[0, :, -WINDOW:, :-WINDOW].sum(1)
     worth = functional.max_pool1d(attention[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]
     return worth.reshape(kv_heads, -1, N - WINDOW).sum(1)
@@ -86,7 +86,7 @@ def test_without_a_safeguard_the_best_of_all_heads_together_are_kept():
 
 def masked(fed: Fed, lanes: list[list[int]], count: int) -> Tensor:
     """Dense attention of the last ``count`` tokens fed, of which every key head sees ``lanes`` and what came after."""
-    query, key = fed.turned(fed.query, 0, fed.at), fed.turned(fed.key, 0, fed.at)
+    query, key = fed.rotated(fed.query, 0, fed.at), fed.rotated(fed.key, 0, fed.at)
     groups, n = query.shape[1] // key.shape[1], fed.at
     sees = torch.zeros(len(lanes), count, n, dtype=torch.bool)
     for head, lane in enumerate(lanes):
@@ -107,7 +107,7 @@ def test_what_is_read_equals_dense_attention_that_masks_what_each_head_gave_up(c
     assert len({len(lane) for lane in lanes}) > 2
     for count in counts:
         # A turn that is announced to go on drops nothing.
-        out = fed.feed(count, ahead=50)
+        out = fed.feed(count, prompt_left=50)
         torch.testing.assert_close(out, masked(fed, lanes, count), atol=1e-5, rtol=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_a_generated_token_is_answered_in_one_call_for_all_heads():
 
     fed.layer.segment.kernels = Counting()
     fed.feed(1)
-    assert calls.count("decode") == (1 if kernels.MAX_GROUPS else 0)
+    assert calls.count("decode") == (1 if kernels.MAX_QUERIES_PER_KV else 0)
 
 
 def test_a_share_that_leaves_no_more_than_the_window_keeps_the_window():
@@ -169,21 +169,21 @@ def test_a_budget_of_bytes_is_obeyed():
     assert 400_000 < cache.nbytes() < 700_000
 
 
-tokens = Joint.tokens
+tokens = CompetingHeads.tokens
 
 
-def even(self: Joint, worth: Any, mean: int) -> list[int]:
+def even(self: CompetingHeads, worth: Any, mean: int) -> list[int]:
     return [mean] * len(worth)
 
 
-def floor(self: Joint, worth: Any, mean: int) -> list[int]:
+def floor(self: CompetingHeads, worth: Any, mean: int) -> list[int]:
     """As one would expect a safeguard: a head's own share or what it wins, whichever is more."""
-    return [max(count, int(mean * self.safeguard)) for count in tokens(Joint(0.0), worth, mean)]
+    return [max(count, int(mean * self.safeguard)) for count in tokens(CompetingHeads(0.0), worth, mean)]
 
 
 @pytest.mark.parametrize("rule", [even, floor])
 def test_another_division_shows(monkeypatch, rule):
-    monkeypatch.setattr(Joint, "tokens", rule)
+    monkeypatch.setattr(CompetingHeads, "tokens", rule)
     with pytest.raises(AssertionError):
         test_kept_tokens_equal_the_published_lines(8, 4, 0.7)
 

@@ -17,11 +17,11 @@ from kvote import MethodError, settling
 from kvote.keep.allocate.shares import even, of_logs, shares
 from kvote.keep.score.dispersion import Dispersion
 from kvote.keep.score.votes import Moments
-from kvote.layer import Crew, Layer
+from kvote.layer import Layer, LayerStack
 from kvote.method import Method
 from kvote.needs import Needs
 from kvote.spec import parse
-from kvote.store.raw import Raw
+from kvote.store.uncompressed import Uncompressed
 
 N, BUDGET, WINDOW, LAYERS = 64, 24, 8, 4
 SPEC = f"cake(budget={BUDGET}, window={WINDOW}"
@@ -31,7 +31,7 @@ TOTAL = (BUDGET - WINDOW) * LAYERS
 def crew(method: str, layers: int = LAYERS, **shape: int) -> list[Fed]:
     """Layers of one cache, each fed with keys and queries of its own, the later ones less peaked."""
     made: list[Fed] = []
-    together = Crew()
+    together = LayerStack()
     for i in range(layers):
         fed = Fed(method, **shape)
         fed.query *= 2.0 / (i + 1)
@@ -56,7 +56,7 @@ class Slow:
 
     def vote(self, fed: Fed, row: int) -> tuple[Decimal, Tensor]:
         """Preference of a layer, and what the tokens before the window are worth [h, n]."""
-        query, key = (fed.turned(x, 0, N)[row : row + 1].double() for x in (fed.query, fed.key))
+        query, key = (fed.rotated(x, 0, N)[row : row + 1].double() for x in (fed.query, fed.key))
         seen = weights(query, key, DIM**-0.5)[0, :, -WINDOW:, :-WINDOW]
         entropy = -(seen * (seen + 1e-10).log()).sum().item()
         shift = seen.var(dim=1).sum().item()
@@ -235,13 +235,13 @@ class Peak:
         self.tokens = self.nbytes = 0
         drop = settling.drop
 
-        def watch(layer: Layer) -> None:
+        def observe_queries(layer: Layer) -> None:
             self.tokens = max(self.tokens, sum(each.held for each in cache.managed))
             parts = [part for each in cache.managed for part in (each.segment, each.record.memory) if part is not None]
             self.nbytes = max(self.nbytes, sum(part.nbytes for part in parts))
             drop(layer)
 
-        monkeypatch.setattr(settling, "drop", watch)
+        monkeypatch.setattr(settling, "drop", observe_queries)
 
 
 def test_a_prompt_in_one_pass_never_holds_more_than_the_budget_and_a_layer(monkeypatch):
@@ -306,7 +306,7 @@ def test_a_generated_token_drops_what_it_looks_at_least(per_head, burst):
                 assert kept(fed) == [[*held, at] for held in before]
                 continue
             fed.feed(1)
-            query, key = (fed.turned(x, 0, at + 1)[0].double() for x in (fed.query, fed.key))
+            query, key = (fed.rotated(x, 0, at + 1)[0].double() for x in (fed.query, fed.key))
             worth = []
             for head, held in enumerate(before):
                 held = [*held, at]
@@ -345,7 +345,7 @@ def test_generated_tokens_can_be_left_alone():
     assert min(dropped) > 0
 
 
-class Lasting(Raw):
+class Lasting(Uncompressed):
     """A store that cannot let go of generated tokens."""
 
     needs = Needs(lasting=True)

@@ -6,10 +6,10 @@ import torch
 from selecting import DIM, Fed
 
 from kvote import MethodError
-from kvote.keep.allocate.pressed import Pressed
+from kvote.keep.allocate.memory_pressure import MemoryPressure
 from kvote.keep.score import hybrid
 from kvote.keep.score.hybrid import Hybrid, gradient_norms
-from kvote.keep.score.signs import Signs
+from kvote.keep.score.hybrid_memory import HybridMemory
 from kvote.spec import parse
 
 SPEC = "critic(budget=16, burst=1"
@@ -23,7 +23,7 @@ def slow(fed: Fed, passes: list[int], weights: tuple[float, float, float]) -> li
     """The text query by query, in float64, with gradients by autograd: after each pass, what the layer holds."""
     heads, n = fed.query.shape[1], fed.key.shape[2]
     groups = heads // fed.key.shape[1]
-    query, key = (fed.turned(x, 0, n)[0].double() for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, n)[0].double() for x in (fed.query, fed.key))
     value = fed.value[0].double()
     held: list[int] = []
     received, entropy = torch.zeros(n).double(), torch.zeros(n).double()
@@ -132,7 +132,7 @@ def test_as_many_stay_as_the_text_says_in_the_texts_order(n, r, least, memory):
 
 
 def test_the_share_that_goes_grows_with_the_memory_used_up_to_a_limit():
-    pressed = Pressed(goes=0.3, alpha=0.4, most=0.6, total=1000.0, least=1, always=1)
+    pressed = MemoryPressure(goes=0.3, alpha=0.4, most=0.6, total=1000.0, least=1, always=1)
     assert [round(pressed.share(used), 6) for used in (0, 250, 500, 750, 5000)] == [0.3, 0.4, 0.5, 0.6, 0.6]
     net = tiny.model()
     held = []
@@ -159,7 +159,7 @@ def test_sinks_and_recent_tokens_stay_if_told_so():
     assert lane[:4] + lane[-16:] == [*range(4), *range(44, 60)]
 
 
-def rows(self: Hybrid, seen: object, memory: Signs) -> None:
+def rows(self: Hybrid, seen: object, memory: HybridMemory) -> None:
     """The fault: attention that a token paid."""
     for row in seen.rows:
         mass = seen.mass() * 0
@@ -168,7 +168,7 @@ def rows(self: Hybrid, seen: object, memory: Signs) -> None:
 
 FAULTS = {
     "attention paid": (Hybrid, "observe", rows, (1, 0, 0)),
-    "entropies not carried along": (Signs, "keep", lambda self, row, slots: None, (0, 1, 0)),
+    "entropies not carried along": (HybridMemory, "keep", lambda self, row, slots: None, (0, 1, 0)),
     "not stretched": (hybrid, "stretched", lambda x: x, (0.5, 0.2, 0.3)),
     "gradients of values alone": (
         hybrid,

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvote import MethodError
 from kvote.methods import delta
-from kvote.read.tokens import TokenSet
 from kvote.spec import parse
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import TokenSet
 
 PROMPT, STEPS, PAGES, RECENT, PAGE = 86, 6, 6, 2, 4
 SPEC = f"pages={PAGES}, recent={RECENT}, page={PAGE}"
@@ -85,14 +85,14 @@ def test_a_budget_that_covers_everything_is_dense_attention_bit_by_bit(pages):
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[TokenSet]:
     seen: list[TokenSet] = []
-    attend = RawSegment.attend
+    attend = UncompressedSegment.attend
 
-    def spy(self: Any, queries: Any, rows: Any, tokens: Any, logits: Any) -> Any:
+    def spy(self: Any, queries: Any, rows: Any, tokens: Any, scaling: Any) -> Any:
         seen.append(tokens)
-        return attend(self, queries, rows, tokens, logits)
+        return attend(self, queries, rows, tokens, scaling)
 
-    monkeypatch.setattr(RawSegment, "attend", spy)
-    monkeypatch.setattr(RawSegment, "step", lambda *_: None)
+    monkeypatch.setattr(UncompressedSegment, "attend", spy)
+    monkeypatch.setattr(UncompressedSegment, "step", lambda *_: None)
     return seen
 
 

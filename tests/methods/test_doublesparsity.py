@@ -23,9 +23,10 @@ from kvote.heads import HeadGroup
 from kvote.index.labels import LabelIndex
 from kvote.methods import doublesparsity
 from kvote.models import embedded, world
-from kvote.read.tokens import Activity, PlainReader, Queries, Reading, Span, everything
+from kvote.read.reader import Activity, ReaderDefaults, Reading, everything
 from kvote.spec import parse
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import Queries, Span
 
 PROMPT, STEPS, K = 60, 6, 9
 run = partial(masking.run, prompt=PROMPT, steps=STEPS)
@@ -97,7 +98,7 @@ def test_labels_lie_beside_the_keys_and_are_counted(share):
 
 def read_by_labels(query: Tensor, key: Tensor, order: Tensor, k: int) -> Tensor:
     """The tokens [heads, k] that the labels choose for one query."""
-    segment = RawSegment(key.shape[1], key, key.shape[3], None)
+    segment = UncompressedSegment(key.shape[1], key, key.shape[3], None)
     segment.add_sequences(1)
     segment.append([0], key, key, torch.arange(key.shape[2])[None])
     segment.add_index(LabelIndex({0: order.tolist()}), 0)
@@ -118,7 +119,7 @@ def test_channels_that_matter_are_found_and_find_the_tokens():
     planted = [torch.randperm(64)[:8] for _ in range(2)]
     for head, own in enumerate(planted):
         key[:, head, :, own] *= 6
-    segment = RawSegment(2, key, 64, None)
+    segment = UncompressedSegment(2, key, 64, None)
     segment.add_sequences(1)
     segment.append([0], key, key, torch.arange(800)[None])
     reader = ChannelProducts()
@@ -131,7 +132,7 @@ def test_channels_that_matter_are_found_and_find_the_tokens():
 
 
 @dataclass(frozen=True)
-class Watching(PlainReader):
+class Watching(ReaderDefaults):
     """Reads everything and notes the last query of each layer."""
 
     queries: dict[int, Tensor]
@@ -161,8 +162,8 @@ def test_calibrated_channels_beat_channels_drawn_by_lot_on_a_trained_model():
         n = layer.segment.length(0)
         key, query = layer.segment.decode([0], 0, n)[0], queries[layer.index]
         found = torch.tensor(order[layer.index])[:, :8]
-        lots = [torch.stack([torch.randperm(32)[:8] for _ in range(2)]) for _ in range(5)]
-        drawn = sum(recall(query, key, lot, 64) for lot in lots) / 5
+        random_worth = [torch.stack([torch.randperm(32)[:8] for _ in range(2)]) for _ in range(5)]
+        drawn = sum(recall(query, key, lot, 64) for lot in random_worth) / 5
         better.append((recall(query, key, found, 64), drawn))
     assert all(mine > drawn for mine, drawn in better), better
     mine, drawn = (sum(x) / len(better) for x in zip(*better, strict=True))

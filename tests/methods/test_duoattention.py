@@ -14,7 +14,7 @@ from kvote.layer import Step
 from kvote.method import Method
 from kvote.methods import duoattention
 from kvote.spec import parse
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 SINKS, WINDOW = 2, 6
 GATES = [[0.9, 0.1], [0.2, 0.8]]
@@ -61,7 +61,7 @@ def test_every_step_equals_dense_attention_with_a_mask_per_head(passes):
         part = slice(start, start + count)
         places = torch.arange(n)[None, part].expand(2, -1)
         parts = (query[:, :, part], key[:, :, part], value[:, :, part], places)
-        got = layer.attend(Step(*parts, None, count, Logits(0.3), decode=count == 1))
+        got = layer.attend(Step(*parts, None, count, Scaling(0.3), decode=count == 1))
         torch.testing.assert_close(got, expected[:, part], atol=1e-5, rtol=1e-5)
         start += count
     assert cache.report().layers[0].dropped == 2 * (n - SINKS - WINDOW)
@@ -100,8 +100,8 @@ def test_one_pass_is_read_in_full_and_passes_are_not():
 def test_streaming_heads_hold_the_same_bytes_however_long_the_text_at_its_own_positions():
     net = tiny.model()
     cache = kvote.Cache(net, method(net, sinks=4, window=60))
-    few = [g.layer for layer in cache.layers for g in layer.layer.groups if g.layer.method.keep.offers.drops]
-    whole = [g.layer for layer in cache.layers for g in layer.layer.groups if not g.layer.method.keep.offers.drops]
+    few = [g.layer for layer in cache.layers for g in layer.layer.head_groups if g.layer.method.keep.offers.drops]
+    whole = [g.layer for layer in cache.layers for g in layer.layer.head_groups if not g.layer.method.keep.offers.drops]
     tiny.feed(net, cache, tiny.ids(1, 200))
     held, grown = set(), []
     for start in range(200, 2200, 200):
@@ -152,7 +152,7 @@ def test_a_reader_is_for_the_heads_that_keep_everything():
     cache = kvote.Cache(net, method(net) | parse("tokenselect(top_k=5, sinks=2, window=6, chunk=1, theta=2.0)"))
     tiny.feed(net, cache, tiny.ids(1, 60))
     tiny.feed(net, cache, tiny.ids(1, 4, seed=2), passes=1)
-    layers = {g.layer.method.keep.offers.drops: g.layer for g in cache.layers[0].layer.groups}
+    layers = {g.layer.method.keep.offers.drops: g.layer for g in cache.layers[0].layer.head_groups}
     assert layers[False].activity.selections > 0
     assert layers[False].activity.tokens_read == 14
     assert (layers[True].activity.selections, layers[True].activity.tokens_read) == (0, SINKS + WINDOW + 1)

@@ -31,7 +31,7 @@ def alike(fed: Fed, kinds: int = 6, noise: float = 0.3) -> Fed:
     return fed
 
 
-def turned(fed: Fed, x: Tensor, places: list[int], back: bool = False) -> Tensor:
+def rotated(fed: Fed, x: Tensor, places: list[int], back: bool = False) -> Tensor:
     """Float64 [n, d] rotated to positions, or back from them."""
     cos, sin = (a[0].double() for a in fed.rope.angles(torch.tensor([places]), torch.float32))
     a, b = x.double().chunk(2, dim=-1)
@@ -46,8 +46,8 @@ class Head:
     places: list[int] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    everywhere: list[float] = field(default_factory=list)
-    lately: list[float] = field(default_factory=list)
+    overall_mass: list[float] = field(default_factory=list)
+    recent_mass: list[float] = field(default_factory=list)
     merged: int = 0
 
 
@@ -71,36 +71,36 @@ class Slow:
                 first = len(head.places)
                 for token in range(at, at + count):
                     head.places.append(token)
-                    head.keys.append(turned(fed, fed.key[self.row, h, token : token + 1], [token])[0])
+                    head.keys.append(rotated(fed, fed.key[self.row, h, token : token + 1], [token])[0])
                     head.values.append(fed.value[self.row, h, token].double())
-                    head.everywhere.append(0.0)
-                    head.lately.append(0.0)
+                    head.overall_mass.append(0.0)
+                    head.recent_mass.append(0.0)
                 for i in range(count):
                     keys = torch.stack(head.keys[: first + i + 1])
                     for member in range(h * groups, (h + 1) * groups):
-                        query = turned(fed, fed.query[self.row, member, at + i : at + i + 1], [at + i])[0]
+                        query = rotated(fed, fed.query[self.row, member, at + i : at + i + 1], [at + i])[0]
                         for slot, share in enumerate(torch.softmax(keys @ query * DIM**-0.5, 0).tolist()):
-                            head.everywhere[slot] += share
+                            head.overall_mass[slot] += share
                             if number or i >= count - WINDOW:
-                                head.lately[slot] += share
+                                head.recent_mass[slot] += share
                 limit = BUDGET + (WINDOW if number else 0)
                 if len(head.places) <= BUDGET:
-                    head.lately = [0.0] * len(head.places)
+                    head.recent_mass = [0.0] * len(head.places)
                 if len(head.places) > limit:
                     self.shrink(head)
             at += count
 
     def shrink(self, head: Head) -> None:
         n = len(head.places)
-        mean, recent = sum(head.everywhere) / n, sum(head.lately) / n
-        score = [max(g * recent / mean, s) for g, s in zip(head.everywhere, head.lately, strict=True)]
+        mean, recent = sum(head.overall_mass) / n, sum(head.recent_mass) / n
+        score = [max(g * recent / mean, s) for g, s in zip(head.overall_mass, head.recent_mass, strict=True)]
         ranked = sorted(range(SINKS, n - WINDOW), key=lambda slot: -score[slot])
         important = BUDGET - SINKS - WINDOW
         stays = sorted([*range(SINKS), *ranked[:important], *range(n - WINDOW, n)])
         classes: dict[int, list[int]] = {centre: [centre] for centre in stays}
         keys = torch.stack(head.keys)
         if self.remove:
-            keys = turned(self.fed, keys, head.places, back=True)
+            keys = rotated(self.fed, keys, head.places, back=True)
         for slot in ranked[important : important + int(self.factor * important)]:
             best, most = -1, -1.0
             for centre in stays:
@@ -119,11 +119,11 @@ class Slow:
             direction = sum(a * keys[s] / keys[s].norm() for a, s in zip(share, members, strict=True))
             length = sum(a * keys[s].norm() for a, s in zip(share, members, strict=True))
             key = direction / direction.norm() * length
-            new.keys.append(turned(self.fed, key[None], [head.places[centre]])[0] if self.remove else key)
+            new.keys.append(rotated(self.fed, key[None], [head.places[centre]])[0] if self.remove else key)
             new.values.append(sum(a * head.values[s] for a, s in zip(share, members, strict=True)))
             new.places.append(head.places[centre])
-            new.everywhere.append(total)
-            new.lately.append(0.0)
+            new.overall_mass.append(total)
+            new.recent_mass.append(0.0)
         head.__dict__.update(new.__dict__)
 
 
@@ -150,26 +150,26 @@ def test_what_is_held_equals_a_slow_loop_over_heads_and_tokens(passes, heads, kv
             assert head.merged > 0
             torch.testing.assert_close(key[h].double(), torch.stack(head.keys), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(value[h].double(), torch.stack(head.values), atol=1e-4, rtol=1e-4)
-            worth = fed.layer.record.memory.everywhere.rows[row][h]
-            torch.testing.assert_close(worth.double(), torch.tensor(head.everywhere).double(), atol=1e-3, rtol=1e-3)
+            worth = fed.layer.record.memory.overall_mass.rows[row][h]
+            torch.testing.assert_close(worth.double(), torch.tensor(head.overall_mass).double(), atol=1e-3, rtol=1e-3)
 
 
 def test_scores_come_from_the_column_sums_of_the_attention_matrix(monkeypatch):
     fed, scores = Fed(f"{SPEC})"), []
     merged = IntoSimilar.merged
 
-    def watch(self: IntoSimilar, held: Any, memory: Any, cut: Any) -> Any:
+    def observe_queries(self: IntoSimilar, held: Any, memory: Any, cut: Any) -> Any:
         scores.append(cut.worth)
         return merged(self, held, memory, cut)
 
-    monkeypatch.setattr(IntoSimilar, "merged", watch)
+    monkeypatch.setattr(IntoSimilar, "merged", observe_queries)
     fed.feed(N)
-    whole = weights(fed.turned(fed.query, 0, N), fed.turned(fed.key, 0, N), DIM**-0.5)
-    everywhere, lately = received(whole, 2)[0], received(whole[:, :, -WINDOW:], 2)[0]
-    aligned = everywhere * lately.mean(1, keepdim=True) / everywhere.mean(1, keepdim=True)
-    torch.testing.assert_close(scores[0], torch.maximum(aligned, lately), atol=1e-5, rtol=1e-5)
+    whole = weights(fed.rotated(fed.query, 0, N), fed.rotated(fed.key, 0, N), DIM**-0.5)
+    overall_mass, recent_mass = received(whole, 2)[0], received(whole[:, :, -WINDOW:], 2)[0]
+    aligned = overall_mass * recent_mass.mean(1, keepdim=True) / overall_mass.mean(1, keepdim=True)
+    torch.testing.assert_close(scores[0], torch.maximum(aligned, recent_mass), atol=1e-5, rtol=1e-5)
     # Neither of the two decides alone.
-    assert 0.05 < (aligned > lately).float().mean() < 0.95
+    assert 0.05 < (aligned > recent_mass).float().mean() < 0.95
 
 
 @pytest.mark.parametrize("passes", [[N + 5], [40, N - 35], [N - 3, 8]], ids=str)
@@ -188,8 +188,8 @@ def test_all_queries_are_counted_however_passes_are_cut(monkeypatch, passes):
             for kind in ("everywhere", "lately"):
                 torch.testing.assert_close(getattr(mine, kind).rows[row], getattr(one_by_one, kind).rows[row])
         # Every query of 2 query heads per key head has a weight of 1 to give.
-        assert mine.everywhere.rows[0].sum().item() == pytest.approx(2 * 2 * (N + 5), rel=1e-4)
-        assert mine.lately.rows[0].sum().item() == pytest.approx(2 * 2 * (WINDOW + 5), rel=1e-4)
+        assert mine.overall_mass.rows[0].sum().item() == pytest.approx(2 * 2 * (N + 5), rel=1e-4)
+        assert mine.recent_mass.rows[0].sum().item() == pytest.approx(2 * 2 * (WINDOW + 5), rel=1e-4)
 
 
 def test_queries_behind_a_prompt_do_not_count_where_generated_ones_do_not():
@@ -198,7 +198,7 @@ def test_queries_behind_a_prompt_do_not_count_where_generated_ones_do_not():
     cache.expect(N)
     tiny.feed(net, cache, tiny.ids(1, N + 5))
     for layer in cache.managed:
-        assert layer.record.memory.everywhere.rows[0].sum().item() == pytest.approx(2 * 2 * N, rel=1e-4)
+        assert layer.record.memory.overall_mass.rows[0].sum().item() == pytest.approx(2 * 2 * N, rel=1e-4)
 
 
 def of_kind(kind: str) -> Any:
@@ -220,7 +220,7 @@ def test_rotations_that_depend_on_the_largest_position_are_removed(monkeypatch, 
     frequencies = net.model.rotary_emb.inv_freq.clone()
     compared, merge = [], IntoSimilar.join
 
-    def watch(self: IntoSimilar, held: Any, score: Tensor, kept: Tensor, others: Tensor) -> Any:
+    def observe_queries(self: IntoSimilar, held: Any, score: Tensor, kept: Tensor, others: Tensor) -> Any:
         length = lengths[held.row]
         rotated = dense.managed[held.layer].segment.decode([held.row], 0, length)[0][0].double()
         angle = torch.arange(length)[:, None] * frequencies.double()
@@ -241,7 +241,7 @@ def test_rotations_that_depend_on_the_largest_position_are_removed(monkeypatch, 
         monkeypatch.setattr(into_similar, "assign", compare)
         return merge(self, held, score, kept, others)
 
-    monkeypatch.setattr(IntoSimilar, "join", watch)
+    monkeypatch.setattr(IntoSimilar, "join", observe_queries)
     tiny.feed(net, cache, tokens, mask)
     assert sorted(compared) == sorted(list(range(len(lengths))) * 2 * net.config.num_key_value_heads)
     assert torch.equal(net.model.rotary_emb.inv_freq, frequencies)
@@ -259,7 +259,7 @@ def test_without_merging_it_only_drops(nothing):
     key, value = (x[0] for x in other.layer.segment.decode([0], 0, BUDGET))
     slots = torch.tensor(kept(other))[..., None].expand(-1, -1, DIM)
     assert torch.equal(value, other.value[0].gather(1, slots))
-    assert torch.equal(key, other.turned(other.key, 0, N)[0].gather(1, slots))
+    assert torch.equal(key, other.rotated(other.key, 0, N)[0].gather(1, slots))
     slow = Slow(other, threshold=1.01)
     slow.run([N])
     assert kept(other) == [head.places for head in slow.heads]
@@ -358,7 +358,7 @@ def test_equal_tokens_apart_in_the_text_merge_only_without_their_rotation():
         if remove:
             key = fed.layer.segment.decode([0], 0, BUDGET)[0][0]
             slots = torch.tensor(kept(fed))[..., None].expand(-1, -1, DIM)
-            torch.testing.assert_close(key, fed.turned(fed.key, 0, N)[0].gather(1, slots), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(key, fed.rotated(fed.key, 0, N)[0].gather(1, slots), atol=1e-4, rtol=1e-4)
     assert sum(found[True]) > 3 * sum(found[False])
 
 

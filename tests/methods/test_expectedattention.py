@@ -28,7 +28,7 @@ def worth_of(fed: Fed, n: int, row: int = 0, future: int = FUTURE, **rules: bool
     """The published lines, query head by query head, in float64, of tokens after the sinks [h, n]."""
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
     mean_turn = torch.stack([matrix(fed, n + i) for i in range(future)]).mean(0).double()
-    keys, worth = fed.turned(fed.key, 0, n)[row].double(), torch.zeros(kv_heads, n - SINKS, dtype=torch.float64)
+    keys, worth = fed.rotated(fed.key, 0, n)[row].double(), torch.zeros(kv_heads, n - SINKS, dtype=torch.float64)
     for head in range(fed.query.shape[1]):
         queries = fed.query[row, head, SINKS:n].double()
         mu, sigma = mean_turn @ queries.mean(0), mean_turn @ torch.cov(queries.T, correction=0) @ mean_turn.T
@@ -72,7 +72,7 @@ def test_queries_of_an_announced_prompt_count_together(passes):
     at = 0
     for count in passes:
         at += count
-        fed.feed(count, ahead=N - at)
+        fed.feed(count, prompt_left=N - at)
     assert kept(fed) == slow(fed, N)
 
 
@@ -94,7 +94,7 @@ def test_a_later_turn_is_judged_by_its_own_queries_where_heads_hold_different_nu
     before = kept(fed)
     fed.feed(20)
     mean_turn = torch.stack([matrix(fed, N + 20 + i) for i in range(FUTURE)]).mean(0).double()
-    keys, places, values = fed.turned(fed.key, 0, N + 20)[0].double(), [], []
+    keys, places, values = fed.rotated(fed.key, 0, N + 20)[0].double(), [], []
     for head, lane in enumerate(before):
         held = [*lane, *range(N, N + 20)]
         worth = torch.zeros(len(held) - SINKS, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_equal_queries_and_one_position_ahead_give_the_attention_of_that_query()
     fed = Fed(f"expectedattention(budget={BUDGET}, sinks=0, future=1, values=False, safeguard=1)", heads=2)
     fed.query = fed.query[:, :, :1].expand(-1, -1, N, -1).clone()
     fed.feed(N)
-    query, key = matrix(fed, N) @ fed.query[0, :, 0, :, None], fed.turned(fed.key, 0, N)[0]
+    query, key = matrix(fed, N) @ fed.query[0, :, 0, :, None], fed.rotated(fed.key, 0, N)[0]
     best = (key @ query)[:, : N - 1, 0].topk(BUDGET - 1).indices
     assert kept(fed) == [[*sorted(head.tolist()), N - 1] for head in best]
 
@@ -171,7 +171,7 @@ def test_keys_held_without_rotation_are_judged_alike():
     fed, raw = Fed(f"{SPEC}, per_head=False)"), Fed(f"{SPEC}, per_head=False) | tokenselect(top_k=500)")
     raw.query, raw.key, raw.value = fed.query, fed.key, fed.value
     for each in (fed, raw):
-        each.feed(40, ahead=24)
+        each.feed(40, prompt_left=24)
         each.feed(24)
     assert kept(raw) == kept(fed)
 
@@ -190,19 +190,19 @@ def _counts_sinks(monkeypatch):
 
 
 def _turns_by_the_last_position(monkeypatch):
-    ahead = Gaussian.ahead
-    monkeypatch.setattr(Gaussian, "ahead", lambda self, rope, first, n: ahead(self, rope, first + n - 1, 1))
+    moments = Gaussian.future_moments
+    monkeypatch.setattr(Gaussian, "future_moments", lambda self, rope, first, n: moments(self, rope, first + n - 1, 1))
 
 
 def _does_not_turn(monkeypatch):
-    monkeypatch.setattr(Gaussian, "ahead", lambda self, rope, first, n: (self.mean, self.spread / self.count))
+    monkeypatch.setattr(Gaussian, "future_moments", lambda self, rope, first, n: (self.mean, self.spread / self.count))
 
 
 def _scales_too_little(monkeypatch):
     # By the root of the size where the size itself is due.
-    ahead = Gaussian.ahead
+    moments = Gaussian.future_moments
     monkeypatch.setattr(
-        Gaussian, "ahead", lambda self, *place: (ahead(self, *place)[0], ahead(self, *place)[1] * DIM**0.5)
+        Gaussian, "future_moments", lambda self, *place: (moments(self, *place)[0], moments(self, *place)[1] * DIM**0.5)
     )
 
 

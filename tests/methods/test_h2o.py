@@ -24,7 +24,7 @@ def slow(
     """
     most = heavy + recent
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
-    query, key = (fed.turned(x, 0, fed.key.shape[2])[row].double() for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, fed.key.shape[2])[row].double() for x in (fed.query, fed.key))
     scores: list[dict[int, float]] = [{} for _ in range(kv_heads)]
     history, at = [], 0
     for count in passes:
@@ -102,7 +102,7 @@ def test_the_outputs_are_those_of_attention_over_what_is_held():
     for at in range(30, 64):
         held = [sorted(head | {at}) for head in kept(fed)]
         got = fed.feed(1)
-        key, query = fed.turned(fed.key, 0, 64), fed.turned(fed.query, at, at + 1)
+        key, query = fed.rotated(fed.key, 0, 64), fed.rotated(fed.query, at, at + 1)
         for head in range(4):
             seen = held[head // 2]
             share = torch.softmax(key[0, head // 2, seen] @ query[0, head, 0] * DIM**-0.5, dim=0)
@@ -196,7 +196,7 @@ def test_recent_tokens_earn_while_they_are_protected():
     fed = Fed("h2o(budget=12)")
     for _ in range(40):
         fed.feed(1)
-    whole = weights(fed.turned(fed.query, 0, 6), fed.turned(fed.key, 0, 6), DIM**-0.5)
+    whole = weights(fed.rotated(fed.query, 0, 6), fed.rotated(fed.key, 0, 6), DIM**-0.5)
     assert whole.shape[-1] == 6
     memory = fed.layer.record.memory
     assert all(bool((held[:, -3] > 0).all()) for held in memory.rows.values())

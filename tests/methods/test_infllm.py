@@ -24,8 +24,8 @@ class Published:
     def __init__(self, fed: Fed, row: int = 0) -> None:
         self.fed, self.row = fed, row
         self.heads = fed.query.shape[1]
-        self.groups = self.heads // fed.key.shape[1]
-        self.true_query, self.true_key = fed.turned(fed.query, 0, N)[row], fed.turned(fed.key, 0, N)[row]
+        self.head_groups = self.heads // fed.key.shape[1]
+        self.true_query, self.true_key = fed.rotated(fed.query, 0, N)[row], fed.rotated(fed.key, 0, N)[row]
         cos, sin = fed.rope.angles(torch.full((1, 1), WINDOW), torch.float32)
         self.far_query = fed.rope.apply(fed.query[row], (cos[0], sin[0]))
         self.mass = torch.zeros(self.heads, N)
@@ -33,7 +33,7 @@ class Published:
         self.read: dict[int, list[int]] = {}
 
     def key(self, head: int) -> int:
-        return head // self.groups
+        return head // self.head_groups
 
     def represented(self, head: int, block: range) -> Tensor:
         best = self.mass[head, block.start : block.stop].topk(REPRESENTATIVES).indices + block.start
@@ -83,7 +83,7 @@ def fed(method: str, heads: int = 4, passes: int = PROMPT, rows: int = 2) -> tup
     out = []
     while made.at < PROMPT:
         count = min(passes, PROMPT - made.at)
-        out.append(made.feed(count, ahead=PROMPT - made.at - count))
+        out.append(made.feed(count, prompt_left=PROMPT - made.at - count))
     out += [made.feed(1) for _ in range(N - PROMPT)]
     return made, torch.cat(out, dim=1)
 
@@ -238,7 +238,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stage", ["watch", "attend"])
+@pytest.mark.parametrize("stage", ["observe_queries", "attend"])
 def test_a_pass_interrupted_in_its_first_layer_leaves_no_trace(stage):
     cache, calm, tokens = interrupted(stage, 0)
     for _ in range(2):
@@ -246,6 +246,6 @@ def test_a_pass_interrupted_in_its_first_layer_leaves_no_trace(stage):
 
 
 def test_a_pass_interrupted_later_needs_a_reset():
-    cache, _, tokens = interrupted("watch", 1)
+    cache, _, tokens = interrupted("observe_queries", 1)
     with pytest.raises(InterruptedPassError, match=r"call cache\.reset\(\)"):
         tiny.feed(tiny.model(), cache, tokens)

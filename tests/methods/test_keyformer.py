@@ -7,7 +7,7 @@ from selecting import DIM, Fed
 
 from kvote import MethodError
 from kvote.keep.score import noised
-from kvote.keep.score.noised import NoisedMass, NoisedReceived, gumbel
+from kvote.keep.score.noised import NoisedAttention, NoisedMass, gumbel
 from kvote.spec import parse
 
 PASSES = [20] + [1] * 40
@@ -18,7 +18,7 @@ SPEC = f"keyformer(budget=16, recent=0.25, tau_end=9.0, steps={STEPS}, seed=3"
 def slow(fed: Fed, passes: list[int], shared: bool = False, row: int = 0) -> list[list[set]]:
     """The paper query by query, in float64, with kvote's noise: after each pass, what every key head holds."""
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
-    query, key = (fed.turned(x, 0, fed.key.shape[2])[row].double() for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, fed.key.shape[2])[row].double() for x in (fed.query, fed.key))
     places = torch.arange(fed.key.shape[2])
     noise = gumbel(3, 0, places, places.expand(fed.query.shape[1], -1)).double()
     scores: list[dict[int, float]] = [{} for _ in range(kv_heads)]
@@ -108,7 +108,7 @@ def test_the_mean_over_draws_tends_to_softmax_and_flattens_as_the_temperature_ri
 
 
 def test_the_temperature_rises_with_generated_tokens_alone_and_stops():
-    score = NoisedReceived(tau=1.0, tau_end=2.0, steps=4, noise=True, seed=0)
+    score = NoisedAttention(tau=1.0, tau_end=2.0, steps=4, noise=True, seed=0)
     assert score.temperature(torch.arange(8, 17), 10).tolist() == [1, 1, 1.25, 1.5, 1.75, 2, 2, 2, 2]
 
 
@@ -149,8 +149,8 @@ def per_key(seed: int, layer: int, query: torch.Tensor, key: torch.Tensor) -> to
 
 FAULTS = {
     "noise per key": (noised, "gumbel", per_key),
-    "no temperature": (NoisedReceived, "temperature", lambda self, position, end: torch.ones(len(position))),
-    "the prompt's temperature": (NoisedReceived, "temperature", lambda self, position, end: 1 + 0.2 * position),
+    "no temperature": (NoisedAttention, "temperature", lambda self, position, end: torch.ones(len(position))),
+    "the prompt's temperature": (NoisedAttention, "temperature", lambda self, position, end: 1 + 0.2 * position),
     "sums not carried along": (NoisedMass, "keep", lambda self, row, slots: None),
     "sums forgotten": (NoisedMass, "add", lambda self, row, mass: self.rows.__setitem__(row, mass)),
 }

@@ -12,14 +12,14 @@ from torch import Tensor
 import kvote
 from kvote import MethodError
 from kvote.kernels import packing, reference
-from kvote.read.tokens import Queries, TokenSet
 from kvote.rope import Rope
 from kvote.store.codec import Codec
 from kvote.store.quantised import QuantisedSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries, TokenSet
 
 HEADS, DIM = 2, 32
-LOGITS = Logits(DIM**-0.5)
+SCALING = Scaling(DIM**-0.5)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -41,7 +41,7 @@ def feed(held: QuantisedSegment, keys: Tensor, values: Tensor, prompt: int = 0) 
     for start, stop in itertools.pairwise(cuts):
         at = torch.arange(seen + start, seen + stop)[None]
         held.append([0], keys[None, :, start:stop], values[None, :, start:stop], at)
-        held.seal(0)
+        held.compress(0)
 
 
 def expected(keys: Tensor, values: Tensor, bits: int, group: int, residual: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def test_keys_are_packed_in_whole_runs_and_values_one_by_one(bits, group, residu
         torch.testing.assert_close(got[0], law, rtol=3e-7, atol=1e-6)
     assert all(torch.equal(lane, torch.arange(n, dtype=torch.int32)) for lane in held.positions(0))
     # Raw pages that are packed are given back.
-    assert held.raw.length(0) < residual + 64 + (n < residual) * n
+    assert held.uncompressed.length(0) < residual + 64 + (n < residual) * n
 
 
 @pytest.mark.parametrize("rows", [1, 4, 9])
@@ -83,14 +83,14 @@ def test_attention_is_that_of_what_is_held(rows, tokens):
     key, value = (x[:, :, tokens.start : tokens.stop] for x in held.decode([0], 0, 300))
     query = Queries(2 * randn(1, 3 * HEADS, rows, DIM, seed=2))
     own = tokens.stop == 300
-    out, lse = held.attend(query, [0], TokenSet(tokens, causal=own), LOGITS)
+    out, lse = held.attend(query, [0], TokenSet(tokens, causal=own), SCALING)
     mask = None
     if own:
         mask = torch.arange(len(tokens)) <= len(tokens) - rows + torch.arange(rows)[:, None]
-    law, total = reference.attend(query.rotated, key, value, scale=LOGITS.scale, mask=mask)
+    law, total = reference.attend(query.rotated, key, value, scale=SCALING.scale, mask=mask)
     torch.testing.assert_close(out, law, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse, total, atol=2e-5, rtol=2e-5)
-    mass = held.attention_mass(query, lse, [0], TokenSet(tokens, causal=own), LOGITS)
+    mass = held.attention_mass(query, lse, [0], TokenSet(tokens, causal=own), SCALING)
     torch.testing.assert_close(mass.sum(), torch.tensor(3.0 * HEADS * rows), rtol=1e-4, atol=0)
     scores = held.scores(query.rotated, [0], tokens.start, tokens.stop)
     torch.testing.assert_close(scores, reference.scores(query.rotated, key), atol=1e-4, rtol=1e-5)
@@ -104,15 +104,15 @@ def test_attention_within_a_window_and_over_lists():
     query = Queries(2 * randn(1, 2 * HEADS, 5, DIM, seed=2))
     last = 195 + torch.arange(5)[:, None]
     mask = (torch.arange(200) <= last) & (torch.arange(200) > last - 60)
-    law = reference.attend(query.rotated, key, value, scale=LOGITS.scale, mask=mask)
-    got = held.attend(query, [0], TokenSet(range(200), window=60), LOGITS)
+    law = reference.attend(query.rotated, key, value, scale=SCALING.scale, mask=mask)
+    got = held.attend(query, [0], TokenSet(range(200), window=60), SCALING)
     for mine, other in zip(got, law, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)
     index = torch.stack([torch.randperm(200)[:50].sort().values for _ in range(5)])[None]
-    out, _ = held.attend(query, [0], TokenSet(index, causal=False), LOGITS)
+    out, _ = held.attend(query, [0], TokenSet(index, causal=False), SCALING)
     for j in range(5):
         some = (x[:, :, index[0, j]] for x in (key, value))
-        law = reference.attend(query.rotated[:, :, j : j + 1], *some, scale=LOGITS.scale)
+        law = reference.attend(query.rotated[:, :, j : j + 1], *some, scale=SCALING.scale)
         torch.testing.assert_close(out[:, :, j : j + 1], law[0], atol=2e-5, rtol=2e-5)
 
 
@@ -126,14 +126,14 @@ def test_every_query_head_may_read_a_list_of_its_own(backend, monkeypatch):
     key, value = held.decode([0], 0, 200)
     query = Queries(2 * randn(1, 2 * HEADS, 3, DIM, seed=2))
     index = torch.stack([torch.randperm(200)[:50].sort().values for _ in range(2 * HEADS * 3)]).view(1, 4, 3, 50)
-    out, lse = held.attend(query, [0], TokenSet(index, causal=False), LOGITS)
+    out, lse = held.attend(query, [0], TokenSet(index, causal=False), SCALING)
     for head in range(2 * HEADS):
         for j in range(3):
             some = (x[:, head // 2, index[0, head, j]][:, None] for x in (key, value))
-            law = reference.attend(query.rotated[:, head, j][:, None, None], *some, scale=LOGITS.scale)
+            law = reference.attend(query.rotated[:, head, j][:, None, None], *some, scale=SCALING.scale)
             torch.testing.assert_close(out[:, head, j], law[0][:, 0, 0], atol=2e-5, rtol=2e-5)
             torch.testing.assert_close(lse[:, head, j], law[1][:, 0, 0], atol=2e-5, rtol=2e-5)
-    mass = held.attention_mass(query, lse, [0], TokenSet(index, causal=False), LOGITS)
+    mass = held.attention_mass(query, lse, [0], TokenSet(index, causal=False), SCALING)
     torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2 * HEADS, 3), atol=1e-4, rtol=0)
 
 
@@ -167,7 +167,7 @@ def test_the_bytes_are_those_of_the_formula(bits, group, expected_bits):
     x = randn(1, heads, n, dim).bfloat16()
     held.append([0], x, x, torch.arange(n)[None])
     raw = held.nbytes
-    held.seal(0)
+    held.compress(0)
     body = expected_bits / 8 * dim * heads * (n + n - residual)
     paper = body + 2 * residual * dim * heads
     # Positions are 4 bytes a token, and keys are held as they are as long as their values.
@@ -251,7 +251,7 @@ def test_tokens_that_are_kept_are_packed_again(per_head):
     kept = [x[0].gather(1, rows[..., None].expand(-1, -1, DIM)) for x in before]
     for mine, other in zip(held.decode([0], 0, 120), kept, strict=True):
         assert torch.equal(mine[0], other)
-    held.seal(0)
+    held.compress(0)
     assert (held.keys.length(0), held.values.length(0)) == (96, 88)
     assert all(torch.equal(lane, row.int()) for lane, row in zip(held.positions(0), rows, strict=True))
     for mine, law in zip(held.decode([0], 0, 120), expected(*kept, 2, 32, 32), strict=True):
@@ -266,7 +266,7 @@ def test_a_budget_of_bytes_is_kept():
         again = segment(dtype=torch.bfloat16)
         x = randn(1, HEADS, n, DIM).bfloat16()
         again.append([0], x, x, torch.arange(n)[None])
-        again.seal(0)
+        again.compress(0)
         assert again.nbytes <= nbytes
     assert again.nbytes > 400_000
 
@@ -284,7 +284,7 @@ def test_copies_share_pages_until_they_write():
     for step in range(40):
         more = randn(4, HEADS, 1, DIM, seed=50 + step)
         held.append([0, 1, 2, 3], more, more, torch.full((4, 1), 401 + step))
-        held.seal(0)
+        held.compress(0)
     for mine, other in zip(held.decode([2], 0, 352), before, strict=True):
         assert torch.equal(mine, other[:, :, :352])
     assert held.nbytes < 3 * alone
@@ -378,7 +378,7 @@ def test_heads_that_hold_different_tokens_keep_their_own_positions():
     assert len(held.packed.positions(0)) == 1
     slots = torch.stack([torch.arange(200) + (head and 5) for head in range(HEADS)])[:, :150]
     held.keep(0, slots)
-    held.seal(0)
+    held.compress(0)
     feed(held, keys[:, 200:], values[:, 200:])
     held.select([0, 0])
     held.truncate(1, 70)

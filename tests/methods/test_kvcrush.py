@@ -21,7 +21,7 @@ CHOSEN = BUDGET - WINDOW
 def slow(fed: Fed, crush: float, bits: list[bool]) -> list[list[int]]:
     """The rules token by token: what every key head holds."""
     heads = fed.key.shape[1]
-    whole = weights(fed.turned(fed.query, 0, N), fed.turned(fed.key, 0, N), DIM**-0.5)
+    whole = weights(fed.rotated(fed.query, 0, N), fed.rotated(fed.key, 0, N), DIM**-0.5)
     votes = received(whole[:, :, -WINDOW:], heads)[0, :, : N - WINDOW].tolist()
     tokens = range(N - WINDOW)
     ranked = [sorted(tokens, key=lambda t, own=own: -own[t]) for own in votes]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import kvote
 from kvote import InputError, InterruptedPassError, MethodError
-from kvote.keep.score import repeated
-from kvote.keep.score.repeated import ReadAgain, Repeated
+from kvote.keep.score import repeat_attention
+from kvote.keep.score.repeat_attention import RepeatAttention, RepeatMemory
 from kvote.spec import parse
 
 N, BUDGET, SINKS = 60, 20, 4
@@ -82,14 +82,14 @@ def read(spec: str, tokens: Tensor, mask: Tensor | None = None, tokenizer: Any =
 def received(monkeypatch):
     """What the tokens of each layer of row 0 had received when it was decided."""
     found: list[Tensor] = []
-    of = ReadAgain.of
+    of = RepeatAttention.of
 
-    def noted(self: Any, held: Any, memory: Repeated, edge: int) -> Tensor | None:
+    def noted(self: Any, held: Any, memory: RepeatMemory, edge: int) -> Tensor | None:
         got = of(self, held, memory, edge)
         found.extend([got.double()] if got is not None and held.row == 0 else [])
         return got
 
-    monkeypatch.setattr(ReadAgain, "of", noted)
+    monkeypatch.setattr(RepeatAttention, "of", noted)
     return found
 
 
@@ -158,7 +158,7 @@ def test_keys_held_without_rotation_receive_the_same(passes):
 
 
 def test_weights_of_a_long_repeat_are_taken_piece_by_piece(monkeypatch, received):
-    monkeypatch.setattr(repeated, "_LOGITS_HELD", 1000)
+    monkeypatch.setattr(repeat_attention, "_LOGITS_HELD", 1000)
     test_worth_is_the_most_attention_of_a_repeat_over_sinks_chunk_and_itself(received, 23, True)
 
 
@@ -178,7 +178,7 @@ def test_the_repeat_is_forgotten_and_what_is_generated_stays():
     net, tokens = tiny.model(), tiny.ids(1, N)
     cache = read(f"{SPEC}, chunk=23)", tokens, tokenizer=Words())
     assert cache.get_seq_length() == N
-    assert not any(part.record_past or part.holes for part in cache.managed)
+    assert not any(part.record_past or part.right_padded for part in cache.managed)
     before = kept(cache)
     tiny.feed(net, cache, tiny.ids(1, 9, seed=4))
     cache.crop(-9)
@@ -257,7 +257,7 @@ def test_an_interrupted_repeat_is_not_gone_on_with(monkeypatch, after):
     net, tokens = tiny.model(), tiny.ids(1, N)
     cache = tiny.cache(net, f"{SPEC}, chunk=23)")
     tiny.feed(net, cache, tokens)
-    observe, calls = ReadAgain.observe, []
+    observe, calls = RepeatAttention.observe, []
 
     def interrupted(*args: Any) -> None:
         calls.append(1)
@@ -265,7 +265,7 @@ def test_an_interrupted_repeat_is_not_gone_on_with(monkeypatch, after):
             raise KeyboardInterrupt
         observe(*args)
 
-    monkeypatch.setattr(ReadAgain, "observe", interrupted)
+    monkeypatch.setattr(RepeatAttention, "observe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kvote.read_again(net, cache, tokens)
     with pytest.raises(InterruptedPassError, match="reset"):
@@ -288,7 +288,7 @@ def _everything(self, seen, i, chunk):
 
 @pytest.mark.parametrize("fault", [_mean, _everything])
 def test_a_rule_switched_off_shows(monkeypatch, received, fault):
-    monkeypatch.setattr(ReadAgain, "_most", fault)
+    monkeypatch.setattr(RepeatAttention, "_most", fault)
     with pytest.raises(AssertionError):
         test_worth_is_the_most_attention_of_a_repeat_over_sinks_chunk_and_itself(received, 23, True)
 

@@ -179,7 +179,7 @@ def test_all_attention_and_a_budget_that_covers_the_prompt_are_dense_attention_b
     assert torch.equal(run(net, spec)[1], run(net, "dense")[1])
 
 
-class Chosen:
+class ChosenTokens:
     """By layer, what each generated token of one sequence read of the prompt, and the queries so far."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ class Chosen:
 
 @pytest.mark.parametrize("kernel", [1, 5])
 def test_answers_choose_at_their_first_token_and_every_fourth_by_their_own_queries(kernel, monkeypatch):
-    seen, net = Chosen(monkeypatch), masking.model()
+    seen, net = ChosenTokens(monkeypatch), masking.model()
     cache, _ = run(net, SPEC.replace("kernel=1", f"kernel={kernel}"), rows=1)
     for layer, (lists, queries) in enumerate(zip(seen.read, seen.queries, strict=True)):
         asked = torch.cat(queries, dim=1)

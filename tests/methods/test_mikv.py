@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvote
 from kvote import MethodError
 from kvote.models import embedded, world
-from kvote.read.tokens import Queries
 from kvote.spec import parse
 from kvote.store import two_precisions
 from kvote.store.pages import PAGE
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 from kvote.store.two_precisions import Balance, TwoPrecisionSegment
+from kvote.tokens import Queries
 
 SCALE = DIM**-0.5
 
@@ -58,7 +58,7 @@ def test_a_budget_of_everything_is_dense_attention():
 
 @pytest.mark.parametrize("burst", [1, 5])
 def test_without_those_retained_it_is_h2o(monkeypatch, burst):
-    monkeypatch.setattr(TwoPrecisionSegment, "aside", lambda *_: None)
+    monkeypatch.setattr(TwoPrecisionSegment, "slotless_attention", lambda *_: None)
     net = tiny.model()
     cache, h2o = (tiny.cache(net, f"{name}(budget=12, burst={burst})") for name in ("mikv", "h2o"))
     for seed, count in enumerate(TURNS):
@@ -117,7 +117,7 @@ def slow(fed: Fed, prompt: int, steps: int, budget: int, bits: int) -> list[tupl
     """The paper token by token: after each pass, what its last query answers and what is important in each key head.
     Nothing of kvote is used but the rotation."""
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
-    query, key = (fed.turned(x, 0, fed.key.shape[2])[0] for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, fed.key.shape[2])[0] for x in (fed.query, fed.key))
     keys, values = key.clone(), fed.value[0].clone()
     important, sums = [set() for _ in range(kv_heads)], [dict[int, float]() for _ in range(kv_heads)]
     factor = torch.zeros(kv_heads, DIM)
@@ -174,7 +174,7 @@ def unbalanced(self: Balance) -> Balance:
 FAULTS = {
     "keys not balanced": (Balance, "fixed", unbalanced),
     "signed largest numbers": (two_precisions, "_largest", lambda x: x.amax(dim=1).float().clamp(min=1e-3)),
-    "retained tokens forgotten": (TwoPrecisionSegment, "aside", lambda *_: None),
+    "retained tokens forgotten": (TwoPrecisionSegment, "slotless_attention", lambda *_: None),
 }
 
 
@@ -187,9 +187,9 @@ def test_a_fault_shows(monkeypatch, fault):
 
 def test_the_balancer_is_that_of_the_prompt_and_stays():
     fed = Fed("mikv(budget=12)")
-    fed.feed(20, ahead=10)
-    fed.feed(10, ahead=0)
-    query, key = (fed.turned(x, 0, 30)[0].abs() for x in (fed.query, fed.key))
+    fed.feed(20, prompt_left=10)
+    fed.feed(10, prompt_left=0)
+    query, key = (fed.rotated(x, 0, 30)[0].abs() for x in (fed.query, fed.key))
     expected = (query.view(2, 2, 30, DIM).amax(dim=(1, 2)) / key.amax(dim=1)).sqrt()
     for _ in range(10):
         fed.feed(1)
@@ -198,7 +198,7 @@ def test_the_balancer_is_that_of_the_prompt_and_stays():
 
 def test_a_copy_of_a_sequence_has_a_balancer_of_its_own():
     fed = Fed("mikv(budget=100)", n=60)
-    fed.feed(20, ahead=20)
+    fed.feed(20, prompt_left=20)
     segment = fed.layer.segment
     segment.select([0, 0])
     segment.keep(0, torch.arange(12))
@@ -253,9 +253,9 @@ def test_few_and_many_queries_get_the_same_answers(bits):
     fed = Fed(f"mikv(budget=30, low_bits={bits})", n=400)
     fed.feed(400)
     segment, query = fed.layer.segment, torch.randn(1, 4, 100, DIM)
-    out, lse = segment.aside(Queries(query), [0], Logits(SCALE))
+    out, lse = segment.slotless_attention(Queries(query), [0], Scaling(SCALE))
     for i in (0, 40, 99):
-        one, its_lse = segment.aside(Queries(query[:, :, i : i + 1]), [0], Logits(SCALE))
+        one, its_lse = segment.slotless_attention(Queries(query[:, :, i : i + 1]), [0], Scaling(SCALE))
         torch.testing.assert_close(one, out[:, :, i : i + 1], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(its_lse, lse[:, :, i : i + 1], atol=1e-4, rtol=1e-4)
 
@@ -265,11 +265,11 @@ def test_few_and_many_queries_get_the_same_answers(bits):
 def test_bytes_are_those_of_the_formula(bits, dim, group):
     heads, n, important = 2, 8192 + 1024, 1024
     like = torch.empty(0, dim, dtype=torch.bfloat16)
-    segment = TwoPrecisionSegment(heads, like, dim, bits=bits, group=group, balanced=True)
+    segment = TwoPrecisionSegment(heads, like, dim, bits=bits, group_size=group, balanced=True)
     segment.add_sequences(1)
     new = torch.randn(2, 1, heads, n, dim, dtype=torch.bfloat16)
     segment.append([0], new[0], new[1], torch.arange(n)[None])
-    segment.watch(Queries(torch.randn(1, 4, n, dim, dtype=torch.bfloat16)), [0], 0)
+    segment.observe_queries(Queries(torch.randn(1, 4, n, dim, dtype=torch.bfloat16)), [0], 0)
     segment.keep(0, torch.arange(important))
     retained_bytes = 2 * (dim * bits / 8 + math.ceil(dim / group) * 2 * 2)
     formula = heads * ((n - important) * retained_bytes + important * (2 * dim * 2 + 4) + 4 * dim)
@@ -292,7 +292,7 @@ def test_a_budget_of_bytes_covers_both_precisions(kib, burst):
 
 def test_bytes_cover_a_burst_that_is_demoted_ahead_of_time():
     sizes = range(150_000, 250_000, 2_000)
-    segment = TwoPrecisionSegment(2, torch.empty(0, DIM), DIM, bits=4, group=DIM, balanced=False)
+    segment = TwoPrecisionSegment(2, torch.empty(0, DIM), DIM, bits=4, group_size=DIM, balanced=False)
     segment.add_sequences(1)
     budgets = set()
     for at in range(0, 1300, 20):

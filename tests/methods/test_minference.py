@@ -34,7 +34,7 @@ def spec(kind: str) -> str:
 
 def sums(fed: Fed, head: int) -> tuple[list[float], list[float]]:
     """Of one query head: softmax weights of the last queries, added up by column and by diagonal, number by number."""
-    query, key = fed.turned(fed.query, 0, N)[0, head], fed.turned(fed.key, 0, N)[0, head // 2]
+    query, key = fed.rotated(fed.query, 0, N)[0, head], fed.rotated(fed.key, 0, N)[0, head // 2]
     columns, diagonals = [0.0] * N, [0.0] * N
     for slot in range(N - LAST, N):
         for j, weight in enumerate((key[: slot + 1] @ query[slot] / DIM**0.5).softmax(0).tolist()):
@@ -53,7 +53,7 @@ def wanted(fed: Fed, kind: str, sizes: tuple[int, ...], head: int) -> list[tuple
     """By block of rows: the tokens before it that a head's pattern has, and the others, those that come nearest
     first."""
     columns, diagonals = sums(fed, head)
-    query, key = fed.turned(fed.query, 0, N)[0, head], fed.turned(fed.key, 0, N)[0, head // 2]
+    query, key = fed.rotated(fed.query, 0, N)[0, head], fed.rotated(fed.key, 0, N)[0, head // 2]
     found = []
     for start in range(0, N, BLOCK):
         if kind == "vertical_slash":
@@ -90,7 +90,7 @@ def mask(fed: Fed, patterns: list[tuple[str, tuple[int, ...]]]) -> Tensor:
 
 
 def answer(fed: Fed, seen: Tensor) -> Tensor:
-    query, key = fed.turned(fed.query, 0, N), fed.turned(fed.key, 0, N)
+    query, key = fed.rotated(fed.query, 0, N), fed.rotated(fed.key, 0, N)
     key, value = (x.repeat_interleave(2, 1) for x in (key, fed.value[:, :, :N]))
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen[None]).transpose(1, 2)
 

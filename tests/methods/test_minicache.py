@@ -16,7 +16,7 @@ from kvote.store.pair import Side, apart, merged, slerp
 H, N, D = 2, 40, 16
 
 
-def turned(one: Tensor, angle: float | Tensor) -> Tensor:
+def rotated(one: Tensor, angle: float | Tensor) -> Tensor:
     """Vectors as long as ``one``, at ``angle`` from it."""
     u = one / one.norm(dim=-1, keepdim=True)
     v = torch.randn_like(one)
@@ -49,7 +49,7 @@ def test_layers_with_the_same_directions_are_restored_exactly(scale):
 @pytest.mark.parametrize("t", [0.0, 0.35, 0.6])
 def test_angles_are_off_by_t_and_by_the_rest_and_sizes_are_exact(angle, t):
     one = 5 * torch.rand(H, N, 1) * torch.randn(H, N, D)
-    other = turned(one, angle) * 0.7
+    other = rotated(one, angle) * 0.7
     first, second = read(merged(one, other, t, 0.0))
     assert float((between(one, first) - t * angle).abs().max()) < 1e-5
     assert float((between(other, second) - (1 - t) * angle).abs().max()) < 1e-5
@@ -72,7 +72,7 @@ def test_equal_opposite_and_empty_vectors_give_numbers(dtype):
 def test_retained_tokens_are_those_of_the_range_and_exact(gamma):
     angle = 0.6 + torch.rand(H, N, 1) ** 3
     one = torch.randn(H, N, D)
-    other = turned(one, angle)
+    other = rotated(one, angle)
     side = merged(one, other, 0.6, gamma)
     kept = torch.zeros(H, N, dtype=torch.bool)
     for head in range(H):
@@ -151,8 +151,8 @@ def test_keys_are_merged_alike_with_and_without_their_rotation():
     net, cache, _, _ = filled("minicache")
     other = tiny.cache(net, "minicache | tokenselect(top_k=500)")
     tiny.feed(net, other, tiny.ids(2, 70))
-    assert other.managed[0].turns is not None
-    assert cache.managed[0].turns is None
+    assert other.managed[0].step_rope is not None
+    assert cache.managed[0].step_rope is None
     more = tiny.ids(2, 3, seed=5)
     one, same = (tiny.feed(net, held, more, passes=1) for held in (cache, other))
     torch.testing.assert_close(one, same, atol=1e-4, rtol=1e-4)
@@ -192,7 +192,7 @@ def test_layers_that_differ_in_shape_stay_whole():
         segment = store.new_segment(heads, key, D, None)
         segment.add_sequences(1)
         segment.append([0], key, key, torch.arange(30)[None])
-        segment.watch(Queries(torch.randn(1, 4, 30, D)), [0], 0)
+        segment.observe_queries(Queries(torch.randn(1, 4, 30, D)), [0], 0)
         segments.append(segment)
     assert not store.after_layer(segments, 1, 0)
     assert segments[0].bodies == [None]

@@ -203,7 +203,7 @@ def test_half_the_queries_judge_a_long_prompt(tokens, share, window):
     asked: list[tuple[int, int]] = []
 
     class Seen:
-        ahead, count, first, rows = 0, tokens, 0, (0,)
+        prompt_left, count, first, rows = 0, tokens, 0, (0,)
         lse = torch.zeros(1, 1, tokens)
 
         def weights(self, start: int, stop: int) -> Tensor:

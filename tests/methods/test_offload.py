@@ -58,7 +58,7 @@ def test_most_tokens_leave_memory_while_the_prompt_is_read(net, tmp_path):
         tiny.feed(net, cache, tiny.ids(1, COLUMNS), None, 60)
     for segment in segments(far):
         assert segment.encoded(0) == 256
-        assert segment.raw.length(0) == COLUMNS - 256
+        assert segment.uncompressed.length(0) == COLUMNS - 256
     report = far.report()
     assert report.peak_nbytes < near.nbytes() / 2
     assert [layer.disk_nbytes for layer in report.layers] == [256 * 2 * 2 * 16 * 8] * 2

@@ -9,7 +9,7 @@ import torch
 from kvote import MethodError
 from kvote.keep.allocate import same_share
 from kvote.keep.allocate.same_share import SameShare, forgotten, prefix
-from kvote.keep.score.prompt_mass import OfPrompts, PromptMass
+from kvote.keep.score.prompt_attention import PromptAttention, PromptMass
 from kvote.spec import parse
 
 N, LAYERS = 100, 4
@@ -141,7 +141,7 @@ def test_rows_of_a_batch_are_divided_each_by_itself():
             assert [x.tolist() for x in cache.positions(layer)[row]] == [x.tolist() for x in alone.positions(layer)[0]]
 
 
-def last_queries(self: OfPrompts, seen, memory: PromptMass) -> None:
+def last_queries(self: PromptAttention, seen, memory: PromptMass) -> None:
     """The fault: attention from the last queries alone."""
     for row, mass in zip(seen.rows, self.shared(seen.mass(max(0, seen.count - 5))), strict=True):
         memory.add(row, mass)
@@ -149,7 +149,7 @@ def last_queries(self: OfPrompts, seen, memory: PromptMass) -> None:
 
 FAULTS = {
     "even layers": (SameShare, "tokens", lambda self, held, memory, mean: mean),
-    "the last queries": (OfPrompts, "observe", last_queries),
+    "the last queries": (PromptAttention, "observe", last_queries),
     "a share each": (same_share, "prefix", lambda sums, share: int(share * len(sums)) + 1),
 }
 

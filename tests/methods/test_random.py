@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 SPEC = "random(top_k=6, sinks=2, window=4, chunk=8, tail=3, seed={})".format
 
@@ -13,14 +13,14 @@ SPEC = "random(top_k=6, sinks=2, window=4, chunk=8, tail=3, seed={})".format
 def lists(monkeypatch):
     """The token lists read, in order."""
     seen: list[torch.Tensor] = []
-    attend = RawSegment.attend
+    attend = UncompressedSegment.attend
 
-    def spy(self, queries, rows, tokens, logits):
+    def spy(self, queries, rows, tokens, scaling):
         if isinstance(tokens.index, torch.Tensor):
             seen.append(tokens.index)
-        return attend(self, queries, rows, tokens, logits)
+        return attend(self, queries, rows, tokens, scaling)
 
-    monkeypatch.setattr(RawSegment, "attend", spy)
+    monkeypatch.setattr(UncompressedSegment, "attend", spy)
     return seen
 
 

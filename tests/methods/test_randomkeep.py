@@ -6,7 +6,7 @@ import torch
 from selecting import Fed
 
 from kvote import MethodError
-from kvote.keep.score.lot import Lot
+from kvote.keep.score.random_score import RandomScore
 from kvote.methods import randomkeep
 from kvote.spec import parse
 
@@ -21,20 +21,20 @@ def kept(fed: Fed, row: int = 0) -> list[list[int]]:
 def test_sinks_and_window_stay_and_the_rest_wins_by_lot():
     fed = Fed(f"{SPEC})", rows=2)
     fed.feed(N)
-    lots = Lot(seed=0).lots(torch.arange(N)).tolist()
-    between = sorted(range(SINKS, N - WINDOW), key=lambda i: -lots[i])[: BUDGET - SINKS - WINDOW]
+    random_worth = RandomScore(seed=0).random_worth(torch.arange(N)).tolist()
+    between = sorted(range(SINKS, N - WINDOW), key=lambda i: -random_worth[i])[: BUDGET - SINKS - WINDOW]
     wanted = [*range(SINKS), *sorted(between), *range(N - WINDOW, N)]
     assert [kept(fed, row) for row in range(2)] == [[wanted, wanted]] * 2
     assert fed.layer.activity.dropped == 2 * (N - BUDGET)
 
 
 def test_lots_are_even_and_the_seed_decides_them():
-    one, other = (Lot(seed=seed).lots(torch.arange(100_000)) for seed in (0, 1))
-    for lots in (one, other):
-        counts = torch.histc(lots, bins=20, min=0, max=1)
+    one, other = (RandomScore(seed=seed).random_worth(torch.arange(100_000)) for seed in (0, 1))
+    for random_worth in (one, other):
+        counts = torch.histc(random_worth, bins=20, min=0, max=1)
         assert bool(((counts - 5000).abs() < 400).all())
         # Neighbours do not stay together.
-        assert abs(torch.corrcoef(torch.stack([lots[:-1], lots[1:]]))[0, 1].item()) < 0.02
+        assert abs(torch.corrcoef(torch.stack([random_worth[:-1], random_worth[1:]]))[0, 1].item()) < 0.02
     assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1].item()) < 0.02
 
 
@@ -91,7 +91,7 @@ def test_a_budget_of_bytes_is_obeyed():
 
 
 def test_a_fault_in_the_draw_shows(monkeypatch):
-    monkeypatch.setattr(Lot, "lots", lambda self, positions: positions.float())
+    monkeypatch.setattr(RandomScore, "random_worth", lambda self, positions: positions.float())
     for test in (test_lots_are_even_and_the_seed_decides_them, test_seeds_differ_and_one_seed_repeats_itself):
         with pytest.raises(AssertionError):
             test()
@@ -115,11 +115,11 @@ def test_parameters_that_make_no_sense_are_refused(spec, message):
 def test_the_largest_values_of_each_head_stay_and_the_rest_wins_by_lot():
     fed = Fed(f"{SPEC}, protect=0.25)")
     fed.feed(N)
-    lots = Lot(seed=0).lots(torch.arange(N)).tolist()
+    random_worth = RandomScore(seed=0).random_worth(torch.arange(N)).tolist()
     edge, guarded = N - WINDOW, BUDGET // 4
     for head, lane in enumerate(kept(fed)):
         large = set(fed.value[0, head, :edge].norm(dim=-1).topk(guarded).indices.tolist())
-        order = sorted(range(SINKS, edge), key=lambda i: (i not in large, -lots[i]))
+        order = sorted(range(SINKS, edge), key=lambda i: (i not in large, -random_worth[i]))
         drawn = order[: BUDGET - SINKS - WINDOW]
         assert large - set(range(SINKS)) <= set(drawn)
         assert lane == [*range(SINKS), *sorted(drawn), *range(edge, N)]

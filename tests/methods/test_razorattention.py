@@ -22,8 +22,8 @@ from kvote.methods import razorattention
 from kvote.needs import Needs, StoreOffers
 from kvote.spec import parse
 from kvote.store.pages import PAGE
-from kvote.store.raw import Raw
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import Uncompressed
 
 DIM, SINKS, RECENT = 16, 2, 6
 HEADS = [[0.9, 0.1], [0.2, 0.8]]
@@ -42,8 +42,8 @@ def few(compensation: bool = True) -> Layer:
 def step(query: Tensor, key: Tensor, value: Tensor, at: int, softcap: float | None = None) -> Step:
     positions = torch.arange(at, at + key.shape[2]).expand(key.shape[0], -1)
     decode = key.shape[2] == 1
-    logits = Logits(DIM**-0.5, softcap)
-    return Step(query, key, value, positions, None, 1, logits, decode=decode, ahead=None if decode else 0)
+    logits = Scaling(DIM**-0.5, softcap)
+    return Step(query, key, value, positions, None, 1, logits, decode=decode, prompt_left=None if decode else 0)
 
 
 def full(query: Tensor, key: Tensor, value: Tensor, softcap: float | None = None) -> Tensor:
@@ -112,7 +112,7 @@ def test_the_mean_is_that_of_all_dropped_keys_as_cached_however_they_were_droppe
     # Nothing is dropped before the end of an announced prompt.
     torch.testing.assert_close(tiny.feed(net, passes, tokens, passes=7), expected, atol=1e-4, rtol=1e-4)
     for held in (cache, passes):
-        [group] = [g for g in held.layers[0].layer.groups if g.heads == (1,)]
+        [group] = [g for g in held.layers[0].layer.head_groups if g.heads == (1,)]
         key, value = watched.managed[0].segment.decode([0, 1], SINKS, 60 - RECENT)
         for row in range(2):
             mean = group.layer.record.memory.rows[row]
@@ -174,8 +174,8 @@ def test_a_budget_in_bytes_is_for_the_other_heads_of_all_layers():
     limit = 7 * 20 * PAGE * (2 * DIM + 1) * 4
     cache = kvote.Cache(net, razorattention(heads=heads, sinks=2, budget=f"{limit}B", induction=5 / 12))
     tiny.feed(net, cache, tiny.ids(1, 3000))
-    others = [g.layer for layer in cache.layers for g in layer.layer.groups if g.layer.method.keep.offers.drops]
-    assert sum(len(g.heads) for layer in cache.layers for g in layer.layer.groups if g.layer in others) == 7
+    others = [g.layer for layer in cache.layers for g in layer.layer.head_groups if g.layer.method.keep.offers.drops]
+    assert sum(len(g.heads) for layer in cache.layers for g in layer.layer.head_groups if g.layer in others) == 7
     lengths = {layer.segment.length(0) for layer in others}
     assert sum(layer.segment.nbytes for layer in others) <= limit
     # Heads of layers that have few of them do not get more.
@@ -191,7 +191,7 @@ def test_bytes_are_those_of_whole_heads_and_of_sinks_recent_and_a_mean():
     for each in (cache, dense):
         each.expect(40 * PAGE)
         tiny.feed(net, each, tiny.ids(1, 40 * PAGE))
-    few, whole = (g.layer for g in cache.layers[0].layer.groups)
+    few, whole = (g.layer for g in cache.layers[0].layer.head_groups)
     assert (few.segment.length(0), whole.segment.length(0)) == (4 * PAGE, 40 * PAGE)
     # One of two heads holds what a head of a dense cache holds; the other four pages, and a mean on top.
     page = PAGE * (2 * DIM + 1) * 4
@@ -251,7 +251,7 @@ def test_means_follow_beams_and_copies():
     fresh = kvote.Cache(net, method(net))
     tiny.feed(net, fresh, tokens[[1, 1]])
     torch.testing.assert_close(tiny.feed(net, fresh, tiny.ids(2, 3, seed=5), passes=1), one, atol=1e-5, rtol=1e-5)
-    memory = next(g.layer.record.memory for g in cache.layers[0].layer.groups if g.heads == (1,))
+    memory = next(g.layer.record.memory for g in cache.layers[0].layer.head_groups if g.heads == (1,))
     assert {mean.count for mean in memory.rows.values()} == {40 - SINKS - RECENT}
     # Both sequences share one mean until they go on.
     assert memory.nbytes == 2 * DIM * 4
@@ -293,7 +293,7 @@ def test_generate_drops_and_answers_as_if_fed_by_hand(more):
 
 
 # A store that would have to encode anew with every token dropped, and whose tokens can only be read as a whole.
-class Grouped(Raw):
+class Grouped(Uncompressed):
     needs = Needs(lasting=True)
     offers = StoreOffers(lists=False)
 
@@ -307,8 +307,8 @@ def test_a_store_is_for_the_heads_that_keep_everything():
     cache = kvote.Cache(net, joined)
     tiny.feed(net, cache, tiny.ids(1, 40))
     tiny.feed(net, cache, tiny.ids(1, 3), passes=1)
-    stores = {g.layer.method.keep.offers.drops: g.layer.method.store for g in cache.layers[0].layer.groups}
-    assert stores == {True: Raw(), False: GROUPED}
+    stores = {g.layer.method.keep.offers.drops: g.layer.method.store for g in cache.layers[0].layer.head_groups}
+    assert stores == {True: Uncompressed(), False: GROUPED}
     assert cache.report().layers[0].dropped > 0
     with pytest.raises(MethodError, match="dropped while generating"):
         parse("h2o") | Method("grouped", store=GROUPED)
@@ -329,7 +329,7 @@ def test_a_reader_is_for_the_heads_that_keep_everything():
         assert cache.report().layers[0].dropped > 0
     torch.testing.assert_close(got[0], got[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(got[0], got[2], atol=1e-3)
-    layers = {g.layer.method.keep.offers.drops: g.layer for g in caches[2].layers[0].layer.groups}
+    layers = {g.layer.method.keep.offers.drops: g.layer for g in caches[2].layers[0].layer.head_groups}
     assert layers[False].activity.selections > 0
     # 2 sinks, 5 winners, a window of 6 and the query itself; the other head reads the 8 that it holds and its own.
     assert layers[False].activity.tokens_read == 14

@@ -153,9 +153,9 @@ def test_the_order_is_that_of_the_sums_of_rotated_keys_without_position():
         assert bool((sums[list(order)].diff() > -1e-3).all())
     with pytest.raises(MethodError, match="was measured with 4 key heads rotated together, not with 2"):
         rotatekv(made, heads=2)
-    turned = kvote.Cache(net, rotatekv(made))
-    tiny.feed(net, turned, tiny.ids(1, 64, seed=1))
-    for (_, order), held in zip(orders_of(made, 4), turned.managed, strict=True):
+    rotated = kvote.Cache(net, rotatekv(made))
+    tiny.feed(net, rotated, tiny.ids(1, 64, seed=1))
+    for (_, order), held in zip(orders_of(made, 4), rotated.managed, strict=True):
         assert tuple(held.segment.keys.transform.order.tolist()) == order
 
 
@@ -165,7 +165,7 @@ def test_the_bytes_are_those_of_the_formula():
     held.add_sequences(1)
     x = torch.randn(1, heads, n, dim).bfloat16()
     held.append([0], x, x, torch.arange(n)[None])
-    held.seal(0)
+    held.compress(0)
     # 2 bits, and a scale and a minimum of 16 bits for 128 numbers.
     body = 2 * 2.25 / 8 * dim * heads * n + 4 * n
     assert body <= held.nbytes < 1.03 * body

@@ -92,7 +92,7 @@ def test_cropping_forgets_the_selection():
 
 def test_a_prompt_neither_uses_nor_fills_the_selection_cache():
     fed = Fed(spec(theta=-1.0, tail=5))
-    fed.feed(60, solo=5)
+    fed.feed(60, tail_queries=5)
     assert fed.layer.activity.reused == 0
     assert fed.layer.memory.nbytes == 0
 

@@ -23,7 +23,7 @@ def slow(
 ) -> list[list[int]]:
     """The published code's few lines, head by head, with the pooled votes of a group's heads added up."""
     kv_heads, groups = fed.key.shape[1], fed.query.shape[1] // fed.key.shape[1]
-    query, key = (fed.turned(x, 0, n)[row : row + 1].double() for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, n)[row : row + 1].double() for x in (fed.query, fed.key))
     attention = weights(query, key, DIM**-0.5)[0, :, -WINDOW:, :-WINDOW]
     pool = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
     pooled = pool(attention.sum(1)[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
@@ -75,9 +75,9 @@ def test_votes_of_several_passes_are_added_up_before_each_head_pools_them_by_max
     assert kept(fed) == slow(fed, N, pooling="max", shared=not per_head)
 
 
-def _feed(fed: Fed, count: int, ahead: int | None) -> Tensor:
+def _feed(fed: Fed, count: int, prompt_left: int | None) -> Tensor:
     attend = fed.layer.attend
-    fed.layer.attend = lambda step: attend(type(step)(**{**vars(step), "ahead": ahead, "decode": False}))
+    fed.layer.attend = lambda step: attend(type(step)(**{**vars(step), "prompt_left": prompt_left, "decode": False}))
     try:
         return fed.feed(count)
     finally:
@@ -143,7 +143,7 @@ def test_the_next_turn_votes_anew_on_all_that_is_held():
     before = kept(fed)
     assert all(len(head) == BUDGET + 6 for head in before)
     fed.feed(20)
-    query, key = fed.turned(fed.query, 82, 90)[0].double(), fed.turned(fed.key, 0, 90)[0].double()
+    query, key = fed.rotated(fed.query, 82, 90)[0].double(), fed.rotated(fed.key, 0, 90)[0].double()
     for head, held in enumerate(before):
         held = [*held, *range(70, 90)]
         votes = torch.zeros(len(held), dtype=torch.float64)

@@ -19,7 +19,7 @@ def published(fed: Fed, rank: int, k: int, local: int, mean: bool = True, temper
     """The answer [b, 1, heads, dv] to the last token fed, as the paper writes it, sequence by sequence and key head by
     key head. Without ``mean`` or ``temper``, what its ablations leave out."""
     n, groups = fed.at, fed.query.shape[1] // fed.key.shape[1]
-    queries, keys = fed.turned(fed.query, n - 1, n)[:, :, 0], fed.turned(fed.key, 0, n)
+    queries, keys = fed.rotated(fed.query, n - 1, n)[:, :, 0], fed.rotated(fed.key, 0, n)
     out = torch.zeros(len(queries), 1, queries.shape[1], DIM)
     for row in range(len(queries)):
         for head in range(keys.shape[1]):

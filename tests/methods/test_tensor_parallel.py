@@ -12,8 +12,8 @@ from torch import distributed
 from kvote.hf.facts import find_rope
 from kvote.layer import Layer, Step
 from kvote.spec import parse
-from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import UncompressedSegment
 
 HEADS, KV_HEADS, DIM, PROMPT, STEPS = 8, 4, 16, 70, 24
 SPEC = "tokenselect(top_k=6, sinks=2, window=4, chunk=8, tail=3, theta=0.9, reuse_span=8, tensor_parallel={})".format
@@ -29,16 +29,19 @@ def lists_read(rank: int, ranks: int) -> dict[str, Any]:
         query[:, :, slot] = query[:, :, slot - 1] + drift * torch.randn(1, HEADS, DIM)
     query, key = query.chunk(ranks, 1)[rank], key.chunk(ranks, 1)[rank]
     rope = find_rope(tiny.model(), 0)
-    layer, seen, attend = Layer(0, parse(SPEC(ranks > 1)), rope), [], RawSegment.attend
-    RawSegment.attend = lambda s, q, r, tokens, lo: (seen.append(list(tokens.index)), attend(s, q, r, tokens, lo))[1]
+    layer, seen, attend = Layer(0, parse(SPEC(ranks > 1)), rope), [], UncompressedSegment.attend
+    UncompressedSegment.attend = lambda s, q, r, tokens, lo: (
+        seen.append(list(tokens.index)),
+        attend(s, q, r, tokens, lo),
+    )[1]
     try:
         for a, b in [(0, PROMPT)] + [(i, i + 1) for i in range(PROMPT, PROMPT + STEPS)]:
             at = torch.arange(a, b)[None]
             cos, sin = (x[:, None] for x in rope.angles(at, torch.float32))
             q, k = (rope.apply(x[:, :, a:b], (cos, sin)) for x in (query, key))
-            layer.attend(Step(q, k, k, at, None, 1 if b - a == 1 else 3, Logits(0.25), decode=b - a == 1))
+            layer.attend(Step(q, k, k, at, None, 1 if b - a == 1 else 3, Scaling(0.25), decode=b - a == 1))
     finally:
-        RawSegment.attend = attend
+        UncompressedSegment.attend = attend
     lists = [[x.tolist() if isinstance(x, torch.Tensor) else x for x in index] for index in seen]
     return {"lists": lists, "selections": layer.activity.selections, "reused": layer.activity.reused}
 

@@ -10,11 +10,11 @@ from selecting import DIM, Fed
 from torch import Tensor
 
 from kvote import MethodError
-from kvote.read.tokens import Queries, TokenSet
 from kvote.spec import parse
 from kvote.store.prompt import PromptSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 from kvote.store.thin import FewerChannels, ThinBody, channel_scores, kept_channels
+from kvote.tokens import Queries, TokenSet
 
 N, WINDOW, RECENT = 150, 8, 12
 SPEC = f"think(window={WINDOW}, recent={RECENT}, ratio="
@@ -30,7 +30,7 @@ def published_mask(query: Tensor, key: Tensor, ratio: float) -> Tensor:
 
 def masks(fed: Fed, ratio: float, n: int = N, row: int = 0, held: Tensor | None = None) -> Tensor:
     """What must stay, [h, d], where the first prompt has ``n`` tokens of which ``held`` [h, m] were not dropped."""
-    query, key = (fed.turned(x, 0, n)[row] for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, n)[row] for x in (fed.query, fed.key))
     groups = len(query) // len(key)
     kept = []
     for head in range(len(key)):
@@ -53,7 +53,7 @@ def channels(fed: Fed, row: int = 0) -> list[list[int]]:
 
 def thinned(fed: Fed, mask: Tensor, count: int, thin: int = N - RECENT, row: int = 0) -> Tensor:
     """What the last ``count`` rows must answer, [t, heads, d], where the first ``thin`` keys have lost channels."""
-    query, key = (fed.turned(x, 0, fed.at)[row] for x in (fed.query, fed.key))
+    query, key = (fed.rotated(x, 0, fed.at)[row] for x in (fed.query, fed.key))
     key[:, :thin] *= mask[:, None]
     groups = len(query) // len(key)
     key, value = (x.repeat_interleave(groups, 0) for x in (key, fed.value[row, :, : fed.at]))
@@ -72,7 +72,7 @@ def test_the_channels_are_those_of_the_published_lines(heads, kv_heads, ratio):
     for row in range(2):
         expected = masks(fed, ratio, row=row)
         assert channels(fed, row) == [head.nonzero()[:, 0].tolist() for head in expected]
-        query, key = (fed.turned(x, 0, N)[row] for x in (fed.query, fed.key))
+        query, key = (fed.rotated(x, 0, N)[row] for x in (fed.query, fed.key))
         scores = channel_scores(query[:, -WINDOW:], key)
         assert all(bool(s[m].min() >= s[~m].max()) for s, m in zip(scores, expected, strict=True))
         assert int((~expected).sum()) == kv_heads * int(ratio * DIM)
@@ -98,7 +98,7 @@ def test_scores_of_packed_keys_are_those_of_masked_ones():
     fed = Fed(f"{SPEC}0.4)", n=N + 1)
     fed.feed(N)
     fed.feed(1)
-    query, key = fed.turned(fed.query, N, N + 1)[:, :, :1], fed.turned(fed.key, 0, N + 1)
+    query, key = fed.rotated(fed.query, N, N + 1)[:, :, :1], fed.rotated(fed.key, 0, N + 1)
     key[:, :, : N - RECENT] *= masks(fed, 0.4)[:, None]
     got = fed.layer.segment.scores(query, [0], 3, N + 1)
     torch.testing.assert_close(
@@ -120,12 +120,12 @@ def test_query_heads_that_read_their_own_lists_read_masked_keys(heads, kv_heads,
     index = torch.rand(2, heads, blocks, N + 20).argsort(-1)[..., :40].sort(-1).values
     encoded = index < N - RECENT
     assert bool((encoded.any(-1) & ~encoded.all(-1)).all())
-    key, value = fed.turned(fed.key, 0, N + 20), fed.value
+    key, value = fed.rotated(fed.key, 0, N + 20), fed.value
     key[:, :, : N - RECENT] *= torch.stack([masks(fed, 0.4, row=row) for row in range(2)])[:, :, None]
     key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
     logits = query @ key.transpose(-1, -2) / DIM**0.5
     logits = logits.masked_fill(~torch.zeros(logits.shape, dtype=torch.bool).scatter(3, index, True), float("-inf"))
-    asked = Queries(query), [0, 1], TokenSet(index, causal=False), Logits(DIM**-0.5)
+    asked = Queries(query), [0, 1], TokenSet(index, causal=False), Scaling(DIM**-0.5)
     out, lse = segment.attend(*asked)
     torch.testing.assert_close(out, logits.softmax(-1) @ value, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
@@ -167,10 +167,10 @@ def test_an_announced_prompt_is_scored_once_by_its_last_queries(passes):
     assert fed.layer.segment.waiting[0].queries == []
 
 
-def _feed(fed: Fed, count: int, ahead: int) -> None:
+def _feed(fed: Fed, count: int, prompt_left: int) -> None:
     """A single token in the middle of a prompt is not a generated one."""
     attend = fed.layer.attend
-    fed.layer.attend = lambda step: attend(type(step)(**{**vars(step), "ahead": ahead, "decode": False}))
+    fed.layer.attend = lambda step: attend(type(step)(**{**vars(step), "prompt_left": prompt_left, "decode": False}))
     fed.feed(count)
     fed.layer.attend = attend
 
@@ -183,7 +183,7 @@ def test_nothing_is_scored_again():
         fed.feed(count)
     assert body_of(fed) is body
     held = fed.layer.segment.decode([0], 0, N + 62)[0]
-    assert torch.equal(held[:, :, N - RECENT :], fed.turned(fed.key, N - RECENT, N + 62))
+    assert torch.equal(held[:, :, N - RECENT :], fed.rotated(fed.key, N - RECENT, N + 62))
     assert bool((held[:, :, : N - RECENT] == 0).any())
 
 
@@ -206,7 +206,7 @@ def test_dropping_comes_first_and_the_queries_are_the_original_ones(per_head):
     mask = masks(fed, 0.4, held=held)
     assert channels(fed) == [head.nonzero()[:, 0].tolist() for head in mask]
     assert body_of(fed).positions.shape[1] == 60 - RECENT
-    key = fed.turned(fed.key, 0, N)[0]
+    key = fed.rotated(fed.key, 0, N)[0]
     key = torch.stack([head[slots.long()] for head, slots in zip(key, held, strict=True)])
     key[:, : 60 - RECENT] *= mask[:, None]
     torch.testing.assert_close(fed.layer.segment.decode([0], 0, 60)[0][0], key)
@@ -253,7 +253,7 @@ def test_heavy_hitters_drop_thinned_tokens_step_by_step():
             [torch.cat([lane, torch.tensor([fed.at])]) for lane in fed.layer.segment.positions(0)]
         ).long()
         got = fed.feed(1)
-        query, key = fed.turned(fed.query, fed.at - 1, fed.at)[0, :, 0], fed.turned(fed.key, 0, fed.at)[0]
+        query, key = fed.rotated(fed.query, fed.at - 1, fed.at)[0, :, 0], fed.rotated(fed.key, 0, fed.at)[0]
         for head in range(4):
             own = held[head // 2]
             keys = key[head // 2, own] * torch.where(own[:, None] < N - RECENT, mask[head // 2], True)
@@ -308,11 +308,11 @@ def test_bytes_fall_as_the_formula_says(tokens, ratio):
     segment.reserve(tokens)
     key = torch.randn(1, 2, 1024, 128).bfloat16()
     for start in range(0, tokens, 1024):
-        ahead = tokens - start - 1024
+        prompt_left = tokens - start - 1024
         segment.append([0], key, key, torch.arange(start, start + 1024)[None])
-        segment.watch(Queries(key), [0], ahead)
+        segment.observe_queries(Queries(key), [0], prompt_left)
         raw = segment.nbytes
-        segment.seal(ahead)
+        segment.compress(prompt_left)
     kept = 128 - int(ratio * 128)
     body = segment.bodies[0]
     assert body.keys.nbytes == 2 * kept * 2 * 64 * -(-(tokens - 32) // 64)

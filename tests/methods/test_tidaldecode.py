@@ -14,9 +14,9 @@ from kvote import MethodError, kernels
 from kvote.keep.evict import sinks_and_recent
 from kvote.method import Method
 from kvote.read.persistent import PersistentPositions
-from kvote.read.tokens import TokenSet
 from kvote.spec import parse
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import TokenSet
 
 PROMPT, STEPS, K = 60, 6, 9
 run = partial(masking.run, prompt=PROMPT, steps=STEPS)
@@ -67,16 +67,16 @@ def test_layers_up_to_the_first_selecting_one_are_dense_bit_by_bit():
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RawSegment, Tensor, TokenSet]]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[UncompressedSegment, Tensor, TokenSet]]:
     """What segments are asked for: the segment, the rotated queries and the tokens."""
-    seen: list[tuple[RawSegment, Tensor, TokenSet]] = []
-    attend = RawSegment.attend
+    seen: list[tuple[UncompressedSegment, Tensor, TokenSet]] = []
+    attend = UncompressedSegment.attend
 
-    def spy(self: Any, queries: Any, rows: Any, tokens: Any, logits: Any) -> Any:
+    def spy(self: Any, queries: Any, rows: Any, tokens: Any, scaling: Any) -> Any:
         seen.append((self, queries.rotated, tokens))
-        return attend(self, queries, rows, tokens, logits)
+        return attend(self, queries, rows, tokens, scaling)
 
-    monkeypatch.setattr(RawSegment, "attend", spy)
+    monkeypatch.setattr(UncompressedSegment, "attend", spy)
     return seen
 
 

@@ -234,6 +234,6 @@ def test_parameters_that_make_no_sense_are_refused(spec, sentence):
 
 def test_a_text_without_marks_is_refused_where_marks_name_the_lists():
     net = tiny.model()
-    assert tim().keep.needs.beside == {"token ids", "marks"}
+    assert tim().keep.needs.extra_inputs == {"token ids", "marks"}
     with pytest.raises(InputError, match="none is marked"):
         tiny.feed(net, tiny.cache(net, "tim"), tiny.ids(1, 20))

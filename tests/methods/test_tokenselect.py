@@ -50,7 +50,7 @@ def test_proof_2_scores_depend_on_raw_keys_only(trace):
 @pytest.mark.parametrize("n", [64, 200, 700])
 def test_proof_2_no_position_exceeds_the_list(trace, n):
     fed = Fed(spec(tail=5), n=n)
-    fed.feed(n - 10, solo=5)
+    fed.feed(n - 10, tail_queries=5)
     for _ in range(10):
         fed.feed(1)
     longest = 2 + 6 + 4 + 8
@@ -158,7 +158,7 @@ def test_the_window_reaches_back_from_the_start_of_a_chunk(trace):
 
 def test_the_tail_selects_token_by_token(trace):
     fed = Fed(spec(tail=5))
-    fed.feed(60, solo=5)
+    fed.feed(60, tail_queries=5)
     own = trace.selected[-1]
     assert own.shape[:2] == (1, 5)
     for i in range(5):
@@ -214,12 +214,12 @@ def test_a_pass_that_cuts_a_chunk_selects_with_the_average_of_the_queries_it_has
 
 @pytest.mark.parametrize("backend", sorted({kernels.backend(), "reference"}))
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2), (4, 4)])
-@pytest.mark.parametrize(("count", "solo"), [(1, 1), (8, 0), (5, 5)], ids=["decode step", "chunk", "tail"])
-def test_every_list_is_attended_causally_at_new_positions(trace, monkeypatch, backend, heads, count, solo):
+@pytest.mark.parametrize(("count", "tail_queries"), [(1, 1), (8, 0), (5, 5)], ids=["decode step", "chunk", "tail"])
+def test_every_list_is_attended_causally_at_new_positions(trace, monkeypatch, backend, heads, count, tail_queries):
     monkeypatch.setenv("KVOTE_BACKEND", backend)
     fed = Fed(spec(tail=5), *heads)
     fed.feed(48)
-    out = fed.feed(count, solo)
+    out = fed.feed(count, tail_queries)
     index = trace.selected[-1][0]
     rows = count // len(index)
     for i in range(count):
@@ -234,9 +234,9 @@ def test_original_positions_keep_those_of_the_text(trace):
     fed.feed(56)
     out = fed.feed(1)
     index = trace.selected[-1].flatten()
-    key = fed.turned(fed.key, 0, 57)[:, :, index].repeat_interleave(2, 1)
+    key = fed.rotated(fed.key, 0, 57)[:, :, index].repeat_interleave(2, 1)
     value = fed.value[:, :, index].repeat_interleave(2, 1)
-    query = fed.turned(fed.query, 56, 57)
+    query = fed.rotated(fed.query, 56, 57)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
@@ -258,7 +258,7 @@ def test_max_pool_spreads_votes_to_neighbours(trace, size):
 def test_a_token_of_the_window_never_wins(trace, max_pool, selection):
     fed = Fed(spec(tail=9, max_pool=max_pool, selection=selection))
     fed.key[:, :, 40:] *= 10
-    fed.feed(60, solo=9)
+    fed.feed(60, tail_queries=9)
     for i, tokens in enumerate(trace.selected[-1][0].tolist()):
         assert tokens == sorted(set(tokens))
         assert max(tokens[2:8]) < 51 + i - 4
@@ -315,7 +315,7 @@ def test_compiled_and_reference_kernels_select_alike(trace, monkeypatch):
         torch.manual_seed(3)
         fed = Fed(spec(tail=5), n=200)
         trace.clear()
-        fed.feed(199, solo=5)
+        fed.feed(199, tail_queries=5)
         out = fed.feed(1)
         lists.append(([index.tolist() for index in trace.selected], out))
     assert lists[0][0] == lists[1][0]

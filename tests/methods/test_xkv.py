@@ -11,12 +11,12 @@ from torch import Tensor
 import kvote
 from kvote import MethodError
 from kvote.hf.facts import find_rope
-from kvote.layer import Crew, Layer, Step
-from kvote.read.tokens import Queries, TokenSet
+from kvote.layer import Layer, LayerStack, Step
 from kvote.spec import parse
 from kvote.store import low_rank
 from kvote.store.low_rank import LowRankBody, factors
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries, TokenSet
 
 N, HEADS, KV_HEADS = 90, 4, 2
 WIDTH = KV_HEADS * DIM
@@ -26,8 +26,8 @@ class Stack:
     """Layers of one cache, fed with keys and queries whose un-rotated form the test knows."""
 
     def __init__(self, method: str, layers: int = 3, rows: int = 1, n: int = N + 20, rank: int | None = None) -> None:
-        self.rope, crew = find_rope(tiny.model(), 0), Crew()
-        self.layers = [Layer(i, parse(method), self.rope, layers, crew) for i in range(layers)]
+        self.rope, stack = find_rope(tiny.model(), 0), LayerStack()
+        self.layers = [Layer(i, parse(method), self.rope, layers, stack) for i in range(layers)]
         shape = (layers, rows, KV_HEADS, n, DIM)
         self.query, self.key, self.value = (
             torch.randn(layers, rows, HEADS, n, DIM),
@@ -41,26 +41,26 @@ class Stack:
             self.key, self.value = made
         self.at = 0
 
-    def turned(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def rotated(self, x: Tensor, start: int, stop: int) -> Tensor:
         cos, sin = self.rope.angles(torch.arange(start, stop)[None], torch.float32)
         return self.rope.apply(x[..., start:stop, :], (cos[:, None], sin[:, None]))
 
-    def feed(self, count: int, ahead: int | None = 0) -> list[Tensor]:
+    def feed(self, count: int, prompt_left: int | None = 0) -> list[Tensor]:
         a, b = self.at, self.at + count
         self.at, decode = b, count == 1
         places = torch.arange(a, b).expand(self.query.shape[1], -1)
         return [
             layer.attend(
                 Step(
-                    self.turned(query, a, b),
-                    self.turned(key, a, b),
+                    self.rotated(query, a, b),
+                    self.rotated(key, a, b),
                     value[:, :, a:b],
                     places,
                     valid=None,
-                    solo=int(decode),
-                    logits=Logits(DIM**-0.5),
+                    tail_queries=int(decode),
+                    scaling=Scaling(DIM**-0.5),
                     decode=decode,
-                    ahead=None if decode else ahead,
+                    prompt_left=None if decode else prompt_left,
                 )
             )
             for layer, query, key, value in zip(self.layers, self.query, self.key, self.value, strict=True)
@@ -68,7 +68,7 @@ class Stack:
 
     def expected(self, number: int, count: int, key: Tensor, value: Tensor) -> Tensor:
         """What the last rows of a layer answer where it holds ``key`` and ``value`` [b, h, n, d] at position 0."""
-        query, key = self.turned(self.query[number], 0, self.at)[:, :, -count:], self.turned(key, 0, self.at)
+        query, key = self.rotated(self.query[number], 0, self.at)[:, :, -count:], self.rotated(key, 0, self.at)
         key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
         seen = torch.ones(count, self.at).tril(self.at - count).bool()
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
@@ -169,7 +169,7 @@ def test_no_group_is_encoded_before_its_last_layer_has_the_prompt():
     object.__setattr__(stack.layers[0].method.store, "encode", spy.__get__(stack.layers[0].method.store))
     for layer in stack.layers[1:]:
         object.__setattr__(layer.method.store, "encode", spy.__get__(layer.method.store))
-    stack.feed(50, ahead=N - 50)
+    stack.feed(50, prompt_left=N - 50)
     assert seen == []
     stack.feed(N - 50)
     stack.feed(1)
@@ -197,7 +197,7 @@ def test_keys_are_taken_before_their_rotation():
     for number, got in enumerate(stack.feed(1)):
         key, value = (x[number, :, :, : stack.at] for x in (stack.key, stack.value))
         torch.testing.assert_close(got, stack.expected(number, 1, key, value), atol=1e-4, rtol=1e-4)
-        assert torch.linalg.matrix_rank(stack.turned(key, 0, N)[0, 0]) > 2
+        assert torch.linalg.matrix_rank(stack.rotated(key, 0, N)[0, 0]) > 2
 
 
 def test_default_ranks_are_the_papers_shares_of_whatever_channels_a_group_has():
@@ -278,10 +278,10 @@ def test_query_heads_that_read_their_own_lists_read_the_tokens_made():
     segment, query = stack.layers[1].segment, torch.randn(1, HEADS, 2, DIM)
     index = torch.rand(1, HEADS, 2, N + 20).argsort(-1)[..., :50].sort(-1).values
     key, value = segment.decode([0], 0, N + 20)
-    key, value = (x.repeat_interleave(2, 1) for x in (stack.turned(key, 0, N + 20), value))
+    key, value = (x.repeat_interleave(2, 1) for x in (stack.rotated(key, 0, N + 20), value))
     logits = query @ key.transpose(-1, -2) / DIM**0.5
     logits = logits.masked_fill(~torch.zeros(logits.shape, dtype=torch.bool).scatter(3, index, True), float("-inf"))
-    out, lse = segment.attend(Queries(query), [0], TokenSet(index, causal=False), Logits(DIM**-0.5))
+    out, lse = segment.attend(Queries(query), [0], TokenSet(index, causal=False), Scaling(DIM**-0.5))
     torch.testing.assert_close(out, logits.softmax(-1) @ value, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, logits.logsumexp(-1), atol=1e-4, rtol=1e-4)
 
@@ -362,20 +362,20 @@ def test_drafts_behind_an_announced_prompt_are_no_part_of_it(stay):
 @pytest.mark.parametrize("tokens", [32768])
 def test_bytes_fall_as_the_formula_says(tokens):
     """Tokens times ranks plus ranks times channels, 4 bytes of position, once per group."""
-    store, heads, dim, crew = parse("xkv(group=2, key_rank=32, value_rank=48)").store, 2, 64, []
+    store, heads, dim, stack = parse("xkv(group=2, key_rank=32, value_rank=48)").store, 2, 64, []
     rope = find_rope(tiny.model(), 0)
-    crew = [store.new_segment(heads, torch.empty(1, heads, 1, dim).bfloat16(), dim, rope) for _ in range(2)]
-    for segment in crew:
+    stack = [store.new_segment(heads, torch.empty(1, heads, 1, dim).bfloat16(), dim, rope) for _ in range(2)]
+    for segment in stack:
         segment.add_sequences(1)
         made = torch.randn(1, heads, tokens, dim).bfloat16()
         segment.append([0], made, made, torch.arange(tokens)[None])
-        segment.watch(Queries(made, made), [0], 0)
-    raw = sum(segment.nbytes for segment in crew)
-    for index, segment in enumerate(crew):
-        segment.seal(0)
-        store.after_layer(crew, index, 0)
+        segment.observe_queries(Queries(made, made), [0], 0)
+    raw = sum(segment.nbytes for segment in stack)
+    for index, segment in enumerate(stack):
+        segment.compress(0)
+        store.after_layer(stack, index, 0)
     formula = (32 + 48) * (tokens + 2 * heads * dim) * 2 + 4 * tokens
-    held = sum(segment.nbytes for segment in crew)
+    held = sum(segment.nbytes for segment in stack)
     assert held == pytest.approx(formula, rel=0.02)
     assert held < raw / 6
 

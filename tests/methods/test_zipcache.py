@@ -11,7 +11,7 @@ from kvote.store import probed
 from kvote.store import saliency as saliency_of
 from kvote.store.saliency import Probes, chosen, drawn, saliency
 from kvote.store.salient import Bits, encode
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 
 BITS = Bits(4, 2)
 
@@ -114,7 +114,7 @@ def test_saliency_is_what_probes_pay_over_how_many_see_the_token(start, weights,
     scores = torch.einsum("hpd,nd->hpn", probes.query, key[0]) / 8**0.5
     mask = torch.arange(30) <= probes.slots[:, None]
     paid = scores.masked_fill(~mask, float("-inf")).softmax(-1).sum((0, 1))
-    got = saliency(probes, key, start, Logits(8**-0.5))
+    got = saliency(probes, key, start, Scaling(8**-0.5))
     torch.testing.assert_close(got[0], (paid / mask.sum(0))[start:])
 
 
@@ -122,7 +122,7 @@ def test_even_attention_gives_early_tokens_no_advantage():
     """Of uniform causal maps, sums fall with the position and what is normalised does not."""
     slots = torch.arange(64)
     probes = Probes(torch.zeros(1, 64, 8), slots, slots)
-    got = saliency(probes, torch.zeros(1, 64, 8), 0, Logits(1.0))[0]
+    got = saliency(probes, torch.zeros(1, 64, 8), 0, Scaling(1.0))[0]
     sums = got * (64 - slots)
     assert bool((sums.diff() < 0).all())
     # The mean over rows i >= j of 1 / (i + 1).
@@ -169,7 +169,7 @@ def test_a_prompt_is_judged_by_its_probes_when_it_has_ended(passes):
     for probes, layer, whole in zip(kept, cache.managed, dense.managed, strict=True):
         assert torch.equal(probes.slots, slots)
         key = whole.segment.decode([0], 0, n)[0][0]
-        scores = saliency(probes, key, 0, Logits(key.shape[-1] ** -0.5))
+        scores = saliency(probes, key, 0, Scaling(key.shape[-1] ** -0.5))
         assert torch.equal(layer.segment.prompts.bodies[0].salient(), chosen(scores, 0.6))
 
 

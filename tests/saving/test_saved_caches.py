@@ -14,7 +14,7 @@ import kvote
 from kvote import Cache, InputError, MethodError
 from kvote.calibration.file import Calibration
 from kvote.method import Method
-from kvote.read.tokens import Everything
+from kvote.read.reader import Everything
 from kvote.saving.block_file import BlockFile, DamagedFileError, write
 from kvote.state import Block
 from tests.test_interruptions import hybrid

@@ -9,11 +9,11 @@ from torch import Tensor
 from kvote.index.labels import LabelIndex
 from kvote.keep.observation import Observation
 from kvote.kernels import reference
-from kvote.read.tokens import Queries, Span, TokenSet
-from kvote.store.raw import RawSegment
-from kvote.store.segment import Indexed, Logits
+from kvote.store.segment import Indexed, Scaling
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import Queries, Span, TokenSet
 
-D, LOGITS = 32, Logits(0.3)
+D, SCALING = 32, Scaling(0.3)
 
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
@@ -22,10 +22,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-def filled(rows: int, heads: int, n: int, dtype: torch.dtype, scattered: bool) -> tuple[RawSegment, Tensor, Tensor]:
+def filled(
+    rows: int, heads: int, n: int, dtype: torch.dtype, scattered: bool
+) -> tuple[UncompressedSegment, Tensor, Tensor]:
     """A segment and its keys and values [rows, heads, n, d]; ``scattered``: lanes in several runs of pages."""
     key, value = (torch.randn(rows, heads, n, D).to(dtype) for _ in range(2))
-    segment = RawSegment(heads, key, D, None)
+    segment = UncompressedSegment(heads, key, D, None)
     segment.add_sequences(rows)
     places = torch.arange(n).expand(rows, -1)
     pieces = [(0, n)] if not scattered else [(a, min(n, a + 70)) for a in range(0, n, 70)]
@@ -52,7 +54,7 @@ def masked(query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> tuple[Te
     """Dense attention in which query head i of row t sees index[:, i, t] alone: out, lse and weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
-    logits = query.double() @ key.transpose(-1, -2) * LOGITS.scale
+    logits = query.double() @ key.transpose(-1, -2) * SCALING.scale
     seen = torch.zeros(logits.shape, dtype=torch.bool).scatter(3, index, True)
     logits = logits.masked_fill(~seen, float("-inf"))
     weights = logits.softmax(-1)
@@ -70,7 +72,7 @@ def test_every_head_reads_its_own_tokens(groups, rows, blocks, scattered, dtype)
     index = lists(rows, 2 * groups, blocks, 201, 17)
     # A head that would see its neighbour's tokens answers something else.
     assert not torch.equal(index[:, 0], index[:, 1])
-    out, lse = segment.attend(Queries(query), list(range(rows)), TokenSet(index, causal=False), LOGITS)
+    out, lse = segment.attend(Queries(query), list(range(rows)), TokenSet(index, causal=False), SCALING)
     expected, total, _ = masked(query, key, value, index)
     loose = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(out.double(), expected, atol=loose, rtol=loose)
@@ -81,9 +83,9 @@ def test_attention_received_follows_the_lists_of_each_head():
     segment, key, value = filled(2, 2, 90, torch.float32, False)
     query, index = torch.randn(2, 6, 1, D), lists(2, 6, 1, 90, 11)
     tokens = TokenSet(index, causal=False)
-    _, lse = segment.attend(Queries(query), [0, 1], tokens, LOGITS)
+    _, lse = segment.attend(Queries(query), [0, 1], tokens, SCALING)
     _, _, weights = masked(query, key, value, index)
-    seen = Observation(Queries(query), lse, segment, [0, 1], 89, [Span(0, 1, [tokens])], LOGITS, None)
+    seen = Observation(Queries(query), lse, segment, [0, 1], 89, [Span(0, 1, [tokens])], SCALING, None)
     expected = weights.reshape(2, 2, 3, 90).sum(2).float()
     torch.testing.assert_close(seen.mass(), expected, atol=1e-5, rtol=1e-5)
     one = seen.of(1, 90)
@@ -95,11 +97,11 @@ def channels(heads: int, r: int) -> Tensor:
     return torch.stack([torch.randperm(D)[:r] for _ in range(heads)])
 
 
-def label(segment: RawSegment, channels: Tensor) -> None:
+def label(segment: UncompressedSegment, channels: Tensor) -> None:
     segment.add_index(LabelIndex({0: channels.tolist()}), 0)
 
 
-def agree(segment: RawSegment, key: Tensor, chosen: Tensor, rows: list[int]) -> None:
+def agree(segment: UncompressedSegment, key: Tensor, chosen: Tensor, rows: list[int]) -> None:
     """Scores of labels are products over the chosen channels of each key head."""
     query = torch.randn(len(rows), 6, 2, D).to(key.dtype)
     groups, (a, z) = 6 // key.shape[1], (3, key.shape[2])
@@ -116,7 +118,7 @@ def agree(segment: RawSegment, key: Tensor, chosen: Tensor, rows: list[int]) -> 
 def test_labels_are_channels_of_the_keys_whenever_they_are_asked_for(r, scattered, before):
     chosen = channels(2, r)
     if before:
-        segment = RawSegment(2, torch.empty(0, D), D, None)
+        segment = UncompressedSegment(2, torch.empty(0, D), D, None)
         segment.add_sequences(2)
         label(segment, chosen)
         key = torch.randn(2, 2, 150, D)
@@ -164,7 +166,7 @@ def test_merged_tokens_are_labelled_anew():
 def test_labels_cost_their_channels_and_nothing_else():
     """32 of 128 channels in bfloat16 are 64 bytes per token and key head, of 512 for key and value."""
     like = torch.empty(0, 128, dtype=torch.bfloat16)
-    bare, labelled = (RawSegment(4, like, 128, None) for _ in range(2))
+    bare, labelled = (UncompressedSegment(4, like, 128, None) for _ in range(2))
     for segment in (bare, labelled):
         segment.add_sequences(1)
     label(labelled, torch.arange(32).expand(4, -1))

@@ -8,7 +8,7 @@ from selecting import Fed, spec
 from kvote import kernels
 from kvote.rope import Rope
 from kvote.store.answers import angles_at
-from kvote.store.raw import RawSegment
+from kvote.store.uncompressed import UncompressedSegment
 
 COMPILED = kernels.backend() == "cpu"
 LONG = {
@@ -51,7 +51,7 @@ def test_a_place_is_computed_once_for_all_heads_and_queries_of_a_tail(monkeypatc
     fed, asked, once = Fed(spec(positions="original", tail=20), heads=4, kv_heads=2), [], Rope.once
     fed.feed(40)
     monkeypatch.setattr(Rope, "once", lambda self, at: (asked.append(at.numel()), once(self, at))[1])
-    fed.feed(20, solo=20)
+    fed.feed(20, tail_queries=20)
     assert len(asked) == 1
     assert asked[0] <= 60
 
@@ -60,8 +60,8 @@ def test_a_place_is_computed_once_for_all_heads_and_queries_of_a_tail(monkeypatc
 def test_a_tail_is_read_from_the_pages_without_a_copy_of_its_keys(monkeypatch):
     fed = Fed(spec(positions="original", tail=20))
     fed.feed(40)
-    monkeypatch.setattr(RawSegment, "read", lambda *args: pytest.fail("keys were copied"))
-    fed.feed(20, solo=20)
+    monkeypatch.setattr(UncompressedSegment, "read", lambda *args: pytest.fail("keys were copied"))
+    fed.feed(20, tail_queries=20)
     fed.feed(1)
 
 
@@ -73,7 +73,7 @@ def test_heads_that_hold_different_tokens_are_read_at_places_of_their_own():
     segment.keep(0, kept)
     assert not segment.alike
     out = fed.feed(1)[0, 0]
-    query, key = fed.turned(fed.query, 40, 41), fed.turned(fed.key, 0, 41)
+    query, key = fed.rotated(fed.query, 40, 41), fed.rotated(fed.key, 0, 41)
     for head in range(4):
         seen = [*kept[head // 2].tolist(), 40]
         weights = torch.softmax(key[0, head // 2, seen] @ query[0, head, 0] * 16**-0.5, dim=0)

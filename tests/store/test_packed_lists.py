@@ -18,7 +18,7 @@ def test_a_list_gives_what_a_range_decodes_to_on_either_side_of_the_border(by_he
     rows = [0, 1, 2]
     segment.add_sequences(3)
     segment.append(rows, key, value, torch.arange(N).expand(3, N))
-    assert segment.seal(0)
+    assert segment.compress(0)
     lists = (3, HEADS * GROUPS) if by_head else (3,)
     index = torch.rand(*lists, N).topk(m).indices.sort(dim=-1).values
     # One sequence reads the last tokens only, one the first only: their lists cross the border at different places.

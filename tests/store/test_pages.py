@@ -14,10 +14,10 @@ from kvote.index.bounds import Bounds, BoundsIndex
 from kvote.index.sketch import SketchIndex
 from kvote.kernels import cpu
 from kvote.kernels.lanes import Lanes
-from kvote.read.tokens import Queries, TokenSet
 from kvote.store.pages import PAGE, PagePool
-from kvote.store.raw import RawSegment
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import UncompressedSegment
+from kvote.tokens import Queries, TokenSet
 
 HEADS, DIM, VALUE_DIM = 2, 16, 4
 ONE_OR_MORE_PAGES = st.sampled_from([1, 2, 7, 60, 63, 64, 65, 130, 200])
@@ -30,8 +30,8 @@ def content(tokens: list[int]) -> tuple[Tensor, Tensor]:
     return (token + 0.25 * head).expand(-1, -1, DIM), (-token - 0.25 * head).expand(-1, -1, VALUE_DIM)
 
 
-def segment(sequences: int = 0, *, sketch_bits: int = 0) -> RawSegment:
-    made = RawSegment(HEADS, torch.empty(0, DIM), VALUE_DIM, None)
+def segment(sequences: int = 0, *, sketch_bits: int = 0) -> UncompressedSegment:
+    made = UncompressedSegment(HEADS, torch.empty(0, DIM), VALUE_DIM, None)
     made.add_sequences(sequences)
     if sketch_bits:
         made.add_index(SketchIndex(sketch_bits), 0)
@@ -39,7 +39,7 @@ def segment(sequences: int = 0, *, sketch_bits: int = 0) -> RawSegment:
     return made
 
 
-def append(held: RawSegment, rows: list[int], tokens: list[list[int]]) -> None:
+def append(held: UncompressedSegment, rows: list[int], tokens: list[list[int]]) -> None:
     """Every token is its own position too."""
     key, value = (torch.stack(parts) for parts in zip(*(content(t) for t in tokens), strict=True))
     held.append(rows, key, value, torch.tensor(tokens))
@@ -55,7 +55,7 @@ def owners(pool: PagePool) -> np.ndarray:
     return used
 
 
-def sketches_are_those_of_the_keys(held: RawSegment) -> None:
+def sketches_are_those_of_the_keys(held: UncompressedSegment) -> None:
     if sketch := held.indexes.get("sketch"):
         assert sketch.coded is not None
         codes, bits = sketch.coded
@@ -66,7 +66,7 @@ def sketches_are_those_of_the_keys(held: RawSegment) -> None:
         assert torch.equal(again, codes)
 
 
-def bounds_are_those_of_the_keys(held: RawSegment, tight: bool) -> None:
+def bounds_are_those_of_the_keys(held: UncompressedSegment, tight: bool) -> None:
     """The bounds that a row asks for hold its keys; ``tight``: they are those of no others."""
     bounds = held.indexes["page bounds"]
     assert isinstance(bounds, Bounds)
@@ -82,7 +82,7 @@ def bounds_are_those_of_the_keys(held: RawSegment, tight: bool) -> None:
             assert torch.equal(got, law) if tight else bool((got >= law).all())
 
 
-def check(held: RawSegment, model: list[list[int]]) -> None:
+def check(held: UncompressedSegment, model: list[list[int]]) -> None:
     assert [held.length(row) for row in range(len(model))] == [len(tokens) for tokens in model]
     for row, tokens in enumerate(model):
         assert all(lane.tolist() == tokens for lane in held.positions(row))
@@ -252,7 +252,7 @@ def test_attention_reads_the_tokens_named(scattered, pick):
     tokens = [3, 4, 5, 63, 64, 99] if pick == "list" else list(range(60, 70))
     index = torch.tensor(tokens).expand(2, 1, -1) if pick == "list" else range(60, 70)
     query = torch.zeros(2, 2 * HEADS, 1, DIM)
-    out, lse = held.attend(Queries(query), [0, 1], TokenSet(index, causal=False), Logits(1.0))
+    out, lse = held.attend(Queries(query), [0, 1], TokenSet(index, causal=False), Scaling(1.0))
     for row in range(2):
         _, value = content([100 * row + token for token in tokens])
         expected = value.mean(1).repeat_interleave(2, 0)[:, None]
@@ -264,7 +264,7 @@ def test_blocks_of_queries_read_their_own_lists():
     held = segment(1)
     append(held, [0], [list(range(100))])
     index = torch.tensor([[[1, 2], [50, 99], [70, 71]]])
-    out, _ = held.attend(Queries(torch.zeros(1, HEADS, 3, DIM)), [0], TokenSet(index, causal=False), Logits(1.0))
+    out, _ = held.attend(Queries(torch.zeros(1, HEADS, 3, DIM)), [0], TokenSet(index, causal=False), Scaling(1.0))
     assert out[0, 0, :, 0].tolist() == [-1.5, -74.5, -70.5]
 
 

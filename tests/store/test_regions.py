@@ -10,14 +10,14 @@ from torch import Tensor
 from kvote.cache import Cache
 from kvote.hf.facts import find_rope
 from kvote.store.bodies import Bodies, PlainBody, head_of
-from kvote.store.raw import RawSegment
 from kvote.store.region import Slots
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
 from kvote.store.sequence import RegionSegment
+from kvote.store.uncompressed import UncompressedSegment
 from kvote.tokens import Queries, TokenSet
 
 HEADS, GROUPS, DIM, N = 2, 2, 16, 90
-LOGITS = Logits(DIM**-0.5)
+SCALING = Scaling(DIM**-0.5)
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Listed(Exact):
     lists = True
 
 
-def pair(rotates: bool, kind: type[Exact] = Exact) -> tuple[RegionSegment, RawSegment]:
+def pair(rotates: bool, kind: type[Exact] = Exact) -> tuple[RegionSegment, UncompressedSegment]:
     """Three sequences in two regions and raw tokens, with borders of their own, and all of them raw."""
     torch.manual_seed(0)
     rope = find_rope(tiny.model(), 0) if rotates else None
     like = torch.empty(0, DIM)
     parts = [Bodies(HEADS, like.device), Bodies(HEADS, like.device)]
-    mixed, whole = RegionSegment(HEADS, like, DIM, rope, list(parts)), RawSegment(HEADS, like, DIM, rope)
+    mixed, whole = RegionSegment(HEADS, like, DIM, rope, list(parts)), UncompressedSegment(HEADS, like, DIM, rope)
     key, value = torch.randn(3, HEADS, N, DIM), torch.randn(3, HEADS, N, DIM)
     at = torch.arange(N).expand(3, N)
     mixed.add_sequences(3)
@@ -90,17 +90,17 @@ def sets() -> dict[str, TokenSet]:
     }
 
 
-def check(mixed: RegionSegment, whole: RawSegment, rows: list[int], tokens: TokenSet) -> None:
+def check(mixed: RegionSegment, whole: UncompressedSegment, rows: list[int], tokens: TokenSet) -> None:
     rotated, raw = torch.randn(2, len(rows), HEADS * GROUPS, 4, DIM)
     queries = Queries(rotated, raw)
-    got, law = (each.attend(queries, rows, tokens, LOGITS) for each in (mixed, whole))
+    got, law = (each.attend(queries, rows, tokens, SCALING) for each in (mixed, whole))
     for mine, other in zip(got, law, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)
-    mass, expected = (each.attention_mass(queries, law[1], rows, tokens, LOGITS) for each in (mixed, whole))
+    mass, expected = (each.attention_mass(queries, law[1], rows, tokens, SCALING) for each in (mixed, whole))
     torch.testing.assert_close(mass, expected, atol=2e-5, rtol=2e-5)
 
 
-def same(mixed: RegionSegment, whole: RawSegment, row: int) -> None:
+def same(mixed: RegionSegment, whole: UncompressedSegment, row: int) -> None:
     n = whole.length(row)
     assert mixed.length(row) == n
     for mine, other in zip(mixed.decode([row], 0, n), whole.decode([row], 0, n), strict=True):

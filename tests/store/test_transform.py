@@ -35,14 +35,14 @@ def test_what_was_rotated_is_rotated_back(heads, ordered):
     x = torch.randn(2, 8, 5, 32)
     order = tuple(torch.randperm(8 * 32).tolist()) if ordered else ()
     turn = Rotation(heads, order).of(8, 32, x.device)
-    turned = turn.apply(x)
-    assert not torch.allclose(turned, x, atol=0.1)
-    torch.testing.assert_close(turn.undo(turned), x, atol=1e-5, rtol=1e-5)
+    rotated = turn.apply(x)
+    assert not torch.allclose(rotated, x, atol=0.1)
+    torch.testing.assert_close(turn.undo(rotated), x, atol=1e-5, rtol=1e-5)
     together = [4, 1][heads == 3] if heads in (3, 4) else heads
     if not ordered:
         # Key heads that are rotated together are side by side; others are not touched.
         alone = turn.apply(torch.cat([x[:, :together], torch.zeros_like(x[:, together:])], dim=1))
-        torch.testing.assert_close(alone[:, :together], turned[:, :together])
+        torch.testing.assert_close(alone[:, :together], rotated[:, :together])
         assert bool((alone[:, together:] == 0).all())
 
 
@@ -54,8 +54,8 @@ def test_an_order_of_other_channels_is_refused():
 def error(x: Tensor, turn: Rotation | None) -> float:
     """Of keys [b, h, n, d] in 2 bits per token."""
     form = turn.of(x.shape[1], x.shape[3], x.device) if turn else None
-    turned = x if form is None else form.apply(x)
-    codes, scale, least = packing.quantise_values(turned, 2, 128)
+    rotated = x if form is None else form.apply(x)
+    codes, scale, least = packing.quantise_values(rotated, 2, 128)
     got = packing.dequantise(codes, scale, least)
     return float((got if form is None else form.undo(got)).sub(x).square().mean())
 

@@ -7,23 +7,23 @@ import tiny
 import torch
 
 from kvote import MethodError, kernels
-from kvote.keep.allocate.over_heads import Joint
+from kvote.keep.allocate.over_heads import CompetingHeads
 from kvote.keep.budget import Budget
 from kvote.keep.evict import Evict
-from kvote.keep.score.norms import SmallKeys
-from kvote.keep.score.received import Received
+from kvote.keep.score.attention_received import AttentionReceived
+from kvote.keep.score.key_norm import KeyNorm
 from kvote.keep.score.recency import Recency
 from kvote.method import Method
-from kvote.read.tokens import Queries, TokenSet
-from kvote.store.raw import Raw
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.store.uncompressed import Uncompressed
+from kvote.tokens import Queries, TokenSet
 
 D, HEADS, N = 16, 3, 150
 
 
 def segment(keep: list[list[int]]) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """One of which each head has only some tokens of ``N``, and what those were."""
-    held = Raw().new_segment(HEADS, torch.empty(0, D), D, None)
+    held = Uncompressed().new_segment(HEADS, torch.empty(0, D), D, None)
     held.add_sequences(1)
     key, value = torch.randn(1, HEADS, N, D), torch.randn(1, HEADS, N, D)
     held.append([0], key, value, torch.arange(N)[None])
@@ -51,7 +51,7 @@ def test_each_head_holds_its_own_tokens_and_new_ones_go_behind_them():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_range_is_read_in_each_head_from_its_end(t, cut, softcap):
     held, key, value = segment(KEEP)
-    query, logits = torch.randn(1, 2 * HEADS, t, D), Logits(0.3, softcap)
+    query, logits = torch.randn(1, 2 * HEADS, t, D), Scaling(0.3, softcap)
     tokens = TokenSet(range(cut, 70), causal=False)
     out, lse = held.attend(Queries(query), [0], tokens, logits)
     mass = held.attention_mass(Queries(query), lse, [0], tokens, logits)
@@ -75,15 +75,15 @@ def test_a_range_is_read_in_each_head_from_its_end(t, cut, softcap):
 def test_lists_are_refused():
     held, _, _ = segment(KEEP)
     with pytest.raises(ValueError, match="by ranges only"):
-        held.attend(Queries(torch.randn(1, HEADS, 1, D)), [0], TokenSet(torch.zeros(1, 1, 1).long()), Logits(1.0))
+        held.attend(Queries(torch.randn(1, HEADS, 1, D)), [0], TokenSet(torch.zeros(1, 1, 1).long()), Scaling(1.0))
 
 
-@pytest.mark.parametrize("score", [Received(), SmallKeys()], ids=["received", "keys"])
+@pytest.mark.parametrize("score", [AttentionReceived(), KeyNorm()], ids=["received", "keys"])
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_any_score_of_single_tokens_may_divide_a_budget_over_heads(score, sinks):
     """While generating, too: of the tokens held and the new one, those worth most stay."""
     net = tiny.model()
-    keep = Evict(score, Budget(20), window=4, sinks=sinks, burst=1, over_heads=Joint(0.0))
+    keep = Evict(score, Budget(20), window=4, sinks=sinks, burst=1, over_heads=CompetingHeads(0.0))
     cache = tiny.cache(net, lambda net: Method(keep=keep))
     tiny.feed(net, cache, tiny.ids(2, 60))
     tiny.feed(net, cache, tiny.ids(2, 30, seed=1), passes=1)
@@ -99,9 +99,9 @@ def test_any_score_of_single_tokens_may_divide_a_budget_over_heads(score, sinks)
 
 
 def test_a_score_that_does_not_say_that_heads_may_differ_is_refused():
-    for score in (Recency(per_head=True), Received(per_head=False)):
+    for score in (Recency(per_head=True), AttentionReceived(per_head=False)):
         with pytest.raises(MethodError, match=r"heads may differ in length \(uneven\)"):
-            Evict(score, Budget(20), over_heads=Joint(0.2))
+            Evict(score, Budget(20), over_heads=CompetingHeads(0.2))
 
 
 def counted(cache: Any) -> list[str]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvote.errors import InputError
-from kvote.keep.keeper import Held, Keeper, Share
-from kvote.keep.policies import Blind, KeepAll
+from kvote.keep.keeper import HeadAssignment, Held, Keeper
+from kvote.keep.policies import AttentionFreeKeeper, KeepAll
 from kvote.needs import KeeperOffers
 
 # Scores of key heads, by layer of the model.
@@ -21,7 +21,7 @@ def best(scores: Scores, count: int) -> set[Place]:
 
 
 @dataclass(frozen=True)
-class KeepByHead(Blind):
+class KeepByHead(AttentionFreeKeeper):
     """The ``whole`` heads keep every token, in the store and with the reader that the method is joined with; the others
     keep what ``few`` says, apart. ``heads``: key heads of each layer that was calibrated; ``name``: of what said so."""
 
@@ -45,7 +45,7 @@ class KeepByHead(Blind):
         """Heads that do not keep everything, in all layers together."""
         return sum(heads for _, heads in self.heads) - len(self.whole)
 
-    def split(self, layer: int, heads: int) -> list[Share]:
+    def split(self, layer: int, heads: int) -> list[HeadAssignment]:
         """The others first: what they refuse, they refuse before anything has changed. Raises InputError for a layer
         that was not calibrated."""
         if dict(self.heads).get(layer) != heads:
@@ -54,8 +54,11 @@ class KeepByHead(Blind):
             )
         whole = tuple(head for head in range(heads) if (layer, head) in self.whole)
         others = tuple(head for head in range(heads) if (layer, head) not in self.whole)
-        sharers = self.others / len(others) if others else None
-        return [Share(others, self.few, apart=True, sharers=sharers), Share(whole, KeepAll())]
+        budget_shares = self.others / len(others) if others else None
+        return [
+            HeadAssignment(others, self.few, dense=True, budget_shares=budget_shares),
+            HeadAssignment(whole, KeepAll()),
+        ]
 
     def survivors(self, held: Held, memory: None) -> None:
         """The groups have keepers of their own, which decide."""

@@ -22,7 +22,7 @@ class OverHeads(Protocol):
 
 
 @dataclass(frozen=True)
-class Joint:
+class CompetingHeads:
     """A key head keeps the tokens that it has among the best of all heads together. The share ``safeguard`` of the
     mean is each head's own, and what it wins is scaled down by as much, so that no head is left without tokens."""
 
@@ -43,7 +43,7 @@ class Joint:
         return torch.round(won * (1 - self.safeguard) + int(mean * self.safeguard)).int().tolist()
 
 
-def each_by_itself(worth: Tensor, held: Held, over: OverHeads, edge: int, sinks: int, mean: int) -> Kept | None:
+def evict_per_head(worth: Tensor, held: Held, over: OverHeads, edge: int, sinks: int, mean: int) -> Kept | None:
     """The tokens that each key head keeps by its own ``worth`` [h, n]: the first ``sinks``, those from ``edge`` on, and
     between them the best, as many as ``over`` allots to it, ``mean`` on average. None: all of them."""
     edge = min(edge, worth.shape[1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvote.keep.keeper import Held
-from kvote.keep.score.prompt_mass import PromptMass
+from kvote.keep.score.prompt_attention import PromptMass
 from kvote.store.pages import PAGE
 
 # How far from the number of tokens that are to go a search may end, and after how many halvings it does.

@@ -10,12 +10,12 @@ from kvote.errors import MethodError
 from kvote.keep.evict import Cut
 from kvote.keep.keeper import Held
 from kvote.keep.merge.merging import Tokens, assign, merged
-from kvote.keep.score.importance import Importance
+from kvote.keep.score.overall_or_recent import Importance
 from kvote.needs import Needs
 from kvote.numbers import check_flags, is_number
-from kvote.read.tokens import Queries
 from kvote.rope import Rope
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class IntoSimilar:
     def new_memory(self) -> None:
         return None
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Importance) -> None:
+    def slotless_attention(self, queries: Queries, rows: list[int], scaling: Scaling, memory: Importance) -> None:
         return None
 
     def merged(self, held: Held, memory: Importance, cut: Cut) -> tuple[Tensor, Tensor] | None:
@@ -62,39 +62,39 @@ class IntoSimilar:
         score, kept, others = (x.expand(len(key), -1) for x in (score, kept, others))
         if not others.shape[1]:
             return None, score.gather(1, kept)
-        turns = held.rope if self.remove_positions else None
-        at = held.segment.positions(held.row) if turns is not None else [None] * len(key)
+        rotation = held.rope if self.remove_positions else None
+        at = held.segment.positions(held.row) if rotation is not None else [None] * len(key)
         # Head by head: in float32 and without their rotation, tokens take several times what they are held in.
         new = []
         for head in range(len(key)):
             part = slice(head, head + 1)
             tokens = Tokens(key[part], value[part], score[part])
-            new.append(self._merged(tokens, kept[part], others[part], turns, at[head]))
+            new.append(self._merged(tokens, kept[part], others[part], rotation, at[head]))
         worth = torch.cat([tokens.score for tokens, _ in new])
         if not any(grown for _, grown in new):
             return None, worth
         return (torch.cat([tokens.key for tokens, _ in new]), torch.cat([tokens.value for tokens, _ in new])), worth
 
     def _merged(
-        self, tokens: Tokens, kept: Tensor, others: Tensor, turns: Rope | None, at: Tensor | None
+        self, tokens: Tokens, kept: Tensor, others: Tensor, rotation: Rope | None, at: Tensor | None
     ) -> tuple[Tokens, bool]:
         """The tokens ``kept`` [1, m] of a head after the merge, and whether anything was merged into them; ``at`` [n]:
         the positions of all, where their rotation is to be removed."""
 
-        def still(slots: Tensor) -> Tokens:
+        def unrotated(slots: Tensor) -> Tokens:
             """Tokens in float32, without their rotation where it is to be removed."""
             taken = tokens.take(slots).float()
-            if turns is None or at is None:
+            if rotation is None or at is None:
                 return taken
-            return replace(taken, key=turns.apply(taken.key, turns.back(turns.once(at.long()[slots]))))
+            return replace(taken, key=rotation.apply(taken.key, rotation.back(rotation.once(at.long()[slots]))))
 
-        centres, alike = still(kept), still(others)
+        centres, alike = unrotated(kept), unrotated(others)
         into = assign(centres, alike, self.threshold)
         old = tokens.take(kept)
         if not bool((into >= 0).any()):
             return replace(old, score=centres.score), False
         new = merged(centres, alike, into)
-        key = new.key if turns is None or at is None else turns.apply(new.key, turns.once(at.long()[kept]))
+        key = new.key if rotation is None or at is None else rotation.apply(new.key, rotation.once(at.long()[kept]))
         same = (new.key == centres.key).all(dim=-1, keepdim=True)
         # Turned back and forth, a key would come out a little different.
         key = old.key.where(same, key.to(old.key.dtype))

@@ -13,8 +13,8 @@ from kvote.keep.score.recency import Recency
 from kvote.kernels import reference
 from kvote.memory import storage_bytes
 from kvote.needs import Keys, Needs
-from kvote.read.tokens import Queries
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Means:
         new = Mean(key.shape[1], key.float().mean(dim=1), value.float().mean(dim=1))
         self.rows[row] = self.rows[row].joined(new) if row in self.rows else new
 
-    def attend(self, queries: Tensor, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
+    def attend(self, queries: Tensor, rows: list[int], scaling: Scaling) -> tuple[Tensor, Tensor] | None:
         """Attention over the means, each with the log of its number of tokens added to its logit; None without any."""
         found = [self.rows[row] for row in rows if row in self.rows]
         if not found:
@@ -57,7 +57,7 @@ class Means:
         key, value = (torch.stack(parts)[:, :, None] for parts in zip(*((m.key, m.value) for m in each), strict=True))
         counts = torch.tensor([float(mean.count) for mean in each], device=key.device).log()
         bias = counts[:, None, None].expand(-1, key.shape[1], -1)
-        return reference.attend(queries, key, value, scale=logits.scale, softcap=logits.softcap, bias=bias)
+        return reference.attend(queries, key, value, scale=scaling.scale, softcap=scaling.softcap, bias=bias)
 
     def select(self, index: list[int]) -> None:
         self.rows = {i: self.rows[old] for i, old in enumerate(index) if old in self.rows}
@@ -91,8 +91,10 @@ class IntoMean:
         key, value = held.segment.decode([held.row], cut.sinks, held.length - (cut.slots.shape[1] - cut.sinks))
         memory.fold(held.row, key[0], value[0])
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits, memory: Means) -> tuple[Tensor, Tensor] | None:
-        return memory.attend(queries.rotated, rows, logits)
+    def slotless_attention(
+        self, queries: Queries, rows: list[int], scaling: Scaling, memory: Means
+    ) -> tuple[Tensor, Tensor] | None:
+        return memory.attend(queries.rotated, rows, scaling)
 
 
 def recent_and_mean(budget: Budget, sinks: int, compensation: bool = True, burst: int | None = None) -> Evict:

@@ -58,13 +58,13 @@ class AnyQuery(Score):
     def new_memory(self) -> Most:
         return Most()
 
-    def observes(self, ahead: int | None) -> bool:
-        return ahead is not None
+    def observes(self, prompt_left: int | None) -> bool:
+        return prompt_left is not None
 
     def observe(self, seen: Observation, memory: Most) -> None:
-        if seen.ahead is None:
+        if seen.prompt_left is None:
             return
-        end = seen.count + seen.ahead
+        end = seen.count + seen.prompt_left
         tokens = seen.first + end
         window = max(1, int(tokens * self.queries / (2 if tokens > _LONG else 1)))
         start, stop = max(0, end - window), min(seen.count, end)
@@ -79,7 +79,7 @@ class AnyQuery(Score):
         for a in range(start, stop, step):
             weights = seen.weights(a, min(stop, a + step))
             if not self.scaled:
-                weights = (weights.log() / seen.logits.scale).softmax(-1)
+                weights = (weights.log() / seen.scaling.scale).softmax(-1)
             for row, most in zip(seen.rows, weights.mean(1).amax(1), strict=True):
                 memory.meet(row, most)
 

@@ -47,17 +47,17 @@ class Dispersion(Score):
     def new_memory(self) -> Votes:
         return Votes()
 
-    def observes(self, ahead: int | None) -> bool:
-        return self.generated if ahead is None else ahead < self.window
+    def observes(self, prompt_left: int | None) -> bool:
+        return self.generated if prompt_left is None else prompt_left < self.window
 
     def observe(self, seen: Observation, memory: Votes) -> None:
-        if seen.ahead is None:
+        if seen.prompt_left is None:
             free = seen.first + seen.count - self.window
             if any(memory.limits.get(row, free) < free for row in seen.rows):
                 for row, mass in zip(seen.rows, self.shared(seen.mass(seen.count - 1)), strict=True):
                     memory.latest[row] = mass
             return
-        end = seen.count + seen.ahead
+        end = seen.count + seen.prompt_left
         start, stop = max(0, end - self.window), min(seen.count, end)
         if start >= stop:
             return
@@ -68,7 +68,7 @@ class Dispersion(Score):
             # that ended elsewhere.
             if before is not None and end < self.window and before.mean.shape == part.mean.shape:
                 part = before + part
-            if seen.ahead > 0:
+            if seen.prompt_left > 0:
                 memory.pending[row] = part
             else:
                 memory.cast[row] = self._vote(part, columns, seen.segment.heads)

@@ -8,9 +8,9 @@ from torch import Tensor
 from kvote.errors import MethodError
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
+from kvote.keep.rotated_keys import rotated_keys
 from kvote.keep.score.gaussians import Gaussian, Gaussians
 from kvote.keep.score.score import Score
-from kvote.keep.turned import keys_in_place
 from kvote.needs import Needs
 from kvote.numbers import check_flags, check_whole, is_number
 
@@ -42,33 +42,33 @@ class ExpectedQueries(Score):
     def new_memory(self) -> Gaussians:
         return Gaussians()
 
-    def observes(self, ahead: int | None) -> bool:
-        return ahead is not None
+    def observes(self, prompt_left: int | None) -> bool:
+        return prompt_left is not None
 
     def observe(self, seen: Observation, memory: Gaussians) -> None:
         # Behind the prompt's end, and before the tokens whose queries count.
-        stop = seen.count + min(0, seen.ahead or 0)
+        stop = seen.count + min(0, seen.prompt_left or 0)
         start = min(stop, max(0, self.sinks - seen.first))
         for i, row in enumerate(seen.rows):
             if start < stop:
                 queries = _without_rotation(seen, i, row, start, stop)
-                memory.add(row, Gaussian.of(queries, seen.first + seen.count, seen.logits.scale))
+                memory.add(row, Gaussian.of(queries, seen.first + seen.count, seen.scaling.scale))
 
     def ended(self, held: Held, memory: Gaussians) -> bool:
         return held.row in memory.rows
 
     def of(self, held: Held, memory: Gaussians, edge: int) -> Tensor:
-        assert held.turns is not None
+        assert held.rotation is not None
         queries, heads = memory.rows[held.row][-1], held.segment.heads
         after = 1 + max(int(lane[-1]) for lane in held.segment.positions(held.row))
-        mean, covariance = queries.ahead(held.turns, after, self.future)
+        mean, covariance = queries.future_moments(held.rotation, after, self.future)
         mean, covariance = (part.reshape(heads, -1, *part.shape[1:]) for part in (mean, covariance))
         spread = covariance if self.covariance else None
         expected = []
         for start in range(0, held.length, _TOKENS_HELD):
             stop = min(held.length, start + _TOKENS_HELD)
-            rope = held.turns if held.rope is None else None
-            key = keys_in_place(held.segment, held.row, start, stop, rope)
+            rope = held.rotation if held.rope is None else None
+            key = rotated_keys(held.segment, held.row, start, stop, rope)
             expected.append(log_expected(key, mean, spread, queries.scale))
         logits = torch.cat(expected, dim=2)
         # A head that holds fewer has nothing in front.
@@ -95,8 +95,8 @@ def log_expected(key: Tensor, mean: Tensor, covariance: Tensor | None, scale: fl
 
 def _without_rotation(seen: Observation, i: int, row: int, start: int, stop: int) -> Tensor:
     """Queries [heads, n, d] of rows ``start`` to ``stop`` of a pass, of its i-th sequence, in float32."""
-    if seen.queries.raw is not None:
-        return seen.queries.raw[i, :, start:stop].float()
+    if seen.queries.unrotated is not None:
+        return seen.queries.unrotated[i, :, start:stop].float()
     assert seen.rope is not None
     # Slots are places that are aligned at the heads' ends.
     lane = seen.segment.positions(row)[0]

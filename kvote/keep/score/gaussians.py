@@ -34,13 +34,13 @@ class Gaussian:
         between = apart[:, :, None] * apart[:, None] * (self.count * other.count / count)
         return Gaussian(other.stop, count, mean, self.spread + other.spread + between, self.scale)
 
-    def ahead(self, rope: Rope, first: int, positions: int) -> tuple[Tensor, Tensor]:
+    def future_moments(self, rope: Rope, first: int, positions: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance under the mean of the rotations of ``positions`` positions from ``first`` on."""
         places = torch.arange(first, first + positions, device=self.mean.device)
         cos, sin = (part.mean(dim=-2) for part in rope.once(places[None]))
-        turned = rope.apply(self.mean[:, None], (cos, sin))[:, 0]
+        rotated = rope.apply(self.mean[:, None], (cos, sin))[:, 0]
         half = rope.apply(self.spread / self.count, (cos, sin))
-        return turned, rope.apply(half.transpose(1, 2).contiguous(), (cos, sin))
+        return rotated, rope.apply(half.transpose(1, 2).contiguous(), (cos, sin))
 
 
 @dataclass

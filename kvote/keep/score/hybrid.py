@@ -9,8 +9,8 @@ from torch import Tensor
 from kvote.errors import MethodError
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
+from kvote.keep.score.hybrid_memory import HybridMemory
 from kvote.keep.score.score import Score
-from kvote.keep.score.signs import Signs
 from kvote.numbers import is_number
 from kvote.store.segment import Segment
 
@@ -42,13 +42,13 @@ class Hybrid(Score):
                 f"attention, entropy and gradient must be shares from 0 to 1 that add up to 1; got {parts}."
             )
 
-    def new_memory(self) -> Signs:
-        return Signs()
+    def new_memory(self) -> HybridMemory:
+        return HybridMemory()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
-    def observe(self, seen: Observation, memory: Signs) -> None:
+    def observe(self, seen: Observation, memory: HybridMemory) -> None:
         b, heads, t = seen.lse.shape
         n = seen.first + t
         signs = torch.zeros(b, 2, n, device=seen.lse.device)
@@ -64,9 +64,9 @@ class Hybrid(Score):
             if self.gradient:
                 self._learn(seen, i, last[i], memory)
 
-    def _learn(self, seen: Observation, i: int, weights: Tensor, memory: Signs) -> None:
+    def _learn(self, seen: Observation, i: int, weights: Tensor, memory: HybridMemory) -> None:
         """Notes answer and gradients of the last query of a pass, of ``weights`` [heads, 1 or 2, n] of the last two."""
-        row, scale, softcap = seen.rows[i], seen.logits.scale, seen.logits.softcap
+        row, scale, softcap = seen.rows[i], seen.scaling.scale, seen.scaling.softcap
         heads, count, n = weights.shape
         parts = [
             weights[..., a:z].reshape(len(value), -1, z - a) @ value for a, z, value in _values(seen.segment, row, n)
@@ -89,7 +89,7 @@ class Hybrid(Score):
             ]
         )
 
-    def of(self, held: Held, memory: Signs, edge: int) -> Tensor:
+    def of(self, held: Held, memory: HybridMemory, edge: int) -> Tensor:
         received, entropy = memory.rows[held.row]
         parts = [(self.attention, received), (self.entropy, entropy)]
         if held.row in memory.gradients:

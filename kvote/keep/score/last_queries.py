@@ -37,13 +37,13 @@ class LastQueries(Score):
     def new_memory(self) -> Mass:
         return Mass()
 
-    def observes(self, ahead: int | None) -> bool:
-        return ahead is not None and ahead < self.window
+    def observes(self, prompt_left: int | None) -> bool:
+        return prompt_left is not None and prompt_left < self.window
 
     def observe(self, seen: Observation, memory: Mass) -> None:
-        if seen.ahead is None:
+        if seen.prompt_left is None:
             return
-        end = seen.count + seen.ahead
+        end = seen.count + seen.prompt_left
         start, stop = max(0, end - self.window), min(seen.count, end)
         if start >= stop:
             return

@@ -8,8 +8,8 @@ from torch import Tensor
 from kvote.errors import MethodError
 from kvote.keep.keeper import Held
 from kvote.keep.observation import Observation
-from kvote.keep.score.lot import scattered
 from kvote.keep.score.mass import Mass
+from kvote.keep.score.random_score import hashed
 from kvote.keep.score.score import Score
 from kvote.numbers import check_flags, check_whole, is_number
 
@@ -31,7 +31,7 @@ class NoisedMass(Mass):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisedReceived(Score):
+class NoisedAttention(Score):
     """Added up are weights of softmax((logits + noise) / temperature), over what a query read. The temperature is
     ``tau`` for queries of a prompt, and rises with each token generated after it, to ``tau_end`` within ``steps``.
 
@@ -59,15 +59,15 @@ class NoisedReceived(Score):
     def new_memory(self) -> NoisedMass:
         return NoisedMass()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Observation, memory: NoisedMass) -> None:
         stop = seen.first + seen.count
         places = [torch.stack(list(seen.segment.positions(row)))[:, :stop].to(seen.lse.device) for row in seen.rows]
-        if seen.ahead is not None:
+        if seen.prompt_left is not None:
             for row, at in zip(seen.rows, places, strict=True):
-                memory.ends[row] = int(at[0, -1]) + 1 + seen.ahead
+                memory.ends[row] = int(at[0, -1]) + 1 + seen.prompt_left
         b, heads, _ = seen.lse.shape
         step = max(1, _WEIGHTS_HELD // (b * heads * stop))
         for a in range(0, seen.count, step):
@@ -76,8 +76,8 @@ class NoisedReceived(Score):
                 self._add(part, at, seen, row, a, memory)
 
     def _add(self, logits: Tensor, at: Tensor, seen: Observation, row: int, a: int, memory: NoisedMass) -> None:
-        """Adds ``logits`` [heads, t, n] of the queries of a sequence from row ``a`` of a pass on, less a constant each;
-        its key heads hold tokens of the positions ``at`` [h, n]."""
+        """Adds ``scaling`` [heads, t, n] of the queries of a sequence from row ``a`` of a pass on, less a constant
+        each; its key heads hold tokens of the positions ``at`` [h, n]."""
         h, n = at.shape
         query = at[0, seen.first + a : seen.first + a + logits.shape[1]].long()
         if self.noise:
@@ -99,8 +99,8 @@ class NoisedReceived(Score):
 def gumbel(seed: int, layer: int, query: Tensor, key: Tensor) -> Tensor:
     """Gumbel(0, 1) noise [heads, t, n] for queries at the positions ``query`` [t] and keys at ``key`` [heads, n]."""
     head = torch.arange(len(key), device=key.device)
-    stream = scattered(scattered(scattered(torch.tensor(seed, device=key.device)) + layer) + head)
-    stream = scattered(stream[:, None] + query)
-    bits = scattered(stream[..., None] + (key * _SPREAD)[:, None]) >> 8
+    stream = hashed(hashed(hashed(torch.tensor(seed, device=key.device)) + layer) + head)
+    stream = hashed(stream[:, None] + query)
+    bits = hashed(stream[..., None] + (key * _SPREAD)[:, None]) >> 8
     uniform = (bits.float() + 0.5) / (1 << 24)
     return -torch.log(-torch.log(uniform))

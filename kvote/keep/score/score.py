@@ -48,8 +48,8 @@ class Score:
         """An empty memory (``keeper.Remembered``), or None."""
         return None
 
-    def observes(self, ahead: int | None) -> bool:
-        """Whether it wants to see a pass; ``ahead`` as in ``Observation``."""
+    def observes(self, prompt_left: int | None) -> bool:
+        """Whether it wants to see a pass; ``prompt_left`` as in ``Observation``."""
         return False
 
     def observe(self, seen: Observation, memory: Any) -> None:

@@ -4,7 +4,7 @@ Threads follow ``torch.get_num_threads()``. Attention over blocks of queries goe
 """
 
 from kvote.kernels.cpu import packed
-from kvote.kernels.cpu.attention import MAX_GROUPS, attention_mass, decode, thin_decode, why_not_thin
+from kvote.kernels.cpu.attention import MAX_QUERIES_PER_KV, attention_mass, decode, thin_decode, why_not_thin
 from kvote.kernels.cpu.library import (
     _cpu,
     instruction_set,
@@ -34,7 +34,7 @@ ASKING_WAITS = False
 
 __all__ = [
     "ASKING_WAITS",
-    "MAX_GROUPS",
+    "MAX_QUERIES_PER_KV",
     "NAME",
     "SKETCH_TOKENS",
     "_cpu",

@@ -8,7 +8,7 @@ from kvote.kernels.contract import Angles
 from kvote.kernels.cpu.library import MAX_DIM, TYPES, _cpu, why_not
 from kvote.kernels.lanes import Lanes
 
-MAX_GROUPS = 16
+MAX_QUERIES_PER_KV = 16
 
 
 def decode(
@@ -31,7 +31,7 @@ def decode(
     same bits for any number of threads.
     """
     sequences, heads, dim = query.shape
-    groups = checks.groups_of(sequences * heads, lanes, MAX_GROUPS)
+    queries_per_kv = checks.queries_per_kv_of(sequences * heads, lanes, MAX_QUERIES_PER_KV)
     checks.pair_of_pools(keys, values, dim)
     start, count = checks.tokens_of(tokens, sequences)
     query = query.float().contiguous()
@@ -41,15 +41,23 @@ def decode(
         checks.angles_fit(angles, count, dim)
         cos, sin = (a.float().contiguous() for a in angles)
         pairs = cos.shape[-1]
-    pools = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), TYPES[keys.dtype], *lanes.address, groups, dim)
-    turned = (cos.data_ptr(), sin.data_ptr(), pairs, interleaved)
+    pools = (
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        TYPES[keys.dtype],
+        *lanes.address,
+        queries_per_kv,
+        dim,
+    )
+    rotated = (cos.data_ptr(), sin.data_ptr(), pairs, interleaved)
     rest = (scale, softcap or 0.0, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     if ends is not None:
         checks.ends_of(ends, tokens, lanes)
-        _cpu.decode_ragged(*pools, start, count, ends, *turned, *rest)
+        _cpu.decode_ragged(*pools, start, count, ends, *rotated, *rest)
         return out, lse
     listed = tokens.data_ptr() if isinstance(tokens, Tensor) else 0
-    _cpu.decode(*pools, listed, lanes.count // sequences, start, count, *turned, *rest)
+    _cpu.decode(*pools, listed, lanes.count // sequences, start, count, *rotated, *rest)
     return out, lse
 
 
@@ -94,10 +102,10 @@ def attention_mass(
     return out
 
 
-def why_not_thin(values: Tensor, groups: int, kept: int) -> str | None:
-    """Why ``thin_decode`` cannot answer ``groups`` query heads per key head of ``kept`` channels, or None."""
-    if groups > MAX_GROUPS:
-        return f"more than {MAX_GROUPS} query heads share a key head"
+def why_not_thin(values: Tensor, queries_per_kv: int, kept: int) -> str | None:
+    """Why ``thin_decode`` cannot answer ``queries_per_kv`` query heads per key head of ``kept`` channels, or None."""
+    if queries_per_kv > MAX_QUERIES_PER_KV:
+        return f"more than {MAX_QUERIES_PER_KV} query heads share a key head"
     return f"keys have more than {MAX_DIM} channels" if kept > MAX_DIM else why_not(values)
 
 
@@ -110,21 +118,21 @@ def thin_decode(
     ``query`` [h, g, kept], ``keys`` [h, pages, kept, PAGE], ``values`` [h, n, dv]. The same bits for any number of
     threads.
     """
-    h, groups, kept = query.shape
+    h, queries_per_kv, kept = query.shape
     pages, tokens, dim = keys.shape[1], values.shape[1], values.shape[2]
     checks.thin(query, keys, values, stop)
-    reason = why_not_thin(values, groups, kept)
+    reason = why_not_thin(values, queries_per_kv, kept)
     checks.check(reason is None, str(reason))
     stride = -(-kept // 32) * 32
     rows = torch.nn.functional.pad(query.float(), (0, stride - kept)).contiguous()
-    out, lse = torch.empty(h, groups, dim), torch.empty(h, groups)
+    out, lse = torch.empty(h, queries_per_kv, dim), torch.empty(h, queries_per_kv)
     _cpu.thin_decode(
         rows.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         TYPES[keys.dtype],
         h,
-        groups,
+        queries_per_kv,
         stride,
         kept,
         dim,

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from kvote.kernels.checks import check
 from kvote.kernels.contract import Choice, Row
-from kvote.kernels.cpu.attention import MAX_GROUPS
+from kvote.kernels.cpu.attention import MAX_QUERIES_PER_KV
 from kvote.kernels.cpu.library import TYPES, _cpu
 from kvote.kernels.lanes import Lanes
 
-_UNTURNED, _EVERYTHING = (0,) * 6, (0,) * 9
+_UNROTATED, _EVERYTHING = (0,) * 6, (0,) * 9
 
 
 def step(
@@ -45,11 +45,11 @@ def step(
     _, value_stride, _, value_step = value.stride()
     keys, values, positions = pools
     check(sequences == rows == 1 and heads == h * (heads // h), "there must be one query position")
-    check(shape == value.shape == (1, h, 1, dim) and heads // h <= MAX_GROUPS, "heads must be of one size")
+    check(shape == value.shape == (1, h, 1, dim) and heads // h <= MAX_QUERIES_PER_KV, "heads must be of one size")
     check(query_step == key_step == value_step == 1, "channels must be contiguous")
     check(query.dtype == key.dtype == value.dtype == keys.dtype, "dtypes must be those of the pools")
     check(keys.shape == values.shape and lanes.count == h, "pools must be alike, and of one lane for each key head")
-    turn, last, threads = _UNTURNED, length, torch.get_num_threads()
+    rotation, last, threads = _UNROTATED, length, torch.get_num_threads()
     if choice is not None:
         check(0 < choice.top_k <= choice.edge - choice.sinks and choice.edge <= length, "there must be candidates")
         last = max(choice.sinks + choice.top_k + length - choice.edge, choice.asked_at)
@@ -60,7 +60,7 @@ def step(
         check(all(a.is_contiguous() for a in (back_cos, back_sin, cos, sin)), "angles must be contiguous rows")
         check(back_cos.dtype == back_sin.dtype == cos.dtype == sin.dtype == torch.float32, "angles must be float32")
         offset = 4 * pairs * row
-        turn = (
+        rotation = (
             back_cos.data_ptr() + offset,
             back_sin.data_ptr() + offset,
             cos.data_ptr(),
@@ -84,7 +84,7 @@ def step(
             0 if sketch is None else sketch.data_ptr(),
             bits,
         ),
-        turn,
+        rotation,
         _EVERYTHING if choice is None else _addresses(choice),
         0.0 if choice is None else choice.theta,
         scale,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvote.kernels import checks
 from kvote.kernels.contract import Angles, PackedPool, Recent, Tail
-from kvote.kernels.cpu.attention import MAX_GROUPS
+from kvote.kernels.cpu.attention import MAX_QUERIES_PER_KV
 from kvote.kernels.cpu.library import TYPES, _cpu
 from kvote.kernels.lanes import Lanes
 from kvote.kernels.packing import Packing
@@ -17,11 +17,11 @@ _NOTHING = (0,) * 8
 
 def _pool(pages: Tensor, form: Packing, lanes: Lanes) -> tuple[int, ...]:
     checks.packed_pool(pages, form)
-    form_of = form.bits, form.group, form.dim, int(form.by_token)
+    form_of = form.bits, form.group_size, form.dim, int(form.by_token)
     return pages.data_ptr(), TYPES[form.dtype], *lanes.address, *form_of
 
 
-def _raw(recent: Recent, form: Packing, lanes: int, sequences: int) -> tuple[int, ...]:
+def _recent(recent: Recent, form: Packing, lanes: int, sequences: int) -> tuple[int, ...]:
     keys, values, table, tokens = recent
     checks.recent_alike(keys, values, table, form, lanes)
     return keys.data_ptr(), values.data_ptr(), *table.address, lanes // sequences, tokens.start, len(tokens)
@@ -63,8 +63,10 @@ def attend(
     """
     sequences, heads, dim = query.shape
     lanes = keys[2]
-    # The kernel takes more query heads than that in turns, but not of raw tokens.
-    groups = checks.groups_of(sequences * heads, lanes, sequences * heads if recent is None else MAX_GROUPS)
+    # The kernel takes more query heads than that in turns, but not of uncompressed tokens.
+    queries_per_kv = checks.queries_per_kv_of(
+        sequences * heads, lanes, sequences * heads if recent is None else MAX_QUERIES_PER_KV
+    )
     checks.packed_alike(query, keys, values, tokens)
     query = query.float().contiguous()
     out, lse = torch.empty(sequences, heads, dim), torch.empty(sequences, heads)
@@ -72,8 +74,8 @@ def attend(
         query.data_ptr(),
         _pool(*keys),
         _pool(*values),
-        _NOTHING if recent is None else _raw(recent, keys[1], lanes.count, sequences),
-        groups,
+        _NOTHING if recent is None else _recent(recent, keys[1], lanes.count, sequences),
+        queries_per_kv,
         tokens.start,
         tokens.stop,
         scale,
@@ -114,10 +116,10 @@ def select(query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list
 def _vote(
     query: Tensor, keys: PackedPool, tail: Tail, start: int, limits: list[int], k: int, votes: int, index: int
 ) -> None:
-    groups, stop = checks.packed_voting(query, keys, tail, start, limits)
+    queries_per_kv, stop = checks.packed_voting(query, keys, tail, start, limits)
     query = query.float().contiguous()
     pool, behind = _pool(*keys), (tail.keys.data_ptr(), tail.values.data_ptr(), *tail.lanes.address)
-    shape = groups, query.shape[2], start, stop
+    shape = queries_per_kv, query.shape[2], start, stop
     where = query.data_ptr(), pool, behind, tail.packed, tail.first
     _cpu.packed_select(*where, *shape, limits, k, votes, index, torch.get_num_threads())
 
@@ -141,7 +143,7 @@ def decode(
     any number of threads.
     """
     sequences, heads, dim = query.shape
-    groups = checks.groups_of(sequences * heads, keys[2], MAX_GROUPS)
+    queries_per_kv = checks.queries_per_kv_of(sequences * heads, keys[2], MAX_QUERIES_PER_KV)
     count = checks.packed_listing(query, keys, values, tail, tokens)
     query = query.float().contiguous()
     out, lse = torch.empty(sequences, heads, dim), torch.empty(sequences, heads)
@@ -157,7 +159,7 @@ def decode(
         (tail.keys.data_ptr(), tail.values.data_ptr(), *tail.lanes.address),
         tail.packed,
         tail.first,
-        groups,
+        queries_per_kv,
         tokens.data_ptr(),
         count,
         cos.data_ptr(),

@@ -65,7 +65,7 @@ def gather(
     sequences, q = index.shape[:2] if index.dim() == 3 else (1, 1)
     each, size = lanes.count // sequences, out[0].nbytes // (sequences * q)
     for i in range(sequences * q):
-        ahead = 4 * i * m * pairs if own else 0
+        shift = 4 * i * m * pairs if own else 0
         _cpu.gather(
             keys.data_ptr(),
             values.data_ptr(),
@@ -74,8 +74,8 @@ def gather(
             keys.shape[-1],
             m,
             index.data_ptr() + 8 * i * m,
-            cos.data_ptr() + ahead,
-            sin.data_ptr() + ahead,
+            cos.data_ptr() + shift,
+            sin.data_ptr() + shift,
             pairs,
             interleaved,
             out[0].data_ptr() + i * size,
@@ -87,7 +87,7 @@ def gather(
 def rotate(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """``reference.rotate`` of ``x`` [b, heads, n, d], channels contiguous, by float32 ``angles`` [n, r] or
     [b or 1, n, r]."""
-    checks.turning(x, angles)
+    checks.rotation(x, angles)
     sequences, heads, count, dim = x.shape
     cos, sin = angles
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

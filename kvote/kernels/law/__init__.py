@@ -1,7 +1,7 @@
 """The backend that runs everywhere: the law of ``kvote.kernels.reference`` over pages, for whatever no other one reads.
 
-Contracts as in ``kvote.kernels.contract``. Single queries are not answered from pages (``MAX_GROUPS``): their tokens
-are fetched, and torch's own attention reads those.
+Contracts as in ``kvote.kernels.contract``. Single queries are not answered from pages (``MAX_QUERIES_PER_KV``): their
+tokens are fetched, and torch's own attention reads those.
 """
 
 from kvote.kernels.law import packed
@@ -20,12 +20,12 @@ from kvote.kernels.reference import centre, top_k
 
 NAME = "reference"
 step = None
-MAX_GROUPS = 0
+MAX_QUERIES_PER_KV = 0
 ASKING_WAITS = False
 
 __all__ = [
     "ASKING_WAITS",
-    "MAX_GROUPS",
+    "MAX_QUERIES_PER_KV",
     "NAME",
     "SKETCH_TOKENS",
     "append",

@@ -72,7 +72,7 @@ def decode(
     [b, m]: out [b, heads, d] and lse [b, heads], float32. With ``angles`` [m, r] keys are rotated first. ``ends``:
     of a range, each lane's tokens before ``ends[lane]`` only."""
     sequences, heads, dim = query.shape
-    checks.groups_of(sequences * heads, lanes, heads)
+    checks.queries_per_kv_of(sequences * heads, lanes, heads)
     checks.pair_of_pools(keys, values, dim)
     checks.ends_of(ends, tokens, lanes)
     start, count = checks.tokens_of(tokens, sequences)
@@ -119,7 +119,7 @@ def attention_mass(
     return reference.attention_mass(query, lse, key, start, limits, scale=scale, softcap=softcap)
 
 
-def why_not_thin(values: Tensor, groups: int, kept: int) -> str:
+def why_not_thin(values: Tensor, queries_per_kv: int, kept: int) -> str:
     """The law answers, but with all channels torch's own attention is faster."""
     return "no kernel reads keys with fewer channels there"
 

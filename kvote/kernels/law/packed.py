@@ -49,15 +49,18 @@ def attend(
     ``recent`` ones: out [b, heads, d] and lse [b, heads], float32."""
     checks.packed_alike(query, keys, values, tokens)
     sequences, heads, _ = query.shape
-    checks.groups_of(sequences * heads, keys[2], sequences * heads)
+    checks.queries_per_kv_of(sequences * heads, keys[2], sequences * heads)
     rows, parts = query[:, :, None].float(), []
     for block in _blocks(tokens):
         key, value = (_decoded(held, block, sequences) for held in (keys, values))
         parts.append(reference.attend(rows, key, value, scale=scale, softcap=softcap))
     if recent is not None:
-        raw_keys, raw_values, lanes, raw = recent
-        checks.recent_alike(raw_keys, raw_values, lanes, keys[1], keys[2].count)
-        key, value = (ranged(pool, lanes, sequences, raw.start, raw.stop) for pool in (raw_keys, raw_values))
+        recent_keys, recent_values, lanes, recent_range = recent
+        checks.recent_alike(recent_keys, recent_values, lanes, keys[1], keys[2].count)
+        key, value = (
+            ranged(pool, lanes, sequences, recent_range.start, recent_range.stop)
+            for pool in (recent_keys, recent_values)
+        )
         parts.append(reference.attend(rows, key, value, scale=scale, softcap=softcap))
     out, lse = reference.merge(parts)
     return out[:, :, 0], lse[:, :, 0]
@@ -164,14 +167,14 @@ def tokens_listed(
     packed, first = (torch.tensor(x, device=tokens.device)[:, None] for x in (tail.packed, tail.first))
     late = (tokens >= packed)[:, None, :, None]
     held = []
-    for (pages, form, own), raw in ((keys, tail.keys), (values, tail.values)):
+    for (pages, form, own), recent_range in ((keys, tail.keys), (values, tail.values)):
         part = torch.zeros(lanes.count, m, dim, dtype=form.dtype, device=pages.device)
         if min(tail.packed):
             old = torch.minimum(tokens, packed - 1)
             decoded(pages, form, own, old, sequences, part)
         part = part.view(sequences, -1, m, dim)
-        if len(raw):
-            recent = listed(raw, tail.lanes, (tokens - first).clamp(min=0) * (tokens >= packed))
+        if len(recent_range):
+            recent = listed(recent_range, tail.lanes, (tokens - first).clamp(min=0) * (tokens >= packed))
             part = torch.where(late, recent, part)
         held.append(part)
     if angles is not None:

@@ -54,6 +54,6 @@ def gather(
 
 def rotate(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """``reference.rotate`` of ``x`` [b, heads, n, d] by ``angles`` [n, r] or [b or 1, n, r]."""
-    checks.turning(x, angles)
+    checks.rotation(x, angles)
     cos, sin = (a if a.dim() == 2 else a[:, None] for a in angles)
     return reference.rotate(x, cos, sin, interleaved=interleaved)

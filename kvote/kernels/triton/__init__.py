@@ -11,7 +11,7 @@ from kvote.kernels.law import thin_decode, why_not_thin
 from kvote.kernels.triton import packed
 from kvote.kernels.triton.attend import attend
 from kvote.kernels.triton.attend import why_not as why_not_attend
-from kvote.kernels.triton.decode import MAX_GROUPS, decode
+from kvote.kernels.triton.decode import MAX_QUERIES_PER_KV, decode
 from kvote.kernels.triton.labels import label_scores
 from kvote.kernels.triton.mass import attention_mass
 from kvote.kernels.triton.merge import merge_parts
@@ -25,7 +25,7 @@ ASKING_WAITS = True
 
 __all__ = [
     "ASKING_WAITS",
-    "MAX_GROUPS",
+    "MAX_QUERIES_PER_KV",
     "NAME",
     "SKETCH_TOKENS",
     "append",

@@ -35,7 +35,7 @@ def _read(
     begin,
     end,
     row,
-    ahead,
+    shift,
     tokens,
     window,
     scale,
@@ -67,9 +67,9 @@ def _read(
         if MASKED:
             seen = column[None, :] < tokens
             if CAUSAL:
-                seen = seen & (column[None, :] <= row[:, None] + ahead)
+                seen = seen & (column[None, :] <= row[:, None] + shift)
             if WINDOWED:
-                seen = seen & (column[None, :] > row[:, None] + ahead - window)
+                seen = seen & (column[None, :] > row[:, None] + shift - window)
             logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(most, tl.max(logits, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
@@ -90,7 +90,7 @@ def _read(
     return most, total, sums
 
 
-@triton.jit(do_not_specialize=("heads", "groups", "t", "m", "window"))
+@triton.jit(do_not_specialize=("heads", "queries_per_kv", "t", "m", "window"))
 def _attend(
     query,
     keys,
@@ -107,7 +107,7 @@ def _attend(
     value_head,
     value_token,
     heads,
-    groups,
+    queries_per_kv,
     t,
     m,
     window,
@@ -129,27 +129,27 @@ def _attend(
     asked = (row < t)[:, None] & (channels < D)[None, :]
     rows = query + batch * query_batch + head * query_head + row.to(tl.int64)[:, None] * query_row
     q = tl.load(rows + channels[None, :], mask=asked, other=0.0)
-    keys += batch * key_batch + head // groups * key_head
-    values += batch * value_batch + head // groups * value_head
+    keys += batch * key_batch + head // queries_per_kv * key_head
+    values += batch * value_batch + head // queries_per_kv * value_head
     # Row i sees columns up to i + m - t, and with a window only the last of those.
-    ahead = m - t
+    shift = m - t
     end, plain = m, m // COLUMNS * COLUMNS
     begin = 0
     if CAUSAL:
-        end = tl.minimum(m, tl.maximum(0, (block + 1) * ROWS + ahead))
-        plain = tl.minimum(plain, tl.maximum(0, block * ROWS + ahead + 1)) // COLUMNS * COLUMNS
+        end = tl.minimum(m, tl.maximum(0, (block + 1) * ROWS + shift))
+        plain = tl.minimum(plain, tl.maximum(0, block * ROWS + shift + 1)) // COLUMNS * COLUMNS
     if WINDOWED:
-        begin = tl.maximum(0, block * ROWS + ahead + 1 - window) // COLUMNS * COLUMNS
+        begin = tl.maximum(0, block * ROWS + shift + 1 - window) // COLUMNS * COLUMNS
         plain = begin
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DP], tl.float32)
     most, total, sums = _read(
-        q, most, total, sums, keys, values, key_token, value_token, begin, plain, row, ahead, m, window, scale, softcap,
+        q, most, total, sums, keys, values, key_token, value_token, begin, plain, row, shift, m, window, scale, softcap,
         D, DP, COLUMNS, False, CAUSAL, WINDOWED, SOFTCAP,
     )  # fmt: skip
     most, total, sums = _read(
-        q, most, total, sums, keys, values, key_token, value_token, plain, end, row, ahead, m, window, scale, softcap,
+        q, most, total, sums, keys, values, key_token, value_token, plain, end, row, shift, m, window, scale, softcap,
         D, DP, COLUMNS, True, CAUSAL, WINDOWED, SOFTCAP,
     )  # fmt: skip
     saw = total > 0

@@ -146,14 +146,14 @@ def softened(logits, most, total):
 
 
 @triton.jit
-def put_part(outs, lses, row, rows, channels, sums, most, total, GROUPS: tl.constexpr, D: tl.constexpr):
+def put_part(outs, lses, row, rows, channels, sums, most, total, QUERIES_PER_KV: tl.constexpr, D: tl.constexpr):
     """Stores a part's answers and their log-sum-exp, query heads at ``row``; 0 and -inf where it saw nothing."""
     saw = total > 0
     sums = sums / tl.where(saw, total, 1.0)[:, None]
     lse = tl.where(saw, most + tl.log(tl.where(saw, total, 1.0)), float("-inf"))
-    asked = (rows < GROUPS)[:, None] & (channels < D)[None, :]
+    asked = (rows < QUERIES_PER_KV)[:, None] & (channels < D)[None, :]
     tl.store(outs + row[:, None] * D + channels[None, :], sums, mask=asked)
-    tl.store(lses + row, lse, mask=rows < GROUPS)
+    tl.store(lses + row, lse, mask=rows < QUERIES_PER_KV)
 
 
 @triton.jit
@@ -194,13 +194,13 @@ def partners(channels, pairs, INTERLEAVED: tl.constexpr):
         first = channels < pairs
         partner = tl.where(first, channels + pairs, channels - pairs)
         pair = tl.where(first, channels, channels - pairs)
-    turning = channels < 2 * pairs
-    partner = tl.where(turning, partner, channels)
-    return partner, tl.where(turning, pair, 0), tl.where(first, -1.0, 1.0)
+    rotates = channels < 2 * pairs
+    partner = tl.where(rotates, partner, channels)
+    return partner, tl.where(rotates, pair, 0), tl.where(first, -1.0, 1.0)
 
 
 @triton.jit
-def turned(own, other, cos, sin, places, held, channels, pairs, INTERLEAVED: tl.constexpr):
+def rotated(own, other, cos, sin, places, held, channels, pairs, INTERLEAVED: tl.constexpr):
     """Rows rotated by the angles at ``places`` of tables [.., pairs] in float32; ``other`` are the partners' values."""
     _, pair, sign = partners(channels, pairs, INTERLEAVED)
     mask = held[:, None] & (channels < 2 * pairs)[None, :]

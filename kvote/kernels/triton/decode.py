@@ -19,20 +19,20 @@ from kvote.kernels.triton.common import (
     partners,
     product,
     put_part,
+    rotated,
     rows_of,
     scarce,
     softened,
     split,
     table,
-    turned,
 )
 from kvote.kernels.triton.merge import merge_parts
 
-MAX_GROUPS = 64
+MAX_QUERIES_PER_KV = 64
 
 
 @triton.jit(
-    do_not_specialize=("kv_heads", "sharing", "table_width", "start", "count", "each", "ahead", "slots", "pairs")
+    do_not_specialize=("kv_heads", "sharing", "table_width", "start", "count", "each", "parts_before", "slots", "pairs")
 )
 def _decode(
     query,
@@ -51,19 +51,19 @@ def _decode(
     start,
     count,
     each,
-    ahead,
+    parts_before,
     slots,
     pairs,
     scale,
     softcap,
-    GROUPS: tl.constexpr,
+    QUERIES_PER_KV: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     LISTED: tl.constexpr,
     RAGGED: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -71,8 +71,8 @@ def _decode(
     part, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = lane // kv_heads
     rows, channels, some = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, BLOCK)
-    asked = (rows < GROUPS)[:, None] & (channels < D)[None, :]
-    q = tl.load(query + (lane * GROUPS + rows)[:, None] * D + channels[None, :], mask=asked, other=0.0)
+    asked = (rows < QUERIES_PER_KV)[:, None] & (channels < D)[None, :]
+    q = tl.load(query + (lane * QUERIES_PER_KV + rows)[:, None] * D + channels[None, :], mask=asked, other=0.0)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DP], tl.float32)
@@ -88,10 +88,10 @@ def _decode(
             tokens = start + place
         spots = rows_of(pages + lane * table_width, tokens, held)
         key = fetched(keys, spots, channels, held, D, DP)
-        if TURNED:
+        if ROTATED:
             partner, _, _ = partners(channels, pairs, INTERLEAVED)
             other = fetched(keys, spots, partner, held, D, DP)
-            key = turned(key, other, cos, sin, place, held, channels, pairs, INTERLEAVED).to(key.dtype)
+            key = rotated(key, other, cos, sin, place, held, channels, pairs, INTERLEAVED).to(key.dtype)
         logits = product(q, tl.trans(key), tl.zeros([ROWS, BLOCK], tl.float32)) * scale
         if SOFTCAP:
             logits = capped(logits, softcap)
@@ -100,8 +100,8 @@ def _decode(
         weights, shrink, most, total = softened(logits, most, total)
         value = fetched(values, spots, channels, held, D, DP)
         sums = product(weights.to(value.dtype), value, sums * shrink[:, None])
-    row = (lane * GROUPS + rows) * slots + ahead + part
-    put_part(outs, lses, row, rows, channels, sums, most, total, GROUPS, D)
+    row = (lane * QUERIES_PER_KV + rows) * slots + parts_before + part
+    put_part(outs, lses, row, rows, channels, sums, most, total, QUERIES_PER_KV, D)
 
 
 @at_home
@@ -157,12 +157,12 @@ def decode_parts(
     scale: float,
     softcap: float | None,
     stops: Tensor | None = None,
-    ahead: int = 0,
+    parts_before: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """As ``decode``, before the answers of parts are joined: out [sequences, heads, parts, d] and lse [sequences,
-    heads, parts]. The first ``ahead`` parts are left for another kernel to fill."""
+    heads, parts]. The first ``parts_before`` parts are left for another kernel to fill."""
     sequences, heads, dim = query.shape
-    groups, device = checks.groups_of(sequences * heads, lanes, MAX_GROUPS), query.device
+    queries_per_kv, device = checks.queries_per_kv_of(sequences * heads, lanes, MAX_QUERIES_PER_KV), query.device
     checks.pair_of_pools(keys, values, dim)
     query = query.to(keys.dtype).contiguous()
     start, count = checks.tokens_of(tokens, sequences)
@@ -179,7 +179,7 @@ def decode_parts(
     stages = 3 if wide and angles is not None else 5
     if keys.dtype == torch.float32 and scarce(dim, device):
         stages = 1
-    slots = ahead + parts
+    slots = parts_before + parts
     outs = torch.empty(sequences, heads, slots, dim, dtype=torch.float32, device=device)
     lses = torch.empty(sequences, heads, slots, dtype=torch.float32, device=device)
     pages = table(lanes, device)
@@ -201,19 +201,19 @@ def decode_parts(
         start,
         count,
         each * unit,
-        ahead,
+        parts_before,
         slots,
         cos.shape[-1] if angles is not None else 0,
         scale,
         softcap or 0.0,
-        GROUPS=groups,
-        ROWS=padded(groups),
+        QUERIES_PER_KV=queries_per_kv,
+        ROWS=padded(queries_per_kv),
         D=dim,
         DP=padded(dim),
         BLOCK=block,
         LISTED=isinstance(tokens, Tensor),
         RAGGED=stops is not None,
-        TURNED=angles is not None,
+        ROTATED=angles is not None,
         INTERLEAVED=interleaved,
         SOFTCAP=softcap is not None,
         num_warps=4,

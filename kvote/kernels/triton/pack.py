@@ -237,7 +237,7 @@ def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: Sequence[
     begin = first[0]
     ragged = any(at != begin for at in first)
     given = x, words, scales, tables, integers(first, x.device) if ragged else tables, *x.stride()[:2], tables.shape[1]
-    kind: dict[str, float] = {"D": dim, "BITS": form.bits, "GROUP": form.group, "RAGGED": ragged}
+    kind: dict[str, float] = {"D": dim, "BITS": form.bits, "GROUP": form.group_size, "RAGGED": ragged}
     kind |= {"CODES": form.code_bytes, "COUNT": form.scale_count, "MOST": torch.finfo(form.dtype).max}
     if alone:
         # Where lanes begin in different places of a block, some reach into one more.
@@ -254,8 +254,8 @@ def pack(x: Tensor, pages: Tensor, form: Packing, lanes: Lanes, first: Sequence[
             enable_fp_fusion=False,
         )
         return
-    channels = min(padded(dim), _HELD // form.group)
-    _pack_groups[(count // form.group, -(-dim // channels), lanes.count)](
+    channels = min(padded(dim), _HELD // form.group_size)
+    _pack_groups[(count // form.group_size, -(-dim // channels), lanes.count)](
         *given, begin, **kind, CHANNELS=channels, num_warps=4, enable_fp_fusion=False
     )
 
@@ -283,7 +283,7 @@ def unpack(pages: Tensor, form: Packing, lanes: Lanes, tokens: Tensor | range, s
         D=form.dim,
         DP=padded(form.dim),
         BITS=form.bits,
-        GROUP=form.group,
+        GROUP=form.group_size,
         CODES=form.code_bytes,
         COUNT=form.scale_count,
         ARE_KEYS=form.are_keys,

@@ -19,12 +19,12 @@ from kvote.kernels.contract import Angles, PackedPool, Recent, Tail
 from kvote.kernels.law.packed import attended, selected, tokens_listed, voted
 from kvote.kernels.packing import PACKED, Packing
 from kvote.kernels.triton.common import at_home, capped, padded, product, put_part, softened, split
-from kvote.kernels.triton.decode import MAX_GROUPS, decode_parts
+from kvote.kernels.triton.decode import MAX_QUERIES_PER_KV, decode_parts
 from kvote.kernels.triton.merge import merge_parts
 from kvote.kernels.triton.pack import pack, pool, unpack
 from kvote.kernels.triton.products import put_scores
 
-__all__ = ["MAX_GROUPS", "attend", "decode", "pack", "scores", "select", "unpack", "votes"]
+__all__ = ["MAX_QUERIES_PER_KV", "attend", "decode", "pack", "scores", "select", "unpack", "votes"]
 
 _PACKED = tl.constexpr(PACKED)
 # Words in a row of codes.
@@ -179,7 +179,7 @@ def _packed_attend(
     RAGGED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    # As in decoding from raw pages, the query heads of a key head are the rows of one product.
+    # As in decoding from uncompressed pages, the query heads of a key head are the rows of one product.
     part, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows, channels = tl.arange(0, ROWS), tl.arange(0, DP)
     asked = (rows < GROUPS)[:, None] & (channels < D)[None, :]
@@ -269,7 +269,7 @@ def attend(
     """
     (_, form, lanes), (_, value_form, _) = keys, values
     sequences, heads, dim = query.shape
-    groups, device = checks.groups_of(sequences * heads, lanes, MAX_GROUPS), query.device
+    groups, device = checks.queries_per_kv_of(sequences * heads, lanes, MAX_QUERIES_PER_KV), query.device
     checks.packed_alike(query, keys, values, tokens)
     key_words, key_scales, key_pages = pool(*keys)
     value_words, value_scales, value_pages = pool(*values)
@@ -281,7 +281,7 @@ def attend(
         lses = torch.empty(sequences, heads, parts, dtype=torch.float32, device=device)
     else:
         checks.recent_alike(*recent[:3], form, lanes.count)
-        outs, lses = decode_parts(query, *recent, scale=scale, softcap=softcap, ahead=parts)
+        outs, lses = decode_parts(query, *recent, scale=scale, softcap=softcap, parts_before=parts)
     _packed_attend[(parts, lanes.count)](
         query,
         key_words,
@@ -307,9 +307,9 @@ def attend(
         D=dim,
         DP=padded(dim),
         BITS=form.bits,
-        KEY_GROUP=form.group,
+        KEY_GROUP=form.group_size,
         KEY_COUNT=form.scale_count,
-        VALUE_GROUP=value_form.group,
+        VALUE_GROUP=value_form.group_size,
         VALUE_COUNT=value_form.scale_count,
         CODES=form.code_bytes,
         BY_TOKEN=form.by_token,
@@ -349,7 +349,7 @@ def scores(query: Tensor, keys: PackedPool, tokens: range) -> Tensor:
         D=dim,
         DP=padded(dim),
         BITS=form.bits,
-        GROUP=form.group,
+        GROUP=form.group_size,
         CODES=form.code_bytes,
         COUNT=form.scale_count,
         BY_TOKEN=form.by_token,

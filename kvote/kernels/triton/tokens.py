@@ -12,7 +12,7 @@ from torch import Tensor
 from kvote.kernels import checks
 from kvote.kernels.contract import Angles
 from kvote.kernels.lanes import PAGE, Lanes
-from kvote.kernels.triton.common import at_home, fetched, integers, padded, partners, rows_of, table, turned
+from kvote.kernels.triton.common import at_home, fetched, integers, padded, partners, rotated, rows_of, table
 from kvote.kernels.triton.sketch import centres, encode_rows, sketch_views
 from kvote.kernels.triton.sketch import sketch as sketch_lanes
 
@@ -166,7 +166,7 @@ def _gather(
     key = fetched(keys, slots, channels, held, D, DP)
     partner, _, _ = partners(channels, pairs, INTERLEAVED)
     other = fetched(keys, slots, partner, held, D, DP)
-    key = turned(key, other, cos, sin, line * angle_rows + place, held, channels, pairs, INTERLEAVED).to(key.dtype)
+    key = rotated(key, other, cos, sin, line * angle_rows + place, held, channels, pairs, INTERLEAVED).to(key.dtype)
     out = ((line * kv_heads + head) * count + place)[:, None] * D + channels[None, :]
     mask = held[:, None] & (channels < D)[None, :]
     tl.store(key_out + out, key, mask=mask)
@@ -213,7 +213,7 @@ def gather(
 
 
 @triton.jit(do_not_specialize=("heads", "count", "angle_rows", "pairs"))
-def _turn(
+def _rotate(
     x,
     cos,
     sin,
@@ -241,7 +241,7 @@ def _turn(
     partner, _, _ = partners(channels, pairs, INTERLEAVED)
     other = tl.load(rows + partner[None, :], mask=mask, other=0.0)
     spots = sequence * angle_rows + place
-    done = turned(own, other, cos, sin, spots, held, channels, pairs, INTERLEAVED)
+    done = rotated(own, other, cos, sin, spots, held, channels, pairs, INTERLEAVED)
     tl.store(out + (line * count + place)[:, None] * D + channels[None, :], done.to(own.dtype), mask=mask)
 
 
@@ -249,12 +249,12 @@ def _turn(
 def rotate(x: Tensor, angles: Angles, interleaved: bool) -> Tensor:
     """As in the contract: ``x`` [sequences, heads, n, d], channels contiguous, rotated by float32 ``angles``
     [n, r] or [sequences or 1, n, r]."""
-    checks.turning(x, angles)
+    checks.rotation(x, angles)
     sequences, heads, count, dim = x.shape
     cos, sin = angles
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        _turn[(-(-count // _BLOCK) * sequences * heads,)](
+        _rotate[(-(-count // _BLOCK) * sequences * heads,)](
             x,
             cos,
             sin,

@@ -55,7 +55,7 @@ def _score(
     start,
     stop,
     each,
-    GROUPS: tl.constexpr,
+    QUERIES_PER_KV: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -66,16 +66,16 @@ def _score(
     part, lane = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # Rows are query heads of this key head, each with all selecting queries.
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    asked = row < GROUPS * selections
+    asked = row < QUERIES_PER_KV * selections
     limit = tl.load(limits + row % selections, mask=asked, other=0)
     begin = start // BLOCK * BLOCK + part * each
     end = tl.minimum(begin + each, stop)
     if SKIPS:
         end = tl.where(tl.load(skip + lane // kv_heads) != 0, begin, end)
     # Scores lie as [sequence, selection, head, token].
-    sequence, head = lane // kv_heads, lane % kv_heads * GROUPS + row // selections
-    line = (sequence * selections + row % selections) * (kv_heads * GROUPS) + head
-    mine = lane * (GROUPS * selections) + row
+    sequence, head = lane // kv_heads, lane % kv_heads * QUERIES_PER_KV + row // selections
+    line = (sequence * selections + row % selections) * (kv_heads * QUERIES_PER_KV) + head
+    mine = lane * (QUERIES_PER_KV * selections) + row
     upper, lower, upper_2, lower_2 = queries_of(query, mine, asked, keys, D, DP, BITS)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -156,7 +156,7 @@ def _score_list(
     selections,
     start,
     count,
-    GROUPS: tl.constexpr,
+    QUERIES_PER_KV: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -171,11 +171,13 @@ def _score_list(
     token = tl.load(index + line * count + place, mask=held, other=0).to(tl.int32) + start
     slots = rows_of(pages + lane * table_width, token, held)
     group = tl.arange(0, ROWS)
-    mine = (lane * GROUPS + group) * selections + selection
-    upper, lower, _, _ = queries_of(query, mine, group < GROUPS, keys, D, DP, 0)
+    mine = (lane * QUERIES_PER_KV + group) * selections + selection
+    upper, lower, _, _ = queries_of(query, mine, group < QUERIES_PER_KV, keys, D, DP, 0)
     score = scores_of(upper, lower, upper, lower, keys, keys, keys, slots, held, D, DP, 0)
-    out = (line * kv_heads + head) * GROUPS + group
-    tl.store(scores + out[:, None] * count + place[None, :], score, mask=(group < GROUPS)[:, None] & held[None, :])
+    out = (line * kv_heads + head) * QUERIES_PER_KV + group
+    tl.store(
+        scores + out[:, None] * count + place[None, :], score, mask=(group < QUERIES_PER_KV)[:, None] & held[None, :]
+    )
 
 
 class _Ballot:
@@ -196,14 +198,14 @@ class _Ballot:
         device, stop = query.device, checks.limits_of(limits, selections, start)
         checks.pool_of_keys(keys, dim)
         checks.check(lanes.count % batch == 0, "there must be as many lanes of each sequence")
-        checks.groups_of(batch * heads, lanes, heads)
+        checks.queries_per_kv_of(batch * heads, lanes, heads)
         self.query, self.keys, self.lanes, self.start = query.float().contiguous(), keys, lanes, start
         self.shape, self.count, self.skip = (batch, selections, heads), stop - start, skip
         self.kv_heads = lanes.count // batch
-        self.groups = heads // self.kv_heads
+        self.queries_per_kv = heads // self.kv_heads
         self.pages, self.limits = table(lanes, device), integers(limits, device)
-        rows = min(_ROWS, padded(self.groups * selections))
-        blocks = -(-self.groups * selections // rows)
+        rows = min(_ROWS, padded(self.queries_per_kv * selections))
+        blocks = -(-self.queries_per_kv * selections // rows)
         units = -(-(stop - start // PAGE * PAGE) // PAGE)
         # Two stages pass before a page's place is known; a page of codes is small, so more of them are on their way.
         stages = 8 if sketch is not None else 5 if dim <= 128 and keys.dtype != torch.float32 else 3
@@ -229,7 +231,7 @@ class _Ballot:
             start,
             stop,
             each * PAGE,
-            GROUPS=self.groups,
+            QUERIES_PER_KV=self.queries_per_kv,
             ROWS=rows,
             D=dim,
             DP=padded(dim if bits != 4 or sketch is None else dim // 2),
@@ -280,8 +282,8 @@ class _Ballot:
             selections,
             self.start,
             m,
-            GROUPS=self.groups,
-            ROWS=padded(self.groups),
+            QUERIES_PER_KV=self.queries_per_kv,
+            ROWS=padded(self.queries_per_kv),
             D=dim,
             DP=padded(dim),
             BLOCK=block,
@@ -290,7 +292,11 @@ class _Ballot:
         places = nominated[:, :, None].expand(exact.shape)
         # Scores from the sketch lack the product of the query with the centre of its lane.
         centre = centres(self.keys, self.pages, [self.start + self.count] * self.lanes.count)
-        lanes = centre.view(batch, self.kv_heads, 1, dim).expand(-1, -1, self.groups, -1).reshape(batch, heads, 1, dim)
+        lanes = (
+            centre.view(batch, self.kv_heads, 1, dim)
+            .expand(-1, -1, self.queries_per_kv, -1)
+            .reshape(batch, heads, 1, dim)
+        )
         shift = (self.query * lanes).sum(-1).transpose(1, 2)
         rough, lse = self.logits.gather(-1, places) + shift[..., None], self.lse + shift
         # What all tokens hold, less what the nominated were thought to hold, plus what they do; a difference of what

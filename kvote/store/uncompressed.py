@@ -1,4 +1,4 @@
-"""Raw segments: keys and values as the model made them, and what queries read in them."""
+"""Uncompressed segments: keys and values as the model made them, and what queries read in them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.kernels.contract import Choice, Row
 from kvote.needs import ANYWHERE, NOTHING, StoreOffers
-from kvote.read.tokens import Queries, Token, TokenSet
+from kvote.read.reader import Token
 from kvote.rope import Angles, Rope
 from kvote.store.answers import angles_at, answers, received
 from kvote.store.pages import PAGE
-from kvote.store.raw_tokens import RawTokens, token_bytes
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
+from kvote.store.uncompressed_tokens import UncompressedTokens, token_bytes
+from kvote.tokens import Queries, TokenSet
 
 # Query rows per key head up to which a fast kernel adds up attention.
 _COUNTED = 64
@@ -25,7 +26,7 @@ def _of(tokens: TokenSet, i: int) -> TokenSet:
     return tokens if isinstance(tokens.index, range) else replace(tokens, index=tokens.index[i : i + 1])
 
 
-class RawSegment(RawTokens):
+class UncompressedSegment(UncompressedTokens):
     """All tokens of a layer, unencoded. With a ``rope``, keys arrive and stay at position 0 and are rotated when they
     are read; without, they are kept as the model rotated them."""
 
@@ -37,7 +38,7 @@ class RawSegment(RawTokens):
         self.rope = rope
         # The decode step of one sequence in one call, where there is such a kernel, and the lanes of that sequence.
         self._step = self.kernels.step if like.shape[-1] == value_dim else None
-        self._only, self._most_heads = tuple(range(heads)), heads * self.kernels.MAX_GROUPS
+        self._only, self._most_heads = tuple(range(heads)), heads * self.kernels.MAX_QUERIES_PER_KV
 
     def step(self, token: Token, back: Row | None, choice: Choice | None) -> tuple[Tensor, bool] | None:
         """Adds the next token of the only sequence, and answers its query [1, 1, heads, dv] from what is held, as
@@ -73,38 +74,40 @@ class RawSegment(RawTokens):
             angles=None if self.rope is None else self.rope.table(reach, key.device),
             interleaved=self.rope is not None and self.rope.interleaved,
             choice=choice,
-            scale=token.logits.scale,
-            softcap=token.logits.softcap,
+            scale=token.scaling.scale,
+            softcap=token.scaling.softcap,
         )
         for lane in pool.lanes:
             lane.length += 1
         return answer
 
-    def watch(self, queries: Queries, rows: list[int], ahead: int | None, beside: Beside | None = None) -> None:
+    def observe_queries(
+        self, queries: Queries, rows: list[int], prompt_left: int | None, extra_bytes: ExtraInputs | None = None
+    ) -> None:
         pass
 
-    def seal(self, ahead: int) -> bool:
+    def compress(self, prompt_left: int) -> bool:
         return False
 
-    def aside(self, queries: Queries, rows: list[int], logits: Logits) -> tuple[Tensor, Tensor] | None:
+    def slotless_attention(self, queries: Queries, rows: list[int], scaling: Scaling) -> tuple[Tensor, Tensor] | None:
         return None
 
-    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Queries, rows: list[int], tokens: TokenSet, scaling: Scaling) -> tuple[Tensor, Tensor]:
         heads, t = queries.rotated.shape[1:3]
         query = self.place_queries(queries, tokens)
         if t == tokens.blocks and self._streams(tokens, heads):
-            return self._decode_step(query, rows, tokens, logits)
-        return answers(query, *self._place(rows, tokens), tokens, logits)
+            return self._decode_step(query, rows, tokens, scaling)
+        return answers(query, *self._place(rows, tokens), tokens, scaling)
 
     def _streams(self, tokens: TokenSet, heads: int) -> bool:
         """Whether a kernel can read ``tokens`` for single queries straight from the pages."""
-        if (1 if tokens.by_head else heads // self.heads) > self.kernels.MAX_GROUPS:
+        if (1 if tokens.by_head else heads // self.heads) > self.kernels.MAX_QUERIES_PER_KV:
             return False
         placed = self.rope is None or tokens.positions != "original" or (self.alike and not tokens.by_head)
         window = tokens.window is None or tokens.window >= len(tokens)
         return placed and window and len(tokens) > 0 and self._same_shape()
 
-    def _decode_step(self, query: Tensor, rows: list[int], tokens: TokenSet, logits: Logits) -> tuple[Tensor, Tensor]:
+    def _decode_step(self, query: Tensor, rows: list[int], tokens: TokenSet, scaling: Scaling) -> tuple[Tensor, Tensor]:
         """Attention of ``query`` [b, heads, q, d], each reading its own list or all reading the same range."""
         b, heads, _, d = query.shape
         lanes = self._lanes(rows)
@@ -114,7 +117,7 @@ class RawSegment(RawTokens):
         own = self._own_angles(rows, tokens)
         if own is not None and b > 1:
             # The tokens of each sequence stand at places of their own.
-            each = [self._decode_step(query[i : i + 1], [row], _of(tokens, i), logits) for i, row in enumerate(rows)]
+            each = [self._decode_step(query[i : i + 1], [row], _of(tokens, i), scaling) for i, row in enumerate(rows)]
             return torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])
         outs, lses = [], []
         for j in range(query.shape[2]):
@@ -128,8 +131,8 @@ class RawSegment(RawTokens):
                 else tokens.index[..., j, :].reshape(-1, len(tokens)).contiguous(),
                 angles=self.angles(tokens) if own is None else (own[0][0, j], own[1][0, j]),
                 interleaved=self.rope is not None and self.rope.interleaved,
-                scale=logits.scale,
-                softcap=logits.softcap,
+                scale=scaling.scale,
+                softcap=scaling.softcap,
             )
             outs.append(out.to(query.dtype).view(b, heads, 1, -1))
             lses.append(lse.view(b, heads, 1))
@@ -138,19 +141,19 @@ class RawSegment(RawTokens):
         return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
     def attention_mass(
-        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, logits: Logits
+        self, queries: Queries, lse: Tensor, rows: list[int], tokens: TokenSet, scaling: Scaling
     ) -> Tensor:
         heads, t = queries.rotated.shape[1:3]
         if isinstance(tokens.index, range) and self._counts(tokens, heads * t):
             start, m = tokens.index.start, len(tokens)
             limits = [start + (m - t + i + 1 if tokens.causal else m) for i in range(t)]
             chosen = self.table(rows)
-            scale, softcap, keys = logits.scale, logits.softcap, self.pool.keys
+            scale, softcap, keys = scaling.scale, scaling.softcap, self.pool.keys
             mass = self.kernels.attention_mass(
                 queries.rotated, lse, keys, chosen, start, limits, scale=scale, softcap=softcap
             )
             return mass[:, :, None]
-        return received(self.place_queries(queries, tokens), lse, self._place(rows, tokens)[0], tokens, logits)
+        return received(self.place_queries(queries, tokens), lse, self._place(rows, tokens)[0], tokens, scaling)
 
     def _counts(self, tokens: TokenSet, query_rows: int) -> bool:
         """Whether a kernel adds up the attention on a range from the pages; for many rows, products of matrices are
@@ -176,15 +179,15 @@ class RawSegment(RawTokens):
         """Queries [b, heads, t, d] where they stand for the tokens they read."""
         if self.rope is None or tokens.positions == "original":
             return queries.rotated
-        assert queries.raw is not None
-        b, heads, t, d = queries.raw.shape
+        assert queries.unrotated is not None
+        b, heads, t, d = queries.unrotated.shape
         q, r = tokens.blocks, t // tokens.blocks
-        raw = queries.raw if q == 1 else queries.raw.reshape(b, heads, q, r, d)
+        unrotated = queries.unrotated if q == 1 else queries.unrotated.reshape(b, heads, q, r, d)
         first = len(tokens) - r if tokens.query_at is None else tokens.query_at
-        cos, sin = self.rope.contiguous(max(len(tokens), first + 1), queries.raw.device, start=first)
+        cos, sin = self.rope.contiguous(max(len(tokens), first + 1), queries.unrotated.device, start=first)
         if tokens.query_at is not None:
             cos, sin = cos[:1], sin[:1]
-        placed = self.rope.apply(raw, (cos, sin))
+        placed = self.rope.apply(unrotated, (cos, sin))
         return placed if q == 1 else placed.reshape(b, heads, t, d)
 
     def angles(self, tokens: TokenSet) -> tuple[Tensor, Tensor] | None:
@@ -244,7 +247,7 @@ class RawSegment(RawTokens):
 
 
 @dataclass(frozen=True)
-class Raw:
+class Uncompressed:
     """Tokens are held as the model made them."""
 
     needs = NOTHING
@@ -253,10 +256,10 @@ class Raw:
     def token_bytes(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         return token_bytes(dim, dim, dtype)
 
-    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> RawSegment:
+    def new_segment(self, heads: int, like: Tensor, value_dim: int, rope: Rope | None) -> UncompressedSegment:
         from kvote.store.uneven import UnevenSegment
 
         return UnevenSegment(heads, like, value_dim, rope)
 
-    def after_layer(self, segments: Sequence[Segment | None], index: int, ahead: int) -> bool:
+    def after_layer(self, segments: Sequence[Segment | None], index: int, prompt_left: int) -> bool:
         return False

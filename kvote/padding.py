@@ -7,7 +7,7 @@ from kvote.errors import InputError
 from kvote.layer_state import LayerState
 
 
-def remember_columns(layer: LayerState, valid: Tensor | None, b: int, t: int) -> None:
+def note_padding(layer: LayerState, valid: Tensor | None, b: int, t: int) -> None:
     """Which columns of the batch were tokens. Nothing is stored until a padded column appears."""
     if valid is None and layer.columns is None:
         return
@@ -18,7 +18,7 @@ def remember_columns(layer: LayerState, valid: Tensor | None, b: int, t: int) ->
     layer.columns = torch.cat([layer.columns, new], dim=1)
 
 
-def pad_past(layer: LayerState, past: Tensor | None) -> None:
+def drop_padded(layer: LayerState, past: Tensor | None) -> None:
     """Takes tokens out that the mask now calls padding (rows that ended before others, in a later turn)."""
     assert layer.segment is not None
     everything = torch.ones(layer.sequences, layer.seen, dtype=torch.bool, device=layer.segment.device)

@@ -14,16 +14,16 @@ from kvote.numbers import check_whole
 
 @dataclass
 class Importance:
-    """By sequence: attention received from all queries, or what a merged token's class is worth (``everywhere``), and
-    from the last ones (``lately``); ``due``: sequences whose prompt has just ended."""
+    """By sequence: attention received from all queries, or what a merged token's class is worth (``overall_mass``), and
+    from the last ones (``recent_mass``); ``due``: sequences whose prompt has just ended."""
 
-    everywhere: Mass = field(default_factory=Mass)
-    lately: Mass = field(default_factory=Mass)
+    overall_mass: Mass = field(default_factory=Mass)
+    recent_mass: Mass = field(default_factory=Mass)
     due: set[int] = field(default_factory=set)
 
     def score(self, row: int) -> Tensor:
         """The larger of both [h, n], once they have the same mean in each head."""
-        everywhere, lately = self.everywhere.rows[row], self.lately.rows.get(row)
+        everywhere, lately = self.overall_mass.rows[row], self.recent_mass.rows.get(row)
         if lately is None:
             return everywhere
         # A head that nothing looked at gives nothing.
@@ -33,12 +33,12 @@ class Importance:
     def inherit(self, row: int, worth: Tensor) -> None:
         """Sets the worth of the tokens that stay of a sequence to ``worth`` [h, m], which counts what was merged into
         them."""
-        together = self.everywhere.rows[row].shape[0] == 1
-        self.everywhere.rows[row] = worth.mean(dim=0, keepdim=True) if together else worth
+        together = self.overall_mass.rows[row].shape[0] == 1
+        self.overall_mass.rows[row] = worth.mean(dim=0, keepdim=True) if together else worth
 
     def select(self, index: list[int]) -> None:
-        self.everywhere.select(index)
-        self.lately.select(index)
+        self.overall_mass.select(index)
+        self.recent_mass.select(index)
         self.due = {i for i, old in enumerate(index) if old in self.due}
 
     def keep(self, row: int, slots: Tensor) -> None:
@@ -46,16 +46,16 @@ class Importance:
         pass
 
     def truncate(self, row: int, length: int) -> None:
-        self.everywhere.truncate(row, length)
-        self.lately.truncate(row, length)
+        self.overall_mass.truncate(row, length)
+        self.recent_mass.truncate(row, length)
 
     @property
     def nbytes(self) -> int:
-        return self.everywhere.nbytes + self.lately.nbytes
+        return self.overall_mass.nbytes + self.recent_mass.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class EverywhereOrLately(Score):
+class OverallOrRecent(Score):
     """The last queries are a prompt's last ``window`` ones and, with ``generated``, those of generated tokens."""
 
     window: int
@@ -74,35 +74,35 @@ class EverywhereOrLately(Score):
     def new_memory(self) -> Importance:
         return Importance()
 
-    def observes(self, ahead: int | None) -> bool:
-        return ahead is not None or self.generated
+    def observes(self, prompt_left: int | None) -> bool:
+        return prompt_left is not None or self.generated
 
     def observe(self, seen: Observation, memory: Importance) -> None:
-        end = seen.count if seen.ahead is None else seen.count + seen.ahead
+        end = seen.count if seen.prompt_left is None else seen.count + seen.prompt_left
         # Queries behind a prompt's end are those of generated tokens.
         stop = seen.count if self.generated else max(0, min(seen.count, end))
         # Generated queries are all recent ones: tokens are merged again before they are more than a window.
-        start = 0 if seen.ahead is None else max(0, min(seen.count, end - self.window))
+        start = 0 if seen.prompt_left is None else max(0, min(seen.count, end - self.window))
         early = self.shared(seen.mass(0, start)) if start else None
         late = self.shared(seen.mass(start, stop))
         for i, row in enumerate(seen.rows):
-            memory.everywhere.add(row, late[i] if early is None else early[i] + late[i])
-            if seen.ahead is not None and end - self.window >= 0:
+            memory.overall_mass.add(row, late[i] if early is None else early[i] + late[i])
+            if seen.prompt_left is not None and end - self.window >= 0:
                 # The window begins in this pass, or in a later one.
-                memory.lately.rows.pop(row, None)
+                memory.recent_mass.rows.pop(row, None)
             if stop > start:
-                memory.lately.add(row, late[i])
-            if seen.ahead is not None and seen.ahead <= 0:
+                memory.recent_mass.add(row, late[i])
+            if seen.prompt_left is not None and seen.prompt_left <= 0:
                 memory.due.add(row)
 
     def ended(self, held: Held, memory: Importance) -> bool:
         return held.row in memory.due
 
     def of(self, held: Held, memory: Importance, edge: int) -> Tensor | None:
-        return memory.score(held.row) if held.row in memory.everywhere.rows else None
+        return memory.score(held.row) if held.row in memory.overall_mass.rows else None
 
     def settled(self, held: Held, memory: Importance, over: bool) -> None:
         memory.due.discard(held.row)
         if not over:
             # When tokens are dropped next, these queries will not be among the last ones.
-            memory.lately.rows.pop(held.row, None)
+            memory.recent_mass.rows.pop(held.row, None)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from kvote.beside import Beside
+from kvote.extra_inputs import ExtraInputs
 from kvote.needs import ANYWHERE, NOTHING, Needs, ReaderOffers
 from kvote.rope import Rope
-from kvote.store.segment import Logits, Segment
+from kvote.store.segment import Scaling, Segment
 from kvote.tokens import Positions as Positions
 from kvote.tokens import Queries as Queries
 from kvote.tokens import Span as Span
@@ -25,7 +25,7 @@ class Token(NamedTuple):
     key: Tensor
     value: Tensor
     position: int
-    logits: Logits
+    scaling: Scaling
 
 
 @dataclass
@@ -44,20 +44,20 @@ class Activity:
 class Reading:
     """All that a reader may look at for one group of equally long sequences in one forward pass.
 
-    The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``solo`` rows end
-    a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of each layer
-    of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
-    unless the reader needs ``other_layers``. ``logits``: what the model does to q.k before the softmax; None: nothing.
-    ``beside``: token ids and hidden states of the query rows, where the reader's needs name them. ``recording``: a
-    caller may still roll this pass back. ``ahead``: as in ``Step``. ``answered`` [b, heads, r]: once a span was read,
-    the log-sum-exp of all that its queries read.
+    The queries' own tokens are already in the segment: query row i is slot ``first + i``. The last ``tail_queries``
+    rows end a prompt or a turn; ``decode`` marks a single generated token. ``memories``: what the reader remembers of
+    each layer of the cache, of which this is ``number``; those before it have already read for the same tokens; empty
+    unless the reader needs ``other_layers``. ``scaling``: what the model does to q.k before the softmax; None: nothing.
+    ``extra_inputs``: token ids and hidden states of the query rows, where the reader's needs name them. ``recording``:
+    a caller may still roll this pass back. ``prompt_left``: as in ``Step``. ``answered`` [b, heads, r]: once a span was
+    read, the log-sum-exp of all that its queries read.
     """
 
     queries: Queries
     segment: Segment
     rows: list[int]
     first: int
-    solo: int
+    tail_queries: int
     decode: bool
     layer: int
     sequences: int
@@ -66,17 +66,17 @@ class Reading:
     memory: "Memory | None" = None
     memories: "Sequence[Memory | None]" = ()
     number: int = 0
-    logits: Logits | None = None
-    beside: Beside | None = None
+    scaling: Scaling | None = None
+    extra_inputs: ExtraInputs | None = None
     recording: bool = False
-    ahead: int | None = 0
+    prompt_left: int | None = 0
     answered: Tensor | None = None
 
     def scaled(self, scores: Tensor) -> Tensor:
         """Products q.k as they enter the softmax."""
-        if self.logits is None:
+        if self.scaling is None:
             return scores
-        scaled, cap = scores * self.logits.scale, self.logits.softcap
+        scaled, cap = scores * self.scaling.scale, self.scaling.softcap
         return scaled if cap is None else cap * (scaled / cap).tanh()
 
     def of(self, rows: list[int]) -> "Reading":
@@ -93,11 +93,11 @@ class Memory(Protocol):
 
     def select(self, index: list[int]) -> None: ...
     def forget(self) -> None: ...
-    def mark(self) -> Any:
-        """Makes the mark that ``restore`` needs when a pass is interrupted. Cheap."""
+    def checkpoint(self) -> Any:
+        """Makes the checkpoint that ``restore`` needs when a pass is interrupted. Cheap."""
         ...
 
-    def restore(self, mark: Any) -> None: ...
+    def restore(self, checkpoint: Any) -> None: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -129,7 +129,7 @@ class Reader(Protocol):
     def read(self, reading: Reading) -> Iterator[Span]: ...
 
 
-class PlainReader:
+class ReaderDefaults:
     """Defaults of readers: no memory, no needs."""
 
     @property
@@ -162,7 +162,7 @@ def everything(reading: Reading) -> Span:
 
 
 @dataclass(frozen=True)
-class Everything(PlainReader):
+class Everything(ReaderDefaults):
     """Reads all tokens held, at their own positions: dense attention."""
 
     offers = ReaderOffers(uneven_heads=True, cuts=ANYWHERE)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvote.read.tokens import Reading, Span
+from kvote.read.reader import Reading
+from kvote.tokens import Span
 
 
 @dataclass
-class Reads:
+class ReadCounts:
     """How often the tokens of each sequence were read, by original position; ``queries``: of how many queries, those of
     each layer by themselves."""
 

@@ -11,7 +11,7 @@ from kvote.keep.score.score import Score
 
 
 @dataclass(frozen=True, kw_only=True)
-class Received(Score):
+class AttentionReceived(Score):
     """Added up for as long as a token is held, its own query included."""
 
     adds_up = True
@@ -21,7 +21,7 @@ class Received(Score):
     def new_memory(self) -> Mass:
         return Mass()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Observation, memory: Mass) -> None:

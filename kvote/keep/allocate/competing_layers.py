@@ -6,12 +6,12 @@ import torch
 
 from kvote.keep.allocate.shares import shares
 from kvote.keep.keeper import Held
-from kvote.keep.score.repeated import Repeated
+from kvote.keep.score.repeat_attention import RepeatMemory
 from kvote.store.pages import PAGE
 
 
 @dataclass(frozen=True)
-class Jointly:
+class CompetingLayers:
     """A layer holds the tokens that it has among the best of all layers, in whole tokens per key head; the first
     ``sinks`` and the last ``window`` do not compete. For a score that has judged all layers when the first is cut."""
 
@@ -24,7 +24,7 @@ class Jointly:
         # Layers that differ in length need up to a page more each.
         return PAGE
 
-    def tokens(self, held: Held, memory: Repeated, mean: int) -> int:
+    def tokens(self, held: Held, memory: RepeatMemory, mean: int) -> int:
         if not memory.whole(held):
             return mean
         if held.row not in memory.shares:

@@ -9,7 +9,7 @@ from kvote.memory import storage_bytes
 
 
 @dataclass
-class Signs(Mass):
+class HybridMemory(Mass):
     """``rows`` [2, n]: attention received from all queries, and the entropy of the attention paid. Besides, of the
     latest query of each sequence: what it answered (``answers``, [heads, dv]), and the gradients that tokens had by
     then (``gradients``, [n])."""

@@ -7,7 +7,7 @@ from kvote.rope import Rope
 from kvote.store.segment import Segment
 
 
-def keys_in_place(segment: Segment, row: int, start: int, stop: int, rope: Rope | None) -> Tensor:
+def rotated_keys(segment: Segment, row: int, start: int, stop: int, rope: Rope | None) -> Tensor:
     """Keys [h, n, d] of tokens ``start`` to ``stop`` at their own positions, in float32. ``rope``: the rotation that
     they are held without; None where it is in them."""
     key = segment.decode([row], start, stop)[0][0].float()

@@ -30,7 +30,7 @@ class PromptMass(Mass):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfPrompts(Score):
+class PromptAttention(Score):
     """The same tokens for all heads. Once a prompt was cut down, the place ``distance`` tokens before its end is where
     generated tokens make others go; the middle of what is held, where less is."""
 
@@ -46,12 +46,12 @@ class OfPrompts(Score):
     def new_memory(self) -> PromptMass:
         return PromptMass()
 
-    def observes(self, ahead: int | None) -> bool:
-        return ahead is not None
+    def observes(self, prompt_left: int | None) -> bool:
+        return prompt_left is not None
 
     def observe(self, seen: Observation, memory: PromptMass) -> None:
         # Queries behind a prompt's end are those of generated tokens.
-        stop = max(0, seen.count + min(0, seen.ahead or 0))
+        stop = max(0, seen.count + min(0, seen.prompt_left or 0))
         if not stop:
             return
         for row, mass in zip(seen.rows, self.shared(seen.mass(0, stop)), strict=True):

@@ -43,7 +43,7 @@ class ModuleCall:
 
 
 @dataclass
-class Record:
+class PassRecord:
     """Everything seen in one forward pass, in order."""
 
     attention: list[AttentionCall] = field(default_factory=list)
@@ -61,13 +61,13 @@ class Stop(Exception):  # noqa: N818 - not an error
     """Ends a pass in which only what reaches attention is of interest."""
 
 
-_record: ContextVar[Record | None] = ContextVar("kvote_record", default=None)
+_record: ContextVar[PassRecord | None] = ContextVar("kvote_record", default=None)
 
 
 @contextlib.contextmanager
-def recording(model: torch.nn.Module | None = None, *, stops: bool = False) -> Iterator[Record]:
+def recording(model: torch.nn.Module | None = None, *, stops: bool = False) -> Iterator[PassRecord]:
     """Records attention calls in this thread; with ``model``, also the calls of its modules."""
-    record = Record(stops=stops)
+    record = PassRecord(stops=stops)
     token = _record.set(record)
     handles, running = [], dict[torch.nn.Module, ModuleCall]()
 
@@ -104,7 +104,7 @@ def note_attention(
             raise Stop
 
 
-class WatchedCache(DynamicCache):
+class RecordedCache(DynamicCache):
     """transformers' default cache, which notes what it is handed while a pass is recorded."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

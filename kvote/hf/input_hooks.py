@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from kvote.beside import HIDDEN, IDS, INPUTS, MARKS, Beside
 from kvote.errors import InputError
+from kvote.extra_inputs import HIDDEN, IDS, INPUTS, MARKS, ExtraInputs
 from kvote.hf.compiling import uncompiled
-from kvote.phase import Turn
+from kvote.phase import AnnouncedPrompt
 
 
-class Watch:
+class InputHooks:
     """The hooks of one model. They are removed with the last cache that holds this object."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -38,40 +38,40 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Watch":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InputHooks":
         return self
 
 
 # By the identity of the model, which a watch outlives only where nobody asks for it again.
-_watches: "WeakValueDictionary[int, Watch]" = WeakValueDictionary()
+_hooks: "WeakValueDictionary[int, InputHooks]" = WeakValueDictionary()
 
 
-def watch(model: torch.nn.Module) -> Watch:
-    """The ``Watch`` of ``model``, one for all its caches; what it notes is set as ``Turn.beside`` of the cache in
-    use."""
-    found = _watches.get(id(model))
+def input_hooks(model: torch.nn.Module) -> InputHooks:
+    """The ``InputHooks`` of ``model``, one for all its caches; what it notes is set as ``AnnouncedPrompt.extra_inputs``
+    of the cache in use."""
+    found = _hooks.get(id(model))
     if found is None or found.model() is not model:
-        found = _watches[id(model)] = Watch(model)
+        found = _hooks[id(model)] = InputHooks(model)
     return found
 
 
-def taken(
-    turn: Turn,
+def noted_inputs(
+    announced: AnnouncedPrompt,
     needs: frozenset[str],
     spec: str,
     rows: int,
     columns: range,
     at: tuple[int, int] | None,
     device: torch.device,
-) -> Beside:
+) -> ExtraInputs:
     """The extra inputs of the new ``columns`` of ``rows`` sequences. ``at``: the columns of this cache, in a batch of
     several caches.
 
     Raises InputError where something that the method ``needs`` is missing.
     """
-    noted = turn.beside or Beside()
+    noted = announced.extra_inputs or ExtraInputs()
     # Hidden states and inputs belong to one layer.
-    turn.beside = Beside(noted.ids)
+    announced.extra_inputs = ExtraInputs(noted.ids)
     found = {IDS: noted.ids, HIDDEN: noted.hidden, INPUTS: noted.inputs}
     if at is not None:
         found = {name: None if x is None else x[:, slice(*at)] for name, x in found.items()}
@@ -82,43 +82,46 @@ def taken(
             raise InputError(f"{spec} needs the {name} of all tokens, which this pass does not show; {how}.")
     ids, hidden, inputs = (found[name] if name in needs else None for name in (IDS, HIDDEN, INPUTS))
     if MARKS not in needs:
-        return Beside(ids, hidden, inputs=inputs)
-    if not turn.marked:
+        return ExtraInputs(ids, hidden, inputs=inputs)
+    if not announced.marked:
         raise InputError(
             f"{spec} needs to know what spans of the text are, and none is marked; call cache.mark_span(name, start, "
             "stop) before they are read."
         )
-    return Beside(ids, hidden, turn.marked.shown(rows, columns, device), inputs)
+    return ExtraInputs(ids, hidden, announced.marked.shown(rows, columns, device), inputs)
 
 
 @uncompiled
 def _note_ids(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = kwargs.get("input_ids", args[0] if args else None)
     ids = given if isinstance(given, Tensor) and not given.is_floating_point() and given.dim() == 2 else None
-    turns = _turns(args, kwargs)
-    for row, turn in enumerate(turns):
+    all_announced = _all_announced(args, kwargs)
+    for row, announced in enumerate(all_announced):
         if ids is not None:
-            turn.beside = Beside(_of_row(ids, row, len(turns)))
+            announced.extra_inputs = ExtraInputs(_of_row(ids, row, len(all_announced)))
 
 
 @uncompiled
 def _note_hidden(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for turn, states in _states(args, kwargs):
-        turn.beside = replace(turn.beside or Beside(), hidden=states)
+    for announced, states in _states(args, kwargs):
+        announced.extra_inputs = replace(announced.extra_inputs or ExtraInputs(), hidden=states)
 
 
 @uncompiled
 def _note_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for turn, states in _states(args, kwargs):
-        turn.beside = replace(turn.beside or Beside(), inputs=states)
+    for announced, states in _states(args, kwargs):
+        announced.extra_inputs = replace(announced.extra_inputs or ExtraInputs(), inputs=states)
 
 
-def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Turn, Tensor | None]]:
+def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[AnnouncedPrompt, Tensor | None]]:
     """The hidden states that a module was given, cut by cache."""
     given = kwargs.get("hidden_states", args[0] if args else None)
     hidden = given.detach() if isinstance(given, Tensor) and given.dim() == 3 else None
-    turns = _turns(args, kwargs)
-    return [(turn, None if hidden is None else _of_row(hidden, row, len(turns))) for row, turn in enumerate(turns)]
+    all_announced = _all_announced(args, kwargs)
+    return [
+        (announced, None if hidden is None else _of_row(hidden, row, len(all_announced)))
+        for row, announced in enumerate(all_announced)
+    ]
 
 
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -130,18 +133,22 @@ def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @uncompiled
 def _forget(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    for turn in _turns(args, kwargs):
-        turn.beside = None
+    for announced in _all_announced(args, kwargs):
+        announced.extra_inputs = None
 
 
 def _of_row(x: Tensor, row: int, of: int) -> Tensor:
     return x if of == 1 else x[row : row + 1]
 
 
-def _turns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Turn]:
+def _all_announced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[AnnouncedPrompt]:
     """The prompts announced to the caches that a module was given: one cache, or several that have joined a batch."""
     for given in (*kwargs.values(), *args):
         if isinstance(given, TransformersCache):
             members = getattr(given, "caches", None) or (given,)
-            return [turn for each in members if isinstance(turn := getattr(each, "turn", None), Turn)]
+            return [
+                announced
+                for each in members
+                if isinstance(announced := getattr(each, "announced", None), AnnouncedPrompt)
+            ]
     return []

@@ -7,22 +7,23 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.layer_state import LayerState
-from kvote.read.tokens import Queries, Reading, Span
+from kvote.read.reader import Reading
 from kvote.step import Step
-from kvote.store.segment import Logits
+from kvote.store.segment import Scaling
+from kvote.tokens import Queries, Span
 
 
-def answers_of(layer: LayerState, reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
+def attend_spans(layer: LayerState, reading: Reading, step: Step) -> tuple[Tensor, Tensor, list[Span]]:
     """Attention of the queries [b, heads, t, dv], its log-sum-exp [b, heads, t], and the spans that were read."""
     pieces, totals, spans = [], [], []
     for span in layer.method.read.read(reading):
-        if layer.holes:
+        if layer.right_padded:
             span = span.in_place(reading.first + span.stop)
         queries = reading.queries.rows(span.start, span.stop)
-        answers = [reading.segment.attend(queries, reading.rows, read, step.logits) for read in span.reads]
+        answers = [reading.segment.attend(queries, reading.rows, read, step.scaling) for read in span.reads]
         if span.unread is not None:
             answers = span.unread.beside(*kernels.merge(answers))
-        answers += asides_of(layer, queries, reading.rows, step.logits)
+        answers += slotless_answers(layer, queries, reading.rows, step.scaling)
         out, lse = kernels.merge(answers)
         if step.sink_logits is not None:
             out = kernels.with_sink_logits(out, lse, step.sink_logits)
@@ -39,9 +40,11 @@ def answers_of(layer: LayerState, reading: Reading, step: Step) -> tuple[Tensor,
     return torch.cat(pieces, dim=2), torch.cat(totals, dim=2), spans
 
 
-def asides_of(layer: LayerState, queries: Queries, rows: list[int], logits: Logits) -> list[tuple[Tensor, Tensor]]:
+def slotless_answers(
+    layer: LayerState, queries: Queries, rows: list[int], scaling: Scaling
+) -> list[tuple[Tensor, Tensor]]:
     """Attention over the tokens without a slot, which every query reads: no answer, one or two."""
     assert layer.segment is not None
-    held = layer.segment.aside(queries, rows, logits)
-    gone = layer.method.keep.aside(queries, rows, logits, layer.record.memory)
+    held = layer.segment.slotless_attention(queries, rows, scaling)
+    gone = layer.method.keep.slotless_attention(queries, rows, scaling, layer.record.memory)
     return [answer for answer in (held, gone) if answer is not None]

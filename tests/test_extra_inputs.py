@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import kvote
-from kvote.beside import HIDDEN, IDS
+from kvote.extra_inputs import HIDDEN, IDS
 from kvote.keep.keeper import Kept
-from kvote.keep.policies import Plain
+from kvote.keep.policies import KeeperDefaults
 from kvote.method import Method
 from kvote.needs import KeeperOffers, Needs
-from kvote.read.tokens import PlainReader, everything
+from kvote.read.reader import ReaderDefaults, everything
 
 
 def goes(ids: Tensor) -> Tensor:
@@ -50,22 +50,22 @@ class Text:
 
 
 @dataclass(frozen=True)
-class DropsWords(Plain):
+class DropsWords(KeeperDefaults):
     """Lets tokens go by their ids, and remembers the hidden states of those that stay."""
 
     budget: None = None
-    needs = Needs(beside=frozenset({IDS, HIDDEN}))
+    needs = Needs(extra_inputs=frozenset({IDS, HIDDEN}))
     # Else a rollback would make it forget all that it remembers.
     offers = KeeperOffers(equal_layers=True, adds_up=True)
 
     def new_memory(self) -> Text:
         return Text()
 
-    def observes(self, ahead: int | None) -> bool:
+    def observes(self, prompt_left: int | None) -> bool:
         return True
 
     def observe(self, seen: Any, memory: Text) -> None:
-        for held, new in ((memory.ids, seen.beside.ids), (memory.hidden, seen.beside.hidden)):
+        for held, new in ((memory.ids, seen.extra_inputs.ids), (memory.hidden, seen.extra_inputs.hidden)):
             for i, row in enumerate(seen.rows):
                 before = held.get(row, new[i][:0])
                 assert len(before) == seen.first
@@ -200,19 +200,19 @@ def test_models_have_no_hooks_where_no_method_needs_them():
     gc.collect()
     assert hooks() == before
     tiny.feed(net, dense, tiny.ids(1, 5))
-    assert dense.turn.beside is None
+    assert dense.announced.extra_inputs is None
 
 
 @dataclass(frozen=True)
-class NotesIds(PlainReader):
+class NotesIds(ReaderDefaults):
     """Reads everything, and writes down which ids it was shown."""
 
-    needs = Needs(beside=frozenset({IDS}))
+    needs = Needs(extra_inputs=frozenset({IDS}))
     shown: Any = None
 
     def read(self, reading: Any) -> Any:
-        assert reading.beside.hidden is None
-        self.shown.append(reading.beside.ids)
+        assert reading.extra_inputs.hidden is None
+        self.shown.append(reading.extra_inputs.ids)
         yield everything(reading)
 
 

@@ -26,7 +26,7 @@ def read_again(
     InputError for other ids, or where tokens have been dropped already. Interrupted, the cache refuses to go on until
     it is reset.
     """
-    size, columns = cache.method.keep.needs.echo, cache.get_seq_length()
+    size, columns = cache.method.keep.needs.repeat_chunk, cache.get_seq_length()
     if not size:
         return
     rows = cache.managed[0].sequences
@@ -38,19 +38,19 @@ def read_again(
     if any(part.activity.dropped for part in cache.managed):
         raise InputError("This prompt has been cut down already; call cache.reset() to begin with another.")
     cache.check()
-    marked = cache.turn.marked
+    marked = cache.announced.marked
     # What comes behind the prompt is still to come.
-    cache.turn.marked = marked.until(columns)
+    cache.announced.marked = marked.until(columns)
     try:
         with torch.no_grad(), recording(cache):
             for start in range(0, columns, size):
                 _repeat(model, cache, ids, (start, min(columns, start + size)), tokenizer)
     except BaseException:
         # What was heard of half a prompt is worth nothing.
-        cache.passes.torn = True
+        cache.passes.corrupt = True
         raise
     finally:
-        cache.turn.marked = marked
+        cache.announced.marked = marked
 
 
 def _repeat(model: PreTrainedModel, cache: Cache, ids: Tensor, piece: tuple[int, int], tokenizer: Any) -> None:
@@ -75,7 +75,7 @@ def _repeat(model: PreTrainedModel, cache: Cache, ids: Tensor, piece: tuple[int,
         padding["position_ids"] = (after + new.cumsum(dim=1) - 1).clamp(min=0)
     slots = valid[:, :stop].cumsum(dim=1)
     starts = slots[:, start - 1].tolist() if start else [0] * len(ids)
-    flags = [(part.record_past, part.holes) for part in parts]
+    flags = [(part.record_past, part.right_padded) for part in parts]
     try:
         for part in parts:
             part.record_past = True
@@ -83,8 +83,8 @@ def _repeat(model: PreTrainedModel, cache: Cache, ids: Tensor, piece: tuple[int,
         model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1, **padding)
     finally:
         cache.passes.repeats = None
-        for part, (recorded, holes) in zip(parts, flags, strict=True):
-            part.record_past, part.holes = recorded, holes
+        for part, (recorded, right_padded) in zip(parts, flags, strict=True):
+            part.record_past, part.right_padded = recorded, right_padded
     cache.crop_to(columns)
 
 

@@ -9,7 +9,7 @@ from kvote.keep.score.score import Score
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallKeys(Score):
+class KeyNorm(Score):
     """The smaller the Euclidean norm of its key, which no rotation changes, the more a token is worth."""
 
     uneven = True

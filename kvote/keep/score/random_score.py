@@ -1,4 +1,4 @@
-"""Tokens drawn by lot: what every other score has to beat at the same bytes."""
+"""Tokens drawn at random: what every other score has to beat at the same bytes."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ _BITS = (1 << 32) - 1
 
 
 @dataclass
-class Ended:
+class EndedPrompts:
     """Sequences whose prompt has just ended."""
 
     rows: set[int] = field(default_factory=set)
@@ -35,7 +35,7 @@ class Ended:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lot(Score):
+class RandomScore(Score):
     """One number in [0, 1) per original position, which nothing else decides but ``seed``: a token that has won once
     wins against the same tokens again. The same for all heads and layers; drawn at the end of a prompt."""
 
@@ -48,31 +48,31 @@ class Lot(Score):
         super().__post_init__()
         check_whole(self, seed=0)
 
-    def new_memory(self) -> Ended:
-        return Ended()
+    def new_memory(self) -> EndedPrompts:
+        return EndedPrompts()
 
-    def observes(self, ahead: int | None) -> bool:
-        return ahead is not None and ahead <= 0
+    def observes(self, prompt_left: int | None) -> bool:
+        return prompt_left is not None and prompt_left <= 0
 
-    def observe(self, seen: Observation, memory: Ended) -> None:
-        if seen.ahead is not None and seen.count + seen.ahead > 0:
+    def observe(self, seen: Observation, memory: EndedPrompts) -> None:
+        if seen.prompt_left is not None and seen.count + seen.prompt_left > 0:
             memory.rows.update(seen.rows)
 
-    def ended(self, held: Held, memory: Ended) -> bool:
+    def ended(self, held: Held, memory: EndedPrompts) -> bool:
         return held.row in memory.rows
 
-    def of(self, held: Held, memory: Ended, edge: int) -> Tensor:
-        return self.lots(held.segment.positions(held.row)[0][:edge].cpu())[None]
+    def of(self, held: Held, memory: EndedPrompts, edge: int) -> Tensor:
+        return self.random_worth(held.segment.positions(held.row)[0][:edge].cpu())[None]
 
-    def settled(self, held: Held, memory: Ended, over: bool) -> None:
+    def settled(self, held: Held, memory: EndedPrompts, over: bool) -> None:
         memory.rows.discard(held.row)
 
-    def lots(self, positions: Tensor) -> Tensor:
+    def random_worth(self, positions: Tensor) -> Tensor:
         # As many bits as float32 keeps apart.
-        return (scattered(positions.long() * _SPREAD + self.seed * _SALT) >> 8).float() / (1 << 24)
+        return (hashed(positions.long() * _SPREAD + self.seed * _SALT) >> 8).float() / (1 << 24)
 
 
-def scattered(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
     """32 bits of each whole number (int64), so that neighbours have nothing to do with each other."""
     x = x & _BITS
     for shift in (15, 13):

@@ -10,7 +10,7 @@ from kvote.numbers import is_number
 
 
 @dataclass(frozen=True)
-class Pressed:
+class MemoryPressure:
     """The share of a text that is dropped grows with the memory in use: it is ``goes``, plus ``alpha`` times the part
     of ``total`` bytes that all layers hold of all sequences (counted in the model's dtype), at most ``most`` unless
     ``goes`` is more. ``least``: tokens that stay in any case; ``always``: tokens that are not counted among the divided

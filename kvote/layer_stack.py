@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 L = TypeVar("L")
 
 
-class Crew(Generic[L]):
+class LayerStack(Generic[L]):
     """The layers of a cache in their order. It keeps none of them alive: layers that held each other would go with the
     next run of the garbage collector only, and gigabytes with them."""
 
@@ -29,8 +29,8 @@ class Crew(Generic[L]):
         self._members.append(weakref.ref(layer))
         return len(self._members) - 1
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Crew[L]":
-        clone = memo[id(self)] = Crew[L]()
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerStack[L]":
+        clone = memo[id(self)] = LayerStack[L]()
         # Where a whole cache is copied, these are the copies that it holds.
         clone._members = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
         return clone

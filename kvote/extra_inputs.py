@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# What the ``beside`` of ``needs`` may name.
+# What the ``extra_inputs`` of ``needs`` may name.
 IDS, HIDDEN, MARKS, INPUTS = "token ids", "hidden states", "marks", "layer inputs"
 
 
 @dataclass(frozen=True)
-class Beside:
+class ExtraInputs:
     """``ids`` [b, t] int64 of the new tokens; ``hidden`` [b, t, width], the states that the attention module projects
     to queries, keys and values; ``marks``: by the name of marked spans (``Cache.mark_span``), which tokens are in one,
     bool [b, t]; ``inputs`` [b, t, width], the states that enter the layer, before any normalisation. None where no part
@@ -28,11 +28,11 @@ class Beside:
         assert self.marks
         return self.marks[name] if name in self.marks else torch.zeros_like(next(iter(self.marks.values())))
 
-    def at(self, row: int, start: int, stop: int) -> "Beside":
+    def at(self, row: int, start: int, stop: int) -> "ExtraInputs":
         """Columns ``start`` to ``stop`` of one row."""
         return self.each(lambda x: x[row : row + 1, start:stop])
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Beside":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "ExtraInputs":
         """Applies ``function`` to every tensor."""
         each = (None if x is None else function(x) for x in (self.ids, self.hidden, self.inputs))
         ids, hidden, inputs = each
@@ -40,7 +40,7 @@ class Beside:
         return replace(self, ids=ids, hidden=hidden, marks=marks, inputs=inputs)
 
     @property
-    def observed(self) -> "Beside":
+    def observed(self) -> "ExtraInputs":
         """Without what only a store is shown."""
         return self if self.inputs is None else replace(self, inputs=None)
 

@@ -1,4 +1,4 @@
-"""Raw tokens as pages hold them: how they come, move and go, and where they lie."""
+"""Uncompressed tokens as pages hold them: how they come, move and go, and where they lie."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.index.column import Column, Index
-from kvote.read.tokens import TokenSet
-from kvote.store.pages import PAGE, Lane, RawPool
+from kvote.store.pages import PAGE, Lane, UncompressedPool
+from kvote.tokens import TokenSet
 
 _QUESTION = 8 * PAGE
 # Tokens for which a lane may have room that it does not use yet.
 ROOM = _QUESTION + 2 * PAGE
 
 
-class RawTokens:
+class UncompressedTokens:
     """Keys and values in the model's dtype, one lane per sequence and key head; ``indexes``: columns derived from the
     keys, by name."""
 
@@ -25,7 +25,7 @@ class RawTokens:
         self.alike = True
         # What reads this segment; asked once, because a decode step is short.
         self.kernels = kernels.chosen(like)
-        self.pool = RawPool(like.shape[-1], value_dim, like.dtype, like.device)
+        self.pool = UncompressedPool(like.shape[-1], value_dim, like.dtype, like.device)
         self.indexes: dict[str, Column] = {}
         # Of these, the one that the kernel that stores tokens writes on the way, and all others.
         self._coded: Column | None = None
@@ -174,11 +174,11 @@ class RawTokens:
         for i in self._lanes([row]):
             self.pool.truncate(self.pool.lanes[i], length)
 
-    def mark(self) -> list[int]:
+    def checkpoint(self) -> list[int]:
         return [lane.length for lane in self.pool.lanes]
 
-    def restore(self, mark: list[int]) -> bool:
-        for lane, length in zip(self.pool.lanes, mark, strict=True):
+    def restore(self, checkpoint: list[int]) -> bool:
+        for lane, length in zip(self.pool.lanes, checkpoint, strict=True):
             self.pool.truncate(lane, length)
         return not self.pool.moving
 
@@ -189,8 +189,8 @@ class RawTokens:
     def trim(self) -> None:
         self.pool.trim()
 
-    def tokens_within(self, nbytes: float, beside: int = 0) -> int:
-        return self.pool.tokens_within(nbytes, beside)
+    def tokens_within(self, nbytes: float, extra_bytes: int = 0) -> int:
+        return self.pool.tokens_within(nbytes, extra_bytes)
 
     def positions(self, row: int) -> list[Tensor]:
         """Original positions of the tokens held, one int32 tensor per key/value head."""
@@ -251,5 +251,5 @@ class RawTokens:
 
 
 def token_bytes(dim: int, value_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of a raw token of one key head: key, value and position."""
+    """Bytes of an uncompressed token of one key head: key, value and position."""
     return (dim + value_dim) * dtype.itemsize + 4
