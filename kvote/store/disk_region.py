@@ -9,7 +9,7 @@ from torch import Tensor
 from kvote import kernels
 from kvote.memory import storage_bytes
 from kvote.store.pages import PAGE
-from kvote.store.region import PlainRegion, Slots
+from kvote.store.region import PlainRegion, Slots, differ, unmoved
 from kvote.store.spill import Block, Spill, as_bytes
 
 
@@ -112,12 +112,14 @@ class DiskRegion(PlainRegion):
     def holds(self, row: int, slots: Slots, merged: bool) -> tuple[int, int]:
         if merged:
             return 0, 0
-        stay = len(slots) if isinstance(slots, range) else unmoved(slots)
-        count = min(stay, self.length(row)) // PAGE * PAGE
+        count = min(unmoved(slots), self.length(row)) // PAGE * PAGE
         return count, count
 
     def keep(self, row: int, slots: Slots, content: tuple[Tensor, Tensor] | None) -> None:
         count = self.holds(row, slots, content is not None)[0]
+        if differ(slots):
+            # Also those of the tokens behind, which go by how many kinds there are here.
+            self.places[row] = self.places[row].expand(self.heads, -1)
         if count < self.length(row):
             self.blocks[row] = self.blocks[row][: count // PAGE]
             self.places[row] = self.places[row][:, :count].clone()
@@ -131,9 +133,3 @@ class DiskRegion(PlainRegion):
 
 # Bytes of a block's handle and of the list that it is in, and tokens that are fetched at a time.
 HANDLE, _AT_ONCE = 56, 4096
-
-
-def unmoved(slots: Tensor) -> int:
-    """How many tokens stay where they are, from the first on, of ``slots`` [1 or h, m]."""
-    moving = (slots != torch.arange(slots.shape[1], device=slots.device)).any(dim=0)
-    return int(moving.int().argmax()) if bool(moving.any()) else slots.shape[1]

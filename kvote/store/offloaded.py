@@ -49,12 +49,12 @@ class OffloadedSegment(RegionSegment):
         return True
 
     def tokens_within(self, nbytes: float, extra_bytes: int = 0) -> int:
-        unrotated = self.uncompressed.tokens_within(nbytes, extra_bytes)
+        uncompressed = self.uncompressed.tokens_within(nbytes, extra_bytes)
         lanes = max(1, self.sequences * self.heads)
         each = self.uncompressed.pool.parts
         token = sum(part[:0].element_size() * part.shape[1:].numel() for part in each.values()) / PAGE
         spent = (self.recent + 3 * PAGE) * token
-        return max(unrotated, int((nbytes / lanes - spent) / (4 + extra_bytes)))
+        return max(uncompressed, int((nbytes / lanes - spent) / (4 + extra_bytes)))
 
 
 @dataclass(frozen=True)

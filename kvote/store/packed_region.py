@@ -9,7 +9,7 @@ from kvote.rope import Angles, Rope
 from kvote.store import packed
 from kvote.store.codec import Codec
 from kvote.store.pages import PAGE, PagePool
-from kvote.store.region import PlainRegion, Slots
+from kvote.store.region import PlainRegion, Slots, differ, unmoved
 from kvote.store.segment import Scaling
 from kvote.store.uncompressed import UncompressedSegment
 from kvote.tokens import TokenSet
@@ -65,17 +65,19 @@ class PackedRegion(PlainRegion):
         return packed.scores(query, self.keys, rows, slots)
 
     def votes(
-        self, query: Tensor, rows: list[int], unrotated: UncompressedSegment, start: int, limits: list[int]
+        self, query: Tensor, rows: list[int], uncompressed: UncompressedSegment, start: int, limits: list[int]
     ) -> Tensor:
-        """As ``Segment.votes``, over these tokens and the ``unrotated`` ones behind them, of any rows."""
-        return self.keys.backend.packed.votes(query, self.keys.held(rows), self._tail(rows, unrotated), start, limits)
+        """As ``Segment.votes``, over these tokens and the ``uncompressed`` ones behind them, of any rows."""
+        return self.keys.backend.packed.votes(
+            query, self.keys.held(rows), self._tail(rows, uncompressed), start, limits
+        )
 
     def winners(
-        self, query: Tensor, rows: list[int], unrotated: UncompressedSegment, start: int, limits: list[int], k: int
+        self, query: Tensor, rows: list[int], uncompressed: UncompressedSegment, start: int, limits: list[int], k: int
     ) -> Tensor:
         """As ``Segment.winners``, in the same way."""
         return self.keys.backend.packed.select(
-            query, self.keys.held(rows), self._tail(rows, unrotated), start, limits, k
+            query, self.keys.held(rows), self._tail(rows, uncompressed), start, limits, k
         )
 
     def attend_list(
@@ -83,12 +85,12 @@ class PackedRegion(PlainRegion):
         query: Tensor,
         rows: list[int],
         tokens: TokenSet,
-        unrotated: UncompressedSegment,
+        uncompressed: UncompressedSegment,
         rope: Rope | None,
         scaling: Scaling,
     ) -> Answer | None:
         """Attention of ``query`` [b, heads, 1, d], each sequence or each query head reading a list of these tokens and
-        of the ``unrotated`` ones behind them; None where no kernel can do that."""
+        of the ``uncompressed`` ones behind them; None where no kernel can do that."""
         b, heads, t, d = query.shape
         placed = rope is None or tokens.positions == "contiguous"
         seen = tokens.window is None or tokens.window >= len(tokens)
@@ -101,26 +103,26 @@ class PackedRegion(PlainRegion):
             query.reshape(-1, 1, d) if each else query[:, :, 0],
             self.keys.held(rows, each),
             self.values.held(rows, each),
-            self._tail(rows, unrotated, each),
+            self._tail(rows, uncompressed, each),
             tokens.index[..., 0, :].reshape(-1, len(tokens)).contiguous(),
-            angles=unrotated.angles(tokens),
+            angles=uncompressed.angles(tokens),
             interleaved=rope is not None and rope.interleaved,
             scale=scaling.scale,
             softcap=scaling.softcap,
         )
         return out.to(query.dtype).view(b, heads, 1, -1), lse.view(b, heads, 1)
 
-    def _tail(self, rows: list[int], unrotated: UncompressedSegment, each: int = 0) -> Tail:
+    def _tail(self, rows: list[int], uncompressed: UncompressedSegment, each: int = 0) -> Tail:
         """What is not packed, as kernels read it behind what is; ``each`` as in ``PackedLanes.held``."""
         times = max(1, each * self.heads)
         counts = [(self.length(row), self.alone(row)) for row in rows for _ in range(times)]
-        return Tail(*unrotated.held(rows, each), [n for n, _ in counts], [first for _, first in counts])
+        return Tail(*uncompressed.held(rows, each), [n for n, _ in counts], [first for _, first in counts])
 
     def decode(self, rows: list[int], slots: Slots, room: int = 0) -> tuple[Tensor, Tensor]:
         return self.keys.unpack(rows, slots, room), self.values.unpack(rows, slots, room)
 
     def holds(self, row: int, slots: Slots, merged: bool) -> tuple[int, int]:
-        return self._rest(row, 0 if merged else _unmoved(slots))[1:]
+        return self._rest(row, 0 if merged else unmoved(slots))[1:]
 
     def _rest(self, row: int, start: int) -> tuple[int, int, int]:
         """How many keys, whole tokens, and tokens that lie nowhere else are left where those from ``start`` on move."""
@@ -132,9 +134,9 @@ class PackedRegion(PlainRegion):
         return keys, keys, min(alone, keys) // PAGE * PAGE
 
     def keep(self, row: int, slots: Slots, content: tuple[Tensor, Tensor] | None) -> None:
-        keys, values, alone = self._rest(row, 0 if content is not None else _unmoved(slots))
+        keys, values, alone = self._rest(row, 0 if content is not None else unmoved(slots))
         before = self.before[row]
-        if len(before) == 1 and isinstance(slots, Tensor) and not bool((slots == slots[:1]).all()):
+        if len(before) == 1 and differ(slots):
             before = before.expand(self.heads, -1)
         if alone < before.shape[1] or before is not self.before[row]:
             self.before[row] = before[:, :alone].clone()
@@ -151,11 +153,3 @@ class PackedRegion(PlainRegion):
         self.keys.select(index)
         self.values.select(index)
         self.before = [self.before[i] for i in index]
-
-
-def _unmoved(slots: Slots) -> int:
-    """How many tokens stay where they are, from the first on."""
-    if isinstance(slots, range):
-        return len(slots)
-    moving = (slots != torch.arange(slots.shape[1], device=slots.device)).any(dim=0)
-    return int(moving.int().argmax()) if bool(moving.any()) else slots.shape[1]

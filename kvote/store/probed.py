@@ -82,11 +82,11 @@ class ProbedSegment(RegionSegment):
         """Encodes what is due, together with what is encoded: all of it is rounded anew."""
         before = [self.encoded(row) for row in range(self.sequences)]
         for row, first in enumerate(before):
-            probes, unrotated = self.probes[row], self.length(row) - first
-            if prompt_left or probes is None or not unrotated or not (probes.ended or unrotated >= self.how.gap):
-                self._only_probes(row, unrotated + prompt_left if prompt_left else max(unrotated, self.how.gap))
+            probes, uncompressed = self.probes[row], self.length(row) - first
+            if prompt_left or probes is None or not uncompressed or not (probes.ended or uncompressed >= self.how.gap):
+                self._only_probes(row, uncompressed + prompt_left if prompt_left else max(uncompressed, self.how.gap))
                 continue
-            self._only_probes(row, unrotated)
+            self._only_probes(row, uncompressed)
             self._encode(row)
         return before != [self.encoded(row) for row in range(self.sequences)]
 

@@ -3,6 +3,7 @@ split a token set over them, merge their answers, drop, cut and copy is written 
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvote.kernels.contract import Answer, Recent
@@ -107,3 +108,16 @@ class PlainRegion:
         self, query: Tensor, rows: list[int], slots: range, recent: Recent, scaling: Scaling
     ) -> Answer | None:
         return None
+
+
+def unmoved(slots: Slots) -> int:
+    """How many tokens stay where they are, from the first on."""
+    if isinstance(slots, range):
+        return len(slots)
+    moving = (slots != torch.arange(slots.shape[1], device=slots.device)).any(dim=0)
+    return int(moving.int().argmax()) if bool(moving.any()) else slots.shape[1]
+
+
+def differ(slots: Slots) -> bool:
+    """Whether ``slots`` [1 or h, m] name other tokens in one key head than in another."""
+    return isinstance(slots, Tensor) and not bool((slots == slots[:1]).all())
