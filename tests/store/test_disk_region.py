@@ -27,7 +27,7 @@ def test_key_heads_that_keep_other_tokens_stand_where_they_did(tmp_path):
     assert far.encoded(0) == 128
     assert [lane.tolist() for lane in far.positions(0)] == own
     query = torch.randn(1, 2 * HEADS, 1, DIM)
-    tokens = TokenSet(range(len(own[0])), causal=False, positions="original")
+    tokens = TokenSet(torch.arange(len(own[0]))[None, None], causal=False, positions="original")
     answers = [segment.attend(Queries(query, query), [0], tokens, Scaling(0.25)) for segment in (near, far)]
     for mine, its in zip(*answers, strict=True):
         torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-5)
