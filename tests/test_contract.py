@@ -185,15 +185,7 @@ SLOW = {
 def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> str | Callable[[PreTrainedModel], Method]:
     if callable(request.param):
         return request.param
-    # In each layer one head keeps everything and one does not.
-    scores = [[0.1, 0.9], [0.8, 0.2]]
-    heads = net.config.num_attention_heads
-    semantic = scored.semantic(net, [[1 / (1 + head) for head in range(heads)]] * 2, [0.7, 0.3])
-    made = {"razor": scored.razor(net, scores), "duo": scored.duo(net, scores), "semantic": semantic}
-    spec: str = request.param
-    for name, held in made.items():
-        spec = spec.replace(f"{{{name}}}", scored.file(held))
-    return spec
+    return scored.written(net, request.param)
 
 
 # How query heads share key heads is asked of every method where it can go wrong; all else is asked of one model.

@@ -27,7 +27,7 @@ def test_turns_in_a_template_are_those_of_plain_generate(tokens_per_pass):
         assert talk.token_ids.tolist() == [held]
     # The last token is fed with the next turn.
     assert talk.cache.get_seq_length() == len(held) - 1
-    assert [turn.said for turn in talk.step_rope] == list(messages)
+    assert [turn.said for turn in talk.turns] == list(messages)
 
 
 def test_an_end_of_sequence_is_not_left_in_the_middle():
@@ -78,7 +78,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(spec):
     with pytest.raises(KeyboardInterrupt):
         talk.say("w40 w41 w42", max_new_tokens=9)
     handle.remove()
-    assert len(talk.step_rope) == 1
+    assert len(talk.turns) == 1
     assert talk.say("w5", max_new_tokens=6).token_ids == other.say("w5", max_new_tokens=6).token_ids
 
 

@@ -52,7 +52,7 @@ class WithoutImages(KeeperDefaults):
         return True
 
     def observe(self, seen: Any, memory: Marks) -> None:
-        for row, marked in zip(seen.rows, seen.beside.marked("image"), strict=True):
+        for row, marked in zip(seen.rows, seen.extra_inputs.marked("image"), strict=True):
             memory.image[row] = torch.cat([memory.image.get(row, marked[:0]), marked])
 
     def survivors(self, held: Any, memory: Marks) -> Kept | None:
@@ -72,8 +72,8 @@ class NotesMarks(ReaderDefaults):
 
     def read(self, reading: Any) -> Any:
         if reading.layer == 0:
-            assert reading.beside.ids is None
-            self.shown.append({name: marked.int().tolist() for name, marked in reading.beside.marks.items()})
+            assert reading.extra_inputs.ids is None
+            self.shown.append({name: marked.int().tolist() for name, marked in reading.extra_inputs.marks.items()})
         yield everything(reading)
 
 

@@ -13,6 +13,7 @@ from kvote.errors import InputError
 from kvote.kernels import gpu
 from kvote.kernels.contract import Backend
 from kvote.kernels.cpu import library
+from kvote.kernels.packing import Packing
 
 # Where each is; and of those that are faster than the law, what can be asked before they are loaded.
 _MODULES = {"cpu": "kvote.kernels.cpu", "triton": "kvote.kernels.triton", "reference": "kvote.kernels.law"}
@@ -76,6 +77,11 @@ def why_not_compiled(tensor: Tensor) -> str | None:
     if forced() is not None and backend() != "cpu":
         return "KVOTE_BACKEND switches them off; unset it to use them"
     return library.why_not(tensor)
+
+
+def packer(backend: Backend, form: Packing) -> Backend:
+    """What packs in a form: ``backend``, or the law where values are clipped before they are rounded."""
+    return backend if form.clip is None else named("reference")
 
 
 @cache

@@ -25,7 +25,10 @@ _WIDEST = 65_536
 
 def register(name: str, kind: str, derived: str = "", **more: Any) -> None:
     """Lists the class ``kind``, such as "kvote.read.reader:Activity", under the ``name`` that files give it.
-    ``derived``: attributes that are no state, with spaces between; the rest as ``Form`` has it."""
+    ``derived``: attributes that are no state, with spaces between; the rest as ``Form`` has it. Raises ValueError for a
+    name that another class has."""
+    if _registered.get(name, (kind,))[0] != kind:
+        raise ValueError(f"{name!r} is what files call {_registered[name][0]}, and not {kind}.")
     _registered[name] = kind, Form(frozenset(derived.split()), **more)
     forms.cache_clear()
 
@@ -197,8 +200,8 @@ register(
     fill=_fill_apart,
     check=check.apart,
 )
-_PROBED = _parts(tail="raw", bodies="prompts.bodies", probes="probes", heard="logits")
-register("probed", "kvote.store.probed:ProbedSegment", check=check.probed, **_PROBED)
+_PROBED = _parts(tail="uncompressed", bodies="prompts.bodies", probes="probes", heard="scaling")
+register("probed prompt", "kvote.store.probed:ProbedSegment", check=check.probed, **_PROBED)
 register("probes", "kvote.store.saliency:Probes")
 register("salient body", "kvote.store.salient:SalientBody", check=check.salient)
 register("salient part", "kvote.store.salient:Part")

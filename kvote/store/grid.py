@@ -8,7 +8,8 @@ def span(least: Tensor, most: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Least and step, [2, ...] of ``dtype``; 0 where there is nothing."""
     there = least <= most
     least, most = (torch.where(there, x, torch.zeros_like(x)) for x in (least, most))
-    step = ((most - least) / (2**bits - 1)).clamp(max=torch.finfo(dtype).max)
+    step = (most - least) / (2**bits - 1)
+    step = step.clamp(max=min(torch.finfo(dtype).max, torch.finfo(step.dtype).max))
     return torch.stack([least.to(dtype), step.to(dtype)])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.kernels import packing
-from kvote.kernels.choice import named
+from kvote.kernels.choice import packer
 from kvote.kernels.contract import Backend, Recent
 from kvote.kernels.packing import PACKED, Packing
 from kvote.store.pages import Lane, PagePool
@@ -75,8 +75,9 @@ class PackedLanes:
         chosen, first = self._lanes(rows), self.length(rows[0])
         x = x if self.transform is None else self.transform.apply(x)
         pages, flat = self.pool.parts["pages"], x.flatten(0, 1)
-        pack = (self.backend if self.form.clip is None else named("reference")).packed.pack
-        pack(flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen))
+        packer(self.backend, self.form).packed.pack(
+            flat, pages, self.form, self.pool.table(chosen), [first] * len(chosen)
+        )
         for i in chosen:
             self.pool.lanes[i].length += x.shape[2]
 

@@ -36,25 +36,25 @@ class Part:
 
 @dataclass(frozen=True)
 class SalientBody(PlainBody):
-    """Tokens of one sequence: ``high`` and ``low`` ones; ``checkpoints`` uint8 [h, ceil(n / 8)] has a bit for each
+    """Tokens of one sequence: ``high`` and ``low`` ones; ``marks`` uint8 [h, ceil(n / 8)] has a bit for each
     token, set for the salient ones; ``factor`` [h, dv] is what values were divided by; ``positions`` int32 [1 or h,
     n]."""
 
     bits: Bits
     high: Part
     low: Part
-    checkpoints: Tensor
+    marks: Tensor
     factor: Tensor
     positions: Tensor
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self.high.tensors, *self.low.tensors, self.checkpoints, self.factor, self.positions]
+        return [*self.high.tensors, *self.low.tensors, self.marks, self.factor, self.positions]
 
     def salient(self) -> Tensor:
         """Which tokens are, bool [h, n]."""
-        bit = torch.arange(8, dtype=torch.uint8, device=self.checkpoints.device)
-        return ((self.checkpoints[..., None] >> bit) & 1).flatten(1)[:, : self.positions.shape[1]].bool()
+        bit = torch.arange(8, dtype=torch.uint8, device=self.marks.device)
+        return ((self.marks[..., None] >> bit) & 1).flatten(1)[:, : self.positions.shape[1]].bool()
 
     def read(self, slots: Slots) -> tuple[Tensor, Tensor]:
         salient = self.salient()

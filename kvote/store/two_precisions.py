@@ -187,7 +187,8 @@ class TwoPrecisionSegment(UncompressedSegment):
         lse = torch.full((b, heads, t), float("-inf"), device=self.device)
         for count in set(counts) - {0}:
             at = [i for i, own in enumerate(counts) if own == count]
-            out[at], lse[at] = self._answer(queries.rotated[at], [rows[i] for i in at], count, scaling)
+            answer, own = self._answer(queries.rotated[at], [rows[i] for i in at], count, scaling)
+            out[at], lse[at] = answer, own.to(lse.dtype)
         return out, lse
 
     def _answer(self, query: Tensor, rows: list[int], count: int, scaling: Scaling) -> Answer:

@@ -28,9 +28,7 @@ def net() -> PreTrainedModel:
 def method(request: pytest.FixtureRequest, net: PreTrainedModel) -> Method:
     if callable(request.param):
         return request.param(net)
-    scores = [[0.1, 0.9], [0.8, 0.2]]
-    razor, duo = scored.file(scored.razor(net, scores)), scored.file(scored.duo(net, scores))
-    return kvote.spec.parse(request.param.replace("{razor}", razor).replace("{duo}", duo))
+    return kvote.spec.parse(scored.written(net, request.param))
 
 
 def loaded() -> tuple[Any, Any]:

@@ -185,7 +185,7 @@ def test_all_queries_are_counted_however_passes_are_cut(monkeypatch, passes):
         found.append([layer.record.memory for layer in cache.managed])
     for mine, one_by_one in zip(*found, strict=True):
         for row in range(2):
-            for kind in ("everywhere", "lately"):
+            for kind in ("overall_mass", "recent_mass"):
                 torch.testing.assert_close(getattr(mine, kind).rows[row], getattr(one_by_one, kind).rows[row])
         # Every query of 2 query heads per key head has a weight of 1 to give.
         assert mine.overall_mass.rows[0].sum().item() == pytest.approx(2 * 2 * (N + 5), rel=1e-4)

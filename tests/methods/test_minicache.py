@@ -160,7 +160,7 @@ def test_keys_are_merged_alike_with_and_without_their_rotation():
 
 def test_bytes_are_a_direction_two_sizes_and_what_is_retained():
     _, cache, _, _ = filled("minicache(gamma=0.1)", n=64)
-    heads, dim = cache.managed[2].segment.heads, cache.managed[2].segment.raw.pool.keys.shape[-1]
+    heads, dim = cache.managed[2].segment.heads, cache.managed[2].segment.uncompressed.pool.keys.shape[-1]
     for number in (2, 3):
         segment, wanted = cache.managed[number].segment, 0
         for body in segment.bodies:

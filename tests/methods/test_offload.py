@@ -1,5 +1,6 @@
 """Offloading: tokens on a disk answer as if they were in memory."""
 
+import copy
 import gc
 import os
 import pickle
@@ -28,7 +29,9 @@ METHODS = (
 
 @pytest.fixture(scope="module")
 def net():
-    return tiny.model(hidden_size=128, head_dim=16, num_attention_heads=8, num_key_value_heads=2).double()
+    # The tests share models that are alike.
+    made = tiny.model(hidden_size=128, head_dim=16, num_attention_heads=8, num_key_value_heads=2)
+    return copy.deepcopy(made).double()
 
 
 def segments(cache) -> list[OffloadedSegment]:
