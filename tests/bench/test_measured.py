@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -128,3 +129,14 @@ def test_the_embedded_model_by_task():
     for task, *cells in rows("| task | 512 tokens"):
         made = [f"{100 * found[task, length]:.1f}%" for length in (512, 1024, 2048, 4096)]
         assert cells == made
+
+
+def test_the_table_of_methods_on_a_real_model_is_what_was_measured():
+    held = results("all_methods")["rows"]
+    found = rows("|  | keys found | perplexity | tokens held |")
+    assert len(found) == len(held) > 20
+    for row, (name, keys, perplexity, tokens, read, size) in zip(held, found, strict=True):
+        assert (row["method"].removesuffix(" @ 1024"), keys) == (name, "{:.0f} of {}".format(*row["keys"]))
+        assert perplexity == f"{median(row['perplexity']):.1f}"
+        assert (tokens, read) == (f"{row['tokens_held']:,}", f"{row['tokens_read']:,}")
+        assert size == f"{row['nbytes'] / 2**20:.0f}"
