@@ -13,6 +13,7 @@ from kvote.cache import Cache
 from kvote.calibration.file import Calibration
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.calibration.heads import RAZOR, as_data
+from kvote.calibration.one_pass import OnePass
 from kvote.errors import InputError
 from kvote.keep.budget import Budget
 from kvote.keep.keeper import Held
@@ -68,20 +69,11 @@ def _repeated(model: Any, period: int, avoid: Collection[int], seed: int) -> Ten
 
 
 @dataclass
-class Found:
+class Found(OnePass):
     """``echo`` and ``induction`` of the key heads [h] of one layer."""
 
     echo: Tensor = field(default_factory=lambda: torch.zeros(0))
     induction: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def select(self, index: list[int]) -> None:
-        raise NotImplementedError
-
-    def keep(self, row: int, slots: Tensor) -> None:
-        raise NotImplementedError
-
-    def truncate(self, row: int, length: int) -> None:
-        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ from kvote.cache import Cache
 from kvote.calibration.file import Calibration
 from kvote.calibration.fingerprint import Fingerprint
 from kvote.calibration.needles import Needle
+from kvote.calibration.one_pass import OnePass
 from kvote.calibration.spans import SEMANTIC, best_heads
 from kvote.errors import InputError
 from kvote.keep.observation import Observation
@@ -73,19 +74,10 @@ def _read(model: Any, needle: Needle, keeper: "Spans") -> "tuple[dict[int, Measu
 
 
 @dataclass
-class Measured:
+class Measured(OnePass):
     """What one layer has measured."""
 
     value: Tensor = field(default_factory=lambda: torch.zeros(1))
-
-    def select(self, index: list[int]) -> None:
-        raise NotImplementedError
-
-    def keep(self, row: int, slots: Tensor) -> None:
-        raise NotImplementedError
-
-    def truncate(self, row: int, length: int) -> None:
-        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
