@@ -97,8 +97,7 @@ class Library:
             _read(cache, ids, reused, reading, progress)
         seconds = spared + time.perf_counter() - begin
         with self._lock:
-            self._count(prompts=1, hits=int(reused > 0), tokens=ids.shape[1], tokens_reused=reused)
-            self._counted = replace(self._counted, seconds_saved=self._counted.seconds_saved + spared)
+            self._count_prompt(ids, reused, spared)
             gone = []
             if scope is not None and reused < ids.shape[1]:
                 gone = self._remember(scope, cache, ids, seconds)
@@ -112,8 +111,7 @@ class Library:
         """
         cache, reused, spared = self._find(scope, fresh, ids, reading, short=1)
         with self._lock:
-            self._count(prompts=1, hits=int(reused > 0), tokens=ids.shape[1], tokens_reused=reused)
-            self._counted = replace(self._counted, seconds_saved=self._counted.seconds_saved + spared)
+            self._count_prompt(ids, reused, spared)
         return cache, reused, spared
 
     def keep(self, scope: str, cache: Cache, ids: Tensor, seconds: float) -> None:
@@ -173,7 +171,11 @@ class Library:
             with self._lock:
                 self._count(spilled=int(prefix.kept))
 
-    def _count(self, **more: int) -> None:
+    def _count_prompt(self, ids: Tensor, reused: int, spared: float) -> None:
+        hits, tokens = int(reused > 0), ids.shape[1]
+        self._count(prompts=1, hits=hits, tokens=tokens, tokens_reused=reused, seconds_saved=spared)
+
+    def _count(self, **more: float) -> None:
         told = {name: getattr(self._counted, name) + count for name, count in more.items()}
         self._counted = replace(self._counted, **told)
 
