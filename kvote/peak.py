@@ -12,9 +12,6 @@ from kvote.store.offloaded import Offloaded
 from kvote.store.pages import PAGE
 from kvote.store.uncompressed_tokens import ROOM, token_bytes
 
-# Bytes of a position.
-_POSITION = 4
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -45,7 +42,8 @@ def peak_bytes(method: Method, shape: Shape, tokens: int, *, tokens_per_pass: in
     """
     if isinstance(method.store, Offloaded) and not method.keep.offers.waits:
         here = min(tokens, method.store.recent + PAGE + tokens_per_pass)
-        return int(shape.layers * (_uncompressed_bytes(method, shape, here) * 9 / 8 + _POSITION * tokens * shape.heads))
+        far = method.store.token_bytes(shape.heads, shape.dim, shape.dtype) * shape.heads * tokens
+        return int(shape.layers * (_uncompressed_bytes(method, shape, here) * 9 / 8 + far))
     whole = _uncompressed_bytes(method, shape, _held(method, tokens, tokens_per_pass) + ROOM)
     later = min(whole, _later(method, shape, tokens))
     # Layers that are encoded together.

@@ -24,7 +24,7 @@ def describe_disk(region: DiskRegion, describer: Describer, path: str) -> dict[s
 
 
 def _side(region: DiskRegion, side: int, row: int) -> Tensor:
-    return region.decode([row], range(region.length(row)))[side][0].contiguous()
+    return region.side(side, [row], range(region.length(row)))[0].contiguous()
 
 
 def fill_disk(region: DiskRegion, facts: dict[str, Any], maker: Maker) -> None:

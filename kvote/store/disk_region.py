@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvote import kernels
 from kvote.memory import storage_bytes
+from kvote.store.packed import BLOCK
 from kvote.store.pages import PAGE
 from kvote.store.region import PlainRegion, Slots, differ, unmoved
 from kvote.store.spill import Block, Spill, as_bytes
@@ -82,7 +83,7 @@ class DiskRegion(PlainRegion):
         at = numbers[slots // PAGE] * self.spill.block + (PAGE * self.sizes[0] if side else 0)
         self.spill.get(at + slots % PAGE * size, into.view(torch.uint8).view(len(slots), size))
 
-    def _side(self, side: int, rows: list[int], slots: Slots, room: int = 0) -> Tensor:
+    def side(self, side: int, rows: list[int], slots: Slots, room: int = 0) -> Tensor:
         """Keys or values [b, h, m + room, c] in the model's dtype."""
         dim, own = self.dims[side], isinstance(slots, Tensor) and slots.dim() == 3
         m = slots.shape[-1] if isinstance(slots, Tensor) else len(slots)
@@ -103,11 +104,11 @@ class DiskRegion(PlainRegion):
         return out.to(self.device).transpose(1, 2)
 
     def decode(self, rows: list[int], slots: Slots, room: int = 0) -> tuple[Tensor, Tensor]:
-        return self._side(0, rows, slots, room), self._side(1, rows, slots, room)
+        return self.side(0, rows, slots, room), self.side(1, rows, slots, room)
 
     def scores(self, query: Tensor, rows: list[int], slots: range) -> Tensor:
-        parts = [range(i, min(i + _AT_ONCE, slots.stop)) for i in range(slots.start, slots.stop, _AT_ONCE)]
-        return torch.cat([kernels.scores(query, self._side(0, rows, part)) for part in parts], dim=-1)
+        parts = [range(i, min(i + BLOCK, slots.stop)) for i in range(slots.start, slots.stop, BLOCK)]
+        return torch.cat([kernels.scores(query, self.side(0, rows, part)) for part in parts], dim=-1)
 
     def holds(self, row: int, slots: Slots, merged: bool) -> tuple[int, int]:
         if merged:
@@ -131,5 +132,5 @@ class DiskRegion(PlainRegion):
         self.spill.trim()
 
 
-# Bytes of a block's handle and of the list that it is in, and tokens that are fetched at a time.
-HANDLE, _AT_ONCE = 56, 4096
+# Bytes of a block's handle and of the list that it is in.
+HANDLE = 56
